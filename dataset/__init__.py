@@ -1,0 +1,1 @@
+"""Dataset configuration, sources, buckets, caches and batches."""

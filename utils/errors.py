@@ -1,0 +1,18 @@
+"""The one exception that means "the user can fix this", and suggestions for misspelt names."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(Exception):
+    """A mistake in flags or files. The message is one line naming the place, the key, the value and the fix.
+
+    `utils.cli.run` prints it without a traceback and exits with code 1. The class that knows a rule raises it; the
+    layer that knows the file or flag puts that in front (`raise ConfigError(f"{path}: {error}") from None`).
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest known name, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""Wan2.1 networks, one-frame layout, sampling, training and the generation pipeline."""
