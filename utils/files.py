@@ -25,7 +25,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results get the user's usual rights
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,7 +54,7 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
 
 
 def fingerprint(path: str | Path) -> str:
-    """16 hex digits that change with the content: SHA-256 of the whole file below 64 MiB, else of its size and 64 samples.
+    """16 hex digits that change with the content: SHA-256 of the whole file below 64 MiB, else of size and 64 samples.
 
     Sampling keeps the check of a multi-gigabyte checkpoint under a second; any re-save of one changes its header.
     """

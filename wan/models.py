@@ -1,0 +1,167 @@
+"""Which model files a run uses, in which dtype and on which device: the flags, the early checks and the loading.
+
+One section per model, so that a script shows the flags of the models that it uses. `check()` reads headers only and is
+called before any weights load; `load()` reads the weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from utils.cli import option
+from utils.dtypes import parse_dtype
+from utils.errors import ConfigError
+from utils.files import require_file
+from wan import checkpoint
+from wan.attention import select_attention
+from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """device"""
+
+    device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
+
+    def __post_init__(self) -> None:
+        try:
+            torch.zeros(0, device=self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that the models run on."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
+    """The reference's half precision on a GPU; float32 on a CPU, where half precision is slow or missing."""
+    return torch.float32 if device.type == "cpu" else on_gpu
+
+
+def _dtype(name: str | None, flag: str) -> torch.dtype | None:
+    try:
+        return None if name is None else parse_dtype(name)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from None
+
+
+def _required(path: Path | None, flag: str, what: str) -> Path:
+    if path is None:
+        raise ConfigError(f"{flag} is missing; give the {what}")
+    return require_file(path, flag)
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """DiT"""
+
+    task: str | None = option(None, help="i2v-14B or flf2v-14B; default: what the checkpoint is")
+    dit: Path | None = option(None, help="DiT safetensors; of a split file any part")
+    dit_dtype: str | None = option(None, help="DiT dtype; default: that of the file")
+
+    def __post_init__(self) -> None:
+        if self.task in UNSUPPORTED_TASKS:
+            raise ConfigError(f"--task {self.task}: {UNSUPPORTED_TASKS[self.task]}")
+        if self.task is not None and self.task not in TASKS:
+            raise ConfigError(f"--task {self.task}: unknown; use one of {', '.join(TASKS)}")
+        _dtype(self.dit_dtype, "--dit_dtype")
+
+    @cached_property
+    def spec(self) -> DiTSpec:
+        """Dimensions and kind of the checkpoint, read from its header."""
+        return checkpoint.inspect_dit(_required(self.dit, "--dit", "DiT checkpoint"))
+
+    def check(self) -> TaskSpec:
+        """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
+        task = resolve_task(self.task, self.spec)
+        if task.model_type == "t2v":
+            raise ConfigError(f"--dit {self.dit}: is a text-to-video model; one-frame use needs i2v-14B or flf2v-14B")
+        return task
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        merge: Callable | None = None,
+        attention: str = "sdpa",
+    ):
+        """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's."""
+        dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
+        return checkpoint.load_dit(self.dit, dtype, device, merge=merge, attention=select_attention(attention))
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """VAE"""
+
+    vae: Path | None = option(None, help="VAE checkpoint (Wan2.1_VAE.pth or safetensors)")
+    vae_dtype: str | None = option(None, help="VAE dtype; default bfloat16, float32 on a CPU")
+
+    def __post_init__(self) -> None:
+        _dtype(self.vae_dtype, "--vae_dtype")
+
+    def check(self) -> None:
+        """Raise ConfigError unless the file is a Wan2.1 VAE."""
+        checkpoint.inspect_vae(_required(self.vae, "--vae", "Wan2.1 VAE"))
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that images are encoded and decoded in."""
+        return _dtype(self.vae_dtype, "--vae_dtype") or default_dtype(device, torch.bfloat16)
+
+    def load(self, device: torch.device):
+        """The VAE in its dtype for `device`."""
+        return checkpoint.load_vae(self.vae, self.dtype(device), device)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """text encoder"""
+
+    t5: Path | None = option(None, help="umT5-XXL encoder checkpoint (models_t5_umt5-xxl-enc-bf16.pth)")
+    t5_dtype: str | None = option(None, help="T5 dtype; default bfloat16, float32 on a CPU")
+    t5_tokenizer: Path | None = option(None, help="folder of the tokenizer; default: google/umt5-xxl from the hub")
+
+    def __post_init__(self) -> None:
+        _dtype(self.t5_dtype, "--t5_dtype")
+
+    def check(self, spec: DiTSpec | None = None) -> None:
+        """Raise ConfigError unless this is a umT5 encoder of the width that the DiT takes, and has a tokenizer."""
+        width = checkpoint.inspect_t5(_required(self.t5, "--t5", "umT5-XXL encoder"))
+        if spec is not None and width != spec.text_dim:
+            raise ConfigError(
+                f"--t5 {self.t5}: its width is {width}, the DiT takes {spec.text_dim}; use the T5 of the DiT"
+            )
+        checkpoint.check_tokenizer(self.t5_tokenizer)
+
+    def load(self, device: torch.device):
+        """(T5 encoder, tokenizer)."""
+        dtype = _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
+        tokenizer = checkpoint.load_tokenizer(self.t5_tokenizer)
+        return checkpoint.load_t5(self.t5, dtype, device), tokenizer
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """image encoder"""
+
+    clip: Path | None = option(None, help="CLIP checkpoint (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)")
+    clip_dtype: str | None = option(None, help="CLIP dtype; default float16, float32 on a CPU")
+
+    def __post_init__(self) -> None:
+        _dtype(self.clip_dtype, "--clip_dtype")
+
+    def check(self, spec: DiTSpec | None = None) -> None:
+        """Raise ConfigError unless the file is a CLIP image encoder of the width that the DiT takes."""
+        width = checkpoint.inspect_clip(_required(self.clip, "--clip", "CLIP image encoder"))
+        if spec is not None and width != spec.image_dim:
+            raise ConfigError(f"--clip {self.clip}: its width is {width}, the DiT takes {spec.image_dim}; use its CLIP")
+
+    def load(self, device: torch.device):
+        """The image encoder in its dtype for `device`."""
+        dtype = _dtype(self.clip_dtype, "--clip_dtype") or default_dtype(device, torch.float16)
+        return checkpoint.load_clip(self.clip, dtype, device)
