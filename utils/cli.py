@@ -86,6 +86,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def quiet_unless(main_process: bool) -> None:
+    """Let only warnings through in the other processes of a run."""
+    if not main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
 def _argparse_keywords(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%")}
     required = field.default is dataclasses.MISSING

@@ -4,7 +4,7 @@ One section per model, so that a script shows the flags of the models that it us
 called before any weights load; `load()` reads the weights.
 """
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,12 @@ from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
 from wan import checkpoint
-from wan.attention import select_attention
+from wan.attention import Attention, sdpa, select_attention
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
+from wan.dit import WanDiT
+from wan.lora import Merger, read_lora
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ class DiTConfig:
         """Dimensions and kind of the checkpoint, read from its header."""
         return checkpoint.inspect_dit(_required(self.dit, "--dit", "DiT checkpoint"))
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the model, by official name."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in WanDiT(self.spec).state_dict().items()}
+
     def check(self) -> TaskSpec:
         """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
         task = resolve_task(self.task, self.spec)
@@ -87,12 +97,66 @@ class DiTConfig:
         self,
         device: torch.device,
         dtype: torch.dtype | None = None,
-        merge: Callable | None = None,
-        attention: str = "sdpa",
-    ):
+        merger: Merger | None = None,
+        attention: Attention = sdpa,
+    ) -> WanDiT:
         """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's."""
         dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
-        return checkpoint.load_dit(self.dit, dtype, device, merge=merge, attention=select_attention(attention))
+        dit = checkpoint.load_dit(self.dit, dtype, device, merger, attention)
+        for line in merger.report() if merger else ():
+            log.info("LoRA %s", line)
+        return dit
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """attention"""
+
+    attn_mode: str = option("torch", help="attention backend: torch (or sdpa), the only one so far")
+
+    def __post_init__(self) -> None:
+        select_attention(self.attn_mode)
+
+    @property
+    def function(self) -> Attention:
+        """The attention that `attn_mode` names."""
+        return select_attention(self.attn_mode)
+
+
+@dataclass(frozen=True)
+class AttentionSwitches:
+    """attention"""
+
+    sdpa: bool = option(False, help="torch's scaled dot product attention; the default and the only one so far")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA"""
+
+    lora_weight: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT")
+    lora_multiplier: tuple[float, ...] = option((), help="one per --lora_weight file; default 1")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """File names, for metadata."""
+        return tuple(path.name for path in self.lora_weight)
+
+    def merger(self, dit: DiTConfig) -> Merger | None:
+        """Reads and checks the files."""
+        return build_merger(self.lora_weight, self.lora_multiplier, dit, "--lora_weight", "--lora_multiplier")
+
+
+def build_merger(
+    paths: tuple[Path, ...], multipliers: tuple[float, ...], dit: DiTConfig, flag: str, multiplier_flag: str
+) -> Merger | None:
+    """Merger of LoRA files, checked against the DiT's header; None without files. Missing multipliers are 1."""
+    if len(multipliers) > len(paths):
+        raise ConfigError(f"{multiplier_flag}: {len(multipliers)} numbers for {len(paths)} files; give one per {flag}")
+    if not paths:
+        return None
+    multipliers = (*multipliers, *[1.0] * (len(paths) - len(multipliers)))
+    return Merger([(read_lora(path, flag), by) for path, by in zip(paths, multipliers, strict=True)], dit.shapes)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,11 @@ def pick_target(layout: OneFrameLayout, frames: Tensor) -> Tensor:
     return frames[:, layout.target_slot : layout.target_slot + 1]
 
 
+def natural_indices(frame_indices: Tensor) -> Tensor:
+    """[B, F] time indices -> 0 ... F-1 for every item: what musubi-tuner trains at, whatever the indices are."""
+    return torch.arange(frame_indices.shape[1], device=frame_indices.device).expand_as(frame_indices)
+
+
 def clip_controls(layout: OneFrameLayout, images: int) -> list[int]:
     """Which control images give the CLIP features of a model that takes 1 (i2v) or 2 (flf2v) of them: earliest, latest.
 

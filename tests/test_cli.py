@@ -1,0 +1,108 @@
+"""Dataclasses as flags: what is declared is what is parsed, and every mistake is one line and exit code 1."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from utils import cli
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import fingerprint, require_writable_dir, written_whole
+
+
+@dataclass(frozen=True)
+class Section:
+    """some settings"""
+
+    name: str = option(help="required")
+    count: int = option(3, help="a number, 100% sure")
+    rate: float | None = option(None, help="a number or nothing")
+    files: tuple[Path, ...] = option((), help="any number")
+    switch: bool = option(False, help="on or off")
+    kind: str = option("a", help="one of two", choices=["a", "b"])
+    derived: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ConfigError(f"--count {self.count}: must be 0 or above")
+
+
+def parse(*argv: str) -> Section:
+    parser = cli.Parser()
+    cli.add_fields(parser, Section)
+    cli.refuse(parser, {"--old": "is gone"})
+    cli.ignore(parser, {"--noop": "nothing to do"})
+    return cli.build(Section, parser.parse_args(argv))
+
+
+def test_values_get_the_types_of_their_fields():
+    section = parse("--name", "x", "--rate", "0.5", "--files", "a", "b", "--switch", "--count", "4", "--kind", "b")
+    assert section == Section("x", 4, 0.5, (Path("a"), Path("b")), True, "b")
+
+
+def test_unset_flags_keep_the_defaults_and_help_shows_them():
+    assert parse("--name", "x") == Section("x")
+    parser = cli.Parser()
+    cli.add_fields(parser, Section)
+    text = parser.format_help()
+    assert "some settings" in text and "100% sure (default: 3)" in text and "--derived" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["--name"]),
+        (["--name"], ["--name", "expected one argument"]),
+        (["--name", "x", "--cuont", "3"], ["--cuont", "did you mean '--count'"]),
+        (["--name", "x", "--count", "three"], ["--count", "three"]),
+        (["--name", "x", "--kind", "c"], ["--kind", "'c'"]),
+        (["--name", "x", "--count", "-1"], ["--count -1"]),
+        (["--name", "x", "--old", "3"], ["--old: is gone"]),
+    ],
+)
+def test_every_mistake_is_a_config_error_that_names_the_flag(argv, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_ignored_flag_is_mentioned_and_has_no_effect(caplog):
+    assert parse("--name", "x", "--noop", "7") == Section("x")
+    assert "--noop has no effect: nothing to do" in caplog.text
+
+
+def test_run_prints_one_line_and_exits_with_1():
+    code = "from utils import cli, errors\ndef main(): raise errors.ConfigError('a\\nb')\ncli.run(main)"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr, result.stdout) == (1, "error: a b\n", "")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_fingerprint_follows_the_content(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"x" * 1000)
+    second.write_bytes(b"x" * 1000)
+    assert fingerprint(first) == fingerprint(second)
+    second.write_bytes(b"x" * 999 + b"y")
+    assert fingerprint(first) != fingerprint(second)
+
+
+def test_an_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output_dir .*cannot write"):
+        require_writable_dir(tmp_path / "file" / "sub", "--output_dir")

@@ -1,0 +1,79 @@
+"""Flags that musubi-tuner's scripts have and ours do not, each with the reason that the user is given."""
+
+_NOT_YET = "is not supported yet; leave it out"
+_VIDEO = "belongs to video output, which is not supported"
+_WAN22 = "belongs to Wan2.2 models, which are not supported"
+_FUN_CONTROL = "belongs to Fun-Control models, which are not supported"
+_MASK = "masks of control images are not supported yet; leave it out"
+_ATTENTION = "this attention is not supported yet; use --sdpa"
+
+_WAN22_FLAGS = dict.fromkeys(
+    (
+        *("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit", "--force_v2_1_time_embedding"),
+        *("--lora_weight_high_noise", "--lora_multiplier_high_noise", "--guidance_scale_high_noise", "--lazy_loading"),
+    ),
+    _WAN22,
+)
+_SHARED_REFUSED = {
+    **_WAN22_FLAGS,
+    **dict.fromkeys(
+        (
+            *("--fp8_scaled", "--fp8_t5", "--blocks_to_swap", "--use_pinned_memory_for_block_swap"),
+            *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
+            *("--compile_cache_size_limit",),
+        ),
+        _NOT_YET,
+    ),
+}
+_SHARED_IGNORED = {
+    "--vae_cache_cpu": "the VAE here keeps no feature cache",
+    "--disable_numpy_memmap": "numpy's memmap is not used",
+}
+
+TRAINING_REFUSED = {
+    **_SHARED_REFUSED,
+    **dict.fromkeys(("--flash_attn", "--xformers", "--flash3"), _ATTENTION),
+    "--sage_attn": "SageAttention has no backward pass; use --sdpa",
+    **dict.fromkeys(
+        (
+            *("--config_file", "--fp8_base", "--gradient_checkpointing_cpu_offload", "--block_swap_h2d_only"),
+            *("--block_swap_ring_size", "--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--lr_scheduler_type"),
+            *("--lr_scheduler_args", "--dim_from_weights", "--scale_weight_norms", "--save_last_n_epochs"),
+            *("--save_last_n_steps", "--save_last_n_epochs_state", "--save_last_n_steps_state", "--save_state"),
+            *("--save_state_on_train_end", "--resume", "--show_timesteps", "--logging_dir", "--log_with"),
+            *("--log_prefix", "--log_tracker_name", "--log_tracker_config", "--wandb_run_name", "--wandb_api_key"),
+            *("--log_config", "--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+            *("--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
+            *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
+            *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),
+            *("--async_upload",),
+        ),
+        _NOT_YET,
+    ),
+}
+TRAINING_IGNORED = {
+    **_SHARED_IGNORED,
+    "--split_attn": "items of a batch never attend to each other's padding here",
+    "--img_in_txt_in_offloading": "it belongs to HunyuanVideo",
+    "--guidance_scale": "it is HunyuanVideo's embedded guidance",
+}
+GENERATION_REFUSED = {
+    **_SHARED_REFUSED,
+    "--control_image_mask_path": _MASK,
+    "--control_path": _FUN_CONTROL,
+    "--trim_tail_frames": _VIDEO,
+    **dict.fromkeys(
+        (
+            *("--ckpt_dir", "--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model", "--fp8"),
+            *("--fp8_fast", "--cfg_skip_mode", "--cfg_apply_ratio", "--slg_mode", "--slg_layers", "--slg_scale"),
+            *("--slg_start", "--slg_end", "--compile_args"),
+        ),
+        _NOT_YET,
+    ),
+}
+GENERATION_IGNORED = {
+    **_SHARED_IGNORED,
+    "--video_length": "one-frame use makes one image",
+    "--fps": "one-frame use makes one image",
+    "--video_path": "videos are not read",
+}

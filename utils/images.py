@@ -1,0 +1,179 @@
+"""Pictures: any file -> upright 8-bit RGB, filling a given size, pixels <-> tensors, the size of a generated image."""
+
+import importlib
+import logging
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from utils.errors import ConfigError
+from utils.files import require_file
+
+log = logging.getLogger(__name__)
+
+for _plugin in ("pillow_avif", "pillow_jxl"):  # optional packages that teach Pillow more formats when imported
+    with suppress(ImportError):
+        importlib.import_module(_plugin)
+
+_SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"]
+if ".jxl" in Image.registered_extensions():
+    _SUFFIXES.append(".jxl")
+IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
+"""File name endings of a dataset's images, all lower or all upper case (spec dataset.md section 2)."""
+
+STEP = 16
+"""Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
+
+_ORIENTATION = 0x0112  # EXIF tag; the transposes for its values 2..8 are from the EXIF 2.32 standard, section 4.6.4
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+_transparency_noticed = False
+
+
+def open_image(path: str | Path, what: str) -> Image.Image:
+    """The picture in `path` as an upright 8-bit RGB image, whatever its mode.
+
+    EXIF orientation is applied (in a PNG only when it is stored ahead of the pixels). 16-bit grey keeps its upper 8
+    bits, as Pillow does for 16-bit colour. Transparency is dropped without a background, like in musubi-tuner; the
+    first picture that really has transparent pixels is named in a warning, once per run. Raises ConfigError, starting
+    with `what` (a flag or key), when the file is missing, broken or larger than Pillow's limit against decompression
+    bombs.
+    """
+    path = require_file(path, what)
+    try:
+        with Image.open(path) as image:
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _to_rgb(image, path)
+        return rgb.transpose(turn) if turn is not None else rgb
+    except Exception as error:  # Pillow's decoders raise nearly any type on broken files
+        raise _unreadable(path, what, error) from None
+
+
+def check_image(path: str | Path, what: str) -> tuple[int, int]:
+    """(width, height) of the upright picture, from the file's header. Raises ConfigError like `open_image`."""
+    path = require_file(path, what)
+    try:
+        with Image.open(path) as image:
+            sideways = _orientation(image) in _SIDEWAYS
+            return image.size[::-1] if sideways else image.size
+    except Exception as error:  # as above
+        raise _unreadable(path, what, error) from None
+
+
+def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Resize an RGB image [height, width, 3] uint8 until it covers `size` (width, height), then cut out the centre.
+
+    Enlarges with Pillow's Lanczos filter and shrinks by area averaging, within one level of OpenCV's INTER_AREA, as
+    musubi-tuner does (spec dataset.md section 5.4). Returns [size[1], size[0], 3] uint8; the image itself when it has
+    the size already.
+    """
+    image = np.asarray(image)
+    height, width = image.shape[:2]
+    if (width, height) == tuple(size):
+        return image
+    scale = max(size[0] / width, size[1] / height)
+    new_width, new_height = int(width * scale + 0.5), int(height * scale + 0.5)
+    if scale > 1:
+        image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
+    else:
+        planes = image.transpose(2, 0, 1).astype(np.float32, order="C")  # contiguous, or matmul goes without BLAS
+        planes = _area_weights(height, new_height) @ planes @ _area_weights(width, new_width).T
+        image = (planes + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    left, top = (new_width - size[0]) // 2, (new_height - size[1]) // 2
+    return image[top : top + size[1], left : left + size[0]]
+
+
+def to_pixels(image: np.ndarray | Image.Image) -> Tensor:
+    """RGB image [height, width, 3] uint8 -> [3, height, width] float32 in [-1, 1]: x / 127.5 - 1."""
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def from_pixels(pixels: Tensor) -> Image.Image:
+    """[3, height, width] in [-1, 1] -> 8-bit RGB image: trunc(clamp((x + 1) / 2, 0, 1) * 255), spec formats.md 6."""
+    levels = ((pixels.detach().cpu().float() + 1) / 2).clamp(0, 1) * 255
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def floor16(pixels: int) -> int:
+    """The largest multiple of 16 that is not above `pixels`."""
+    return pixels - pixels % STEP
+
+
+def size_for_area(width: int, height: int, image_width: int, image_height: int) -> tuple[int, int]:
+    """Size of a generated image: the area asked for (width x height), the aspect ratio of the input image.
+
+    Returns (width, height), multiples of 16. The formula and the order of its float operations are those of the
+    official Wan2.1 `image2video.py` and of musubi-tuner (spec cli.md section 9): both round down, so 832 x 480 for an
+    image of that size gives 832 x 464. Raises ConfigError when a side comes out below 16.
+    """
+    if min(width, height) < STEP:
+        raise ConfigError(f"{width}x{height} pixels are too few; ask for at least {STEP} a side")
+    area, aspect = width * height, image_height / image_width
+    result = floor16(int(math.sqrt(area / aspect))), floor16(int(math.sqrt(area * aspect)))
+    if min(result) < STEP:
+        raise ConfigError(
+            f"{width}x{height} pixels in the shape of the {image_width}x{image_height} image leave a side below {STEP};"
+            " ask for a larger size or crop the image"
+        )
+    return result
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8 of an opened image, 1 when it has none or it can't be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    try:
+        # The base class method: the one for PNG decodes all pixels in search of EXIF data behind them.
+        return Image.Image.getexif(image).get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block doesn't make the picture unusable
+        return 1
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        _notice_transparency(image, path)
+    return image.convert("RGB")
+
+
+def _notice_transparency(image: Image.Image, path: Path) -> None:
+    global _transparency_noticed
+    if not _transparency_noticed and image.getchannel("A").getextrema()[0] < 255:
+        _transparency_noticed = True
+        log.warning(
+            "%s has transparent pixels: they show the colour stored beneath; paint a background if that is not wanted."
+            " Further such images are not reported",
+            path,
+        )
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
+    unknown = isinstance(error, UnidentifiedImageError)  # its own message repeats the path
+    reason = (
+        "not an image, or of an unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__
+    )
+    return ConfigError(f"{what} {path}: cannot be read as an image ({reason}); replace the file")
+
+
+def _area_weights(old: int, new: int) -> np.ndarray:
+    """[new, old] float32: row i holds the share of each source pixel in output pixel i, rows sum to 1 (new <= old)."""
+    edges = np.arange(new + 1) * (old / new)
+    pixels = np.arange(old)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (overlap.clip(min=0) * (new / old)).astype(np.float32)

@@ -1,0 +1,151 @@
+"""What a LoRA file says about how it was made (spec formats.md section 4.3)."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset.config import DatasetsConfig
+from utils.cli import option
+from utils.errors import ConfigError
+from wan.config import TaskSpec
+from wan.one_frame import OneFrameLayout
+
+if TYPE_CHECKING:
+    from wan.training_options import TrainingOptions
+
+_SESSION = random.getrandbits(32)  # tells the files of one run from those of others
+
+
+@dataclass(frozen=True)
+class MetadataConfig:
+    """metadata"""
+
+    training_comment: str | None = option(None, help="stored in the file")
+    no_metadata: bool = option(False, help="store only what loading needs")
+    metadata_title: str | None = option(None, help="title; default: the output name")
+    metadata_author: str | None = option(None, help="author")
+    metadata_description: str | None = option(None, help="description")
+    metadata_license: str | None = option(None, help="license")
+    metadata_tags: str | None = option(None, help="tags, separated by commas")
+    metadata_reso: str | None = option(None, help="resolution, W,H or one number; default 1280x720")
+    metadata_arch: str | None = option(None, help="architecture name; default wan2.1")
+
+    @property
+    def resolution(self) -> str:
+        """`metadata_reso` as modelspec wants it."""
+        if self.metadata_reso is None:
+            return "1280x720"
+        parts = [part.strip() for part in self.metadata_reso.split(",")]
+        if len(parts) > 2 or not all(part.isdigit() for part in parts):
+            raise ConfigError(f"--metadata_reso {self.metadata_reso}: must be W,H or one number, e.g. 1024,1024")
+        return f"{parts[0]}x{parts[-1]}"
+
+    def modelspec(self, output_name: str, noise_range: tuple[int, int] | None) -> dict[str, str]:
+        """The modelspec keys, which every file carries."""
+        fields = {
+            "sai_model_spec": "1.0.0",
+            "architecture": f"{self.metadata_arch or 'wan2.1'}/lora",
+            "implementation": "https://github.com/Wan-Video/Wan2.1",
+            "title": self.metadata_title or output_name,
+            "resolution": self.resolution,
+            "date": datetime.now().isoformat(timespec="seconds"),
+            "author": self.metadata_author,
+            "description": self.metadata_description,
+            "license": self.metadata_license,
+            "tags": self.metadata_tags,
+            "timestep_range": noise_range and "{},{}".format(*noise_range),
+        }
+        return {f"modelspec.{key}": value for key, value in fields.items() if value is not None}
+
+
+def lora_metadata(
+    options: "TrainingOptions",
+    task: TaskSpec,
+    layouts: Sequence[OneFrameLayout],
+    datasets: DatasetsConfig,
+    progress: dict[str, Any],
+) -> dict[str, str]:
+    """Everything that a LoRA file carries; with `no_metadata` only what loading and sampling need.
+
+    `ss_` values are `str()` of the Python value, as the reference writes them. `ss_one_frame` reads as the flag does,
+    and is the first of `ss_one_frame_layouts`. progress: counters and times at the moment of saving.
+    """
+    run, network, noise = options.run, options.network, options.noise
+    settings = {
+        "base_model_version": "wan",
+        "network_module": network.network_module,
+        "network_dim": network.rank,
+        "network_alpha": network.alpha,
+        "one_frame": layouts[0],
+        "one_frame_layouts": json.dumps([str(layout) for layout in layouts]),
+        "one_frame_task": task.name,
+        "one_frame_legacy_indices": run.one_frame_legacy_indices,
+    }
+    if network.network_args:
+        settings["network_args"] = json.dumps(network.arguments)
+    if not options.metadata.no_metadata:
+        optimizer = options.optimizer
+        settings |= progress | {
+            "session_id": _SESSION,
+            "output_name": options.save.output_name,
+            "learning_rate": optimizer.learning_rate,
+            "gradient_checkpointing": run.gradient_checkpointing,
+            "gradient_checkpointing_cpu_offload": False,
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "lr_warmup_steps": optimizer.lr_warmup_steps,
+            "lr_scheduler": optimizer.lr_scheduler,
+            "network_dropout": network.network_dropout,
+            "mixed_precision": run.precision,
+            "training_comment": options.metadata.training_comment,
+            "optimizer": f"{optimizer.optimizer_type}({','.join(optimizer.optimizer_args)})",
+            "max_grad_norm": optimizer.max_grad_norm,
+            "fp8_base": False,
+            "full_fp16": False,
+            "full_bf16": False,
+            "weighting_scheme": noise.weighting_scheme,
+            "logit_mean": noise.logit_mean,
+            "logit_std": noise.logit_std,
+            "mode_scale": noise.mode_scale,
+            "guidance_scale": 1.0,
+            "timestep_sampling": noise.timestep_sampling,
+            "sigmoid_scale": noise.sigmoid_scale,
+            "discrete_flow_shift": noise.discrete_flow_shift,
+            "datasets": dataset_metadata(datasets),
+            "sd_model_name": _basename(options.dit),
+            "vae_name": _basename(options.vae),
+        }
+    limited = (noise.min_timestep, noise.max_timestep) != (None, None)
+    noise_range = tuple(round(1000 * level) for level in noise.range) if limited else None
+    modelspec = options.metadata.modelspec(options.save.output_name, noise_range)
+    return {f"ss_{key}": str(value) for key, value in settings.items()} | modelspec
+
+
+def dataset_metadata(config: DatasetsConfig) -> str:
+    """JSON list of what each dataset was, without its folders' full paths."""
+    return json.dumps(
+        [
+            {
+                "resolution": list(dataset.resolution),
+                "caption_extension": dataset.caption_extension,
+                "batch_size_per_device": dataset.batch_size,
+                "num_repeats": dataset.num_repeats,
+                "enable_bucket": dataset.enable_bucket,
+                "bucket_no_upscale": dataset.bucket_no_upscale,
+                "image_directory": _basename(dataset.image_directory),
+                "image_jsonl_file": _basename(dataset.image_jsonl_file),
+                "control_directory": _basename(dataset.control_directory),
+                "has_control": True,
+                "fp_1f_clean_indices": dataset.clean_indices and list(dataset.clean_indices),
+                "fp_1f_target_index": dataset.target_index,
+            }
+            for dataset in config.datasets
+        ]
+    )
+
+
+def _basename(path: Path | None) -> str | None:
+    return None if path is None else Path(path).name

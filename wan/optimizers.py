@@ -1,0 +1,164 @@
+"""Optimizers and learning-rate schedules by name (spec cli.md section 3.4)."""
+
+import ast
+import importlib
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from utils.cli import option
+from utils.errors import ConfigError, suggest
+
+_SCHEDULES = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+    "adafactor",
+    "rex",
+)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """optimizer and learning rate"""
+
+    optimizer_type: str = option("AdamW", help="AdamW, AdamW8bit, Adafactor, a torch.optim class or a dotted path")
+    optimizer_args: tuple[str, ...] = option((), help="key=value for the optimizer, e.g. weight_decay=0.01")
+    learning_rate: float = option(2e-6, help="learning rate")
+    max_grad_norm: float = option(1.0, help="clip the gradient norm to this; 0 does not clip")
+    lr_scheduler: str = option("constant", help="learning-rate schedule", choices=_SCHEDULES)
+    lr_warmup_steps: str = option("0", help="steps; below 1 or with % a share of all steps")
+    lr_decay_steps: str = option("0", help="like --lr_warmup_steps, for warmup_stable_decay")
+    lr_scheduler_num_cycles: int = option(1, help="restarts of cosine_with_restarts")
+    lr_scheduler_power: float = option(1.0, help="power of polynomial")
+    lr_scheduler_timescale: int | None = option(None, help="timescale of inverse_sqrt; default: the warmup")
+    lr_scheduler_min_lr_ratio: float | None = option(
+        None, help="lowest rate as a share of the highest (cosine_with_min_lr, warmup_stable_decay, rex)"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"--learning_rate {self.learning_rate}: must be above 0; try 1e-4")
+        if self.max_grad_norm < 0:
+            raise ConfigError(f"--max_grad_norm {self.max_grad_norm}: must be 0 (off) or above")
+        if self.lr_scheduler == "constant" and _share(self.lr_warmup_steps, "--lr_warmup_steps", 1000):
+            raise ConfigError(
+                f"--lr_warmup_steps {self.lr_warmup_steps}: the constant schedule has no warmup; "
+                "use --lr_scheduler constant_with_warmup"
+            )
+        _share(self.lr_decay_steps, "--lr_decay_steps", 1000)
+        optimizer_class(self.optimizer_type)
+        parse_arguments(self.optimizer_args, "--optimizer_args")
+
+
+def parse_arguments(arguments: tuple[str, ...], flag: str) -> dict[str, Any]:
+    """`("betas=0.9,0.99", "name=x")` -> {"betas": (0.9, 0.99), "name": "x"}: Python literals, or else text."""
+    values = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{flag} {argument}: must be key=value")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that `--optimizer_type` names. ConfigError when it, or the package it needs, is not there."""
+    short = name.lower()
+    if short in ("", "adamw"):
+        return torch.optim.AdamW
+    if short == "adamw8bit":
+        module, attribute = "bitsandbytes.optim", "AdamW8bit"
+    elif short == "adafactor":
+        module, attribute = "transformers.optimization", "Adafactor"
+    else:
+        module, _, attribute = f"torch.optim.{name}".rpartition(".") if "." not in name else name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(
+            f"--optimizer_type {name}: needs the package '{error.name}'; install it or use AdamW"
+        ) from None
+    except AttributeError:
+        hint = suggest(attribute, dir(importlib.import_module(module))) or "; use AdamW"
+        raise ConfigError(f"--optimizer_type {name}: there is no {module}.{attribute}{hint}") from None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"--optimizer_type {name}: is no torch optimizer; use AdamW")
+    return found
+
+
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer over `groups` (torch's parameter groups). ConfigError for arguments it does not take."""
+    kind = optimizer_class(config.optimizer_type)
+    arguments = {"lr": config.learning_rate, **parse_arguments(config.optimizer_args, "--optimizer_args")}
+    if kind.__name__ == "Adafactor" and arguments.get("relative_step", True):
+        arguments |= {"lr": None, "relative_step": True}  # Adafactor finds its own rate unless told otherwise
+    try:
+        return kind(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(inspect.signature(kind).parameters)
+        raise ConfigError(f"--optimizer_args: {kind.__name__}: {error}; it takes {known}") from None
+
+
+def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """The schedule over `total_steps` optimizer steps."""
+    warmup = _share(config.lr_warmup_steps, "--lr_warmup_steps", total_steps)
+    name = config.lr_scheduler
+    if optimizer.defaults.get("relative_step"):
+        name = "adafactor"
+    if name == "rex":
+        return LambdaLR(
+            optimizer, lambda step: _rex(step, warmup, total_steps, config.lr_scheduler_min_lr_ratio or 0.01)
+        )
+    from transformers.optimization import get_adafactor_schedule, get_scheduler
+
+    if name == "adafactor":
+        return get_adafactor_schedule(optimizer, config.learning_rate)
+    specific = {
+        "cosine_with_restarts": {"num_cycles": config.lr_scheduler_num_cycles},
+        "polynomial": {"power": config.lr_scheduler_power},
+        "inverse_sqrt": {"timescale": config.lr_scheduler_timescale},
+        "cosine_with_min_lr": {
+            "num_cycles": config.lr_scheduler_num_cycles / 2,
+            "min_lr_rate": config.lr_scheduler_min_lr_ratio or 0.0,
+        },
+        "warmup_stable_decay": {
+            "num_decay_steps": _share(config.lr_decay_steps, "--lr_decay_steps", total_steps),
+            "num_cycles": config.lr_scheduler_num_cycles / 2,
+            "min_lr_ratio": config.lr_scheduler_min_lr_ratio or 0.0,
+        },
+    }
+    return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific.get(name, {}))
+
+
+def _rex(step: int, warmup: int, total: int, low: float) -> float:
+    """REX (Chen et al. 2021) with a linear warmup from `low`, as a factor of the rate (spec cli.md section 3.4)."""
+    if step < warmup:
+        return low + (1 - low) * step / warmup
+    left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))
+    return low + (1 - low) * left / (0.1 + 0.9 * left)
+
+
+def _share(text: str, flag: str, total: int) -> int:
+    """`10`, `0.1` or `10%` of `total` steps -> steps."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not value >= 0 or not math.isfinite(value) or (value >= 1 and (value % 1 or text.endswith("%"))):
+        raise ConfigError(f"{flag} {text}: must be whole steps, a share below 1 or a percentage")
+    return int(value) if value >= 1 else int(value * total)

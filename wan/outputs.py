@@ -1,0 +1,113 @@
+"""Result files of generation: PNG and latent files, their names and metadata (spec formats.md section 6)."""
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import require_file, written_whole
+from wan.request import Request
+
+log = logging.getLogger(__name__)
+
+_VIDEO_TYPES = {"video": "images", "both": "latent_images"}
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """output"""
+
+    save_path: Path = option(help="folder for the results")
+    output_type: str = option(
+        "images",
+        help="images, latent or latent_images; video and both give the same with a PNG in place of the video",
+        choices=["images", "latent", "latent_images", *_VIDEO_TYPES],
+    )
+    no_metadata: bool = option(False, help="store no settings in latent files")
+
+    @property
+    def kinds(self) -> str:
+        """`output_type` after stills have taken the place of videos."""
+        return _VIDEO_TYPES.get(self.output_type, self.output_type)
+
+    @property
+    def wants_image(self) -> bool:
+        return "images" in self.kinds
+
+    @property
+    def wants_latent(self) -> bool:
+        return "latent" in self.kinds
+
+    def log_substitute(self) -> None:
+        """Say that there are no videos, where one was asked for."""
+        if self.output_type in _VIDEO_TYPES:
+            log.info("--output_type %s: videos are not supported; a PNG is written", self.output_type)
+
+
+def save_image(config: OutputConfig, image: Image.Image, seed: int, source: str = "") -> Path:
+    """Write `<time>_<seed>[_<source>]_000.png` and return its path; `source`: stem of a decoded latent file."""
+    path = config.save_path / f"{_stamp()}_{seed}{'_' + source if source else ''}_000.png"
+    with written_whole(path) as temporary:
+        image.save(temporary)
+    return path
+
+
+def save_latent(
+    config: OutputConfig, latents: Tensor, request: Request, task: str, loras: tuple[str, ...] = ()
+) -> Path:
+    """Write `<time>_<seed>_latent.safetensors`: `latent` [16, 1, H, W] float32, normalised. Returns its path."""
+    metadata = {
+        "seeds": str(request.seed),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": str(request.height),
+        "width": str(request.width),
+        "video_length": "1",
+        "infer_steps": str(request.steps),
+        "guidance_scale": str(request.guidance),
+        "flow_shift": str(request.shift),
+        "task": task,
+        "one_frame_inference": str(request.layout),
+        "loras": ", ".join(loras),
+    }
+    path = config.save_path / f"{_stamp()}_{request.seed}_latent.safetensors"
+    tensors = {"latent": latents.float().contiguous()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, None if config.no_metadata else metadata)
+    return path
+
+
+def read_latent(path: Path) -> tuple[Tensor, int]:
+    """(`latent` [16, 1, H, W] float32, seed) of a latent file, safetensors or a pickled tensor; unknown seeds are 0."""
+    require_file(path, "--latent_path")
+    seeds = "0"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                latents, seeds = file.get_tensor("latent"), (file.metadata() or {}).get("seeds", "0")
+        else:
+            latents = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"--latent_path {path}: is no latent file ({error}); give one that generation wrote"
+        ) from None
+    except Exception:  # torch.load raises many kinds for damaged files and for pickles with code
+        raise ConfigError(f"--latent_path {path}: is no latent file; give one that generation wrote") from None
+    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != 16:
+        raise ConfigError(f"--latent_path {path}: holds no latents of 16 channels; give a file that generation wrote")
+    latents = latents.reshape(latents.shape[-4:])
+    if latents.shape[1] != 1:
+        raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")
+    return latents.float(), int(seeds) if seeds.lstrip("-").isdigit() else 0
+
+
+def _stamp() -> str:
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]

@@ -1,0 +1,117 @@
+"""What one image is made from: prompts, flags and the task's defaults become a checked `Request`."""
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.images import check_image, floor16, size_for_area
+from utils.prompts import Prompt
+from wan import one_frame
+from wan.config import TaskSpec
+from wan.one_frame import OneFrameLayout
+from wan.sampling import SOLVERS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """sampling"""
+
+    sample_solver: str = option("unipc", choices=SOLVERS, help="solver; vanilla is Euler")
+    cpu_noise: bool = option(False, help="draw the initial noise on the CPU (the same on every device)")
+    exact_size: bool = option(
+        False, help="crop to the given width and height instead of keeping the start image's aspect ratio at that area"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image to generate; everything is decided and every file has been looked at."""
+
+    prompt: str
+    negative_prompt: str
+    width: int  # pixels, a multiple of 16
+    height: int
+    steps: int
+    shift: float
+    guidance: float  # 1 needs no unconditional pass
+    seed: int
+    layout: OneFrameLayout
+    controls: tuple[Path, ...]  # in the order of layout.control_indices
+    clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
+    solver: str = "unipc"
+    cpu_noise: bool = False
+
+    @classmethod
+    def resolve(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig) -> "Request":
+        """Fill in the task's defaults and check everything that can be checked before models load.
+
+        The requested width and height give the area and the start image the aspect ratio; with `exact_size` they are
+        taken as they are, rounded down to multiples of 16. Without a seed one is drawn.
+        Raises ConfigError naming where the prompt stands.
+        """
+        try:
+            layout, controls = _controls(prompt)
+            clip_images = _clip_images(prompt, layout, controls, task.clip_images)
+            asked = (prompt.width or 256, prompt.height or 256)
+            if sampling.exact_size:
+                width, height = map(floor16, asked)
+            else:
+                width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
+        except ConfigError as error:
+            raise ConfigError(f"{prompt.place}: {error}") from None
+
+        def given(value, default):
+            return default if value is None else value
+
+        return cls(
+            prompt=prompt.prompt or "",
+            negative_prompt=given(prompt.negative_prompt, task.negative_prompt),
+            width=width,
+            height=height,
+            steps=given(prompt.sample_steps, task.steps),
+            shift=given(prompt.discrete_flow_shift, task.default_shift(*asked)),
+            guidance=given(prompt.cfg_scale, task.guidance_scale),
+            seed=given(prompt.seed, random.SystemRandom().randrange(1 << 32)),
+            layout=layout,
+            controls=controls,
+            clip_images=clip_images,
+            solver=sampling.sample_solver,
+            cpu_noise=sampling.cpu_noise,
+        )
+
+
+def _controls(prompt: Prompt) -> tuple[OneFrameLayout, tuple[Path, ...]]:
+    if not prompt.one_frame:
+        raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
+    try:
+        layout = one_frame.parse(prompt.one_frame)
+        controls = tuple(Path(path) for path in prompt.control_image_path or ())
+        layout.check_controls(len(controls))
+    except ConfigError as error:
+        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}") from None
+    for path in controls:
+        check_image(path, "control image")
+    return layout, controls
+
+
+def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...], count: int) -> tuple[Path, ...]:
+    """Start image, and for two the end image; a missing one is taken from the earliest or latest control."""
+    given = [prompt.image_path, prompt.end_image_path][:count]
+    if count == 1 and prompt.end_image_path:
+        log.warning("%s: the end image has no effect on i2v models, which take one image", prompt.place)
+    if None in given and not controls:
+        raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
+    fallback = one_frame.clip_controls(layout, count) if controls else []
+    images = []
+    for i, (name, path) in enumerate(zip(("start image", "end image"), given, strict=False)):
+        if path is None:
+            path = controls[fallback[i]]
+            log.info("%s: no %s given; CLIP sees the control image %s", prompt.place, name, path)
+        check_image(Path(path), name)
+        images.append(Path(path))
+    return tuple(images)

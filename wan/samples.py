@@ -1,0 +1,93 @@
+"""Sample images during training: the pipeline of generation, fed with the model in training."""
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import written_whole
+from utils.prompts import Prompt, read_file
+from wan.config import TaskSpec
+from wan.pipeline import Encoded, Pipeline, denoise
+from wan.request import Request, SamplingConfig
+
+log = logging.getLogger(__name__)
+
+# What a prompt line leaves open (spec cli.md section 6).
+_DEFAULTS = Prompt(width=256, height=256, sample_steps=20)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """sample images"""
+
+    sample_prompts: Path | None = option(None, help="prompts to sample, .txt, .toml or .json")
+    sample_at_first: bool = option(False, help="sample before training")
+    sample_every_n_epochs: int | None = option(None, help="sample after every n epochs")
+    sample_every_n_steps: int | None = option(None, help="sample after every n steps")
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every_n_epochs", "sample_every_n_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+            if value is not None and self.sample_prompts is None:
+                raise ConfigError(f"--{name} needs --sample_prompts FILE")
+        if self.sample_at_first and self.sample_prompts is None:
+            raise ConfigError("--sample_at_first needs --sample_prompts FILE")
+
+    def requests(self, task: TaskSpec, sampling: SamplingConfig) -> list[Request]:
+        """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
+        if self.sample_prompts is None:
+            return []
+        prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
+        return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether samples are wanted after this optimizer step (counted from 1)."""
+        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether samples are wanted after this epoch (counted from 1)."""
+        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
+
+
+class Sampler:
+    """Prompts encoded once, before the DiT needs the memory, and drawn whenever training asks.
+
+    `share` of (process, processes) picks the prompts of this process. A failing sample is reported and never raises.
+    """
+
+    def __init__(self, requests: list[Request], pipeline: Pipeline, folder: Path, name: str, share=(0, 1)) -> None:
+        self._pipeline, self._folder, self._name = pipeline, folder, name
+        process, processes = share
+        numbers = range(process, len(requests), processes)
+        encoded = pipeline.encode([requests[number] for number in numbers]) if numbers else []
+        self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
+
+    def draw(self, dit: nn.Module, suffix: str) -> None:
+        """Write one PNG per prompt; the model is in eval mode meanwhile, and no random state is touched."""
+        was_training = dit.training
+        dit.eval()
+        for number, encoded in self._encoded:
+            try:
+                self._draw_one(dit, number, encoded, suffix)
+            except Exception:
+                log.exception("sample %d could not be made; training goes on", number)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        dit.train(was_training)
+
+    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> None:
+        latents = denoise(dit, encoded, self._pipeline.device, label=f"sample {number}")
+        image = self._pipeline.decode(latents)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        time = datetime.now().strftime("%Y%m%d%H%M%S")
+        name = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}_000.png"
+        with written_whole(self._folder / name) as path:
+            image.save(path)

@@ -1,0 +1,26 @@
+"""Encode the images of a dataset with the VAE and CLIP, one cache file per item. Worked example: docs/one_frame.md"""
+
+from utils import cli
+from wan.caching import LatentCachingConfig, run_latents
+from wan.models import CLIPConfig, DeviceConfig, VAEConfig
+
+_IGNORED = {
+    "--i2v": "one-frame caches always hold the conditioning",
+    "--vae_cache_cpu": "our VAE keeps no feature cache",
+    **dict.fromkeys(("--console_width", "--console_back", "--console_num_images"), "there is no --debug_mode"),
+}
+_REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(description=__doc__)
+    cli.add_fields(parser, LatentCachingConfig, VAEConfig, CLIPConfig, DeviceConfig)
+    cli.ignore(parser, _IGNORED)
+    cli.refuse(parser, _REFUSED)
+    args = parser.parse_args(argv)
+    run, vae, clip = (cli.build(section, args) for section in (LatentCachingConfig, VAEConfig, CLIPConfig))
+    run_latents(run, vae, clip, cli.build(DeviceConfig, args).torch_device)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,20 @@
+"""Encode the captions of a dataset with T5, one cache file per item. Worked example: docs/one_frame.md"""
+
+from utils import cli
+from wan.caching import CachingConfig, run_texts
+from wan.models import DeviceConfig, T5Config
+
+_REFUSED = {"--fp8_t5": "is not supported yet; leave it out"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(description=__doc__)
+    cli.add_fields(parser, CachingConfig, T5Config, DeviceConfig)
+    cli.refuse(parser, _REFUSED)
+    args = parser.parse_args(argv)
+    run, t5 = (cli.build(section, args) for section in (CachingConfig, T5Config))
+    run_texts(run, t5, cli.build(DeviceConfig, args).torch_device)
+
+
+if __name__ == "__main__":
+    cli.run(main)

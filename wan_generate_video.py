@@ -1,0 +1,155 @@
+"""Generate one-frame images with Wan2.1. Worked examples: docs/one_frame.md"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import cli
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import require_writable_dir
+from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
+from utils.prompts import Prompt, parse_line, read_file
+from wan.config import TaskSpec
+from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.outputs import OutputConfig, read_latent, save_image, save_latent
+from wan.pipeline import Pipeline, Resident, denoise
+from wan.request import Request, SamplingConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """what to generate"""
+
+    prompt: str | None = option(None, help="prompt")
+    from_file: Path | None = option(None, help="file with a prompt and its options per line, or .toml, .json")
+    interactive: bool = option(False, help="read prompt lines from the terminal")
+    latent_path: tuple[Path, ...] = option((), help="decode latent files instead of generating")
+    negative_prompt: str | None = option(None, help="default: that of the task")
+    one_frame_inference: str | None = option(None, help='time indices: "control_index=0,target_index=1"')
+    control_image_path: tuple[str, ...] | None = option(None, help="control images, in the order of control_index")
+    image_path: str | None = option(None, help="start image: aspect ratio and CLIP feature; default: earliest control")
+    end_image_path: str | None = option(None, help="end image of flf2v: CLIP feature; default: the latest control")
+    video_size: tuple[int, ...] = option((256, 256), help="height and width; see --exact_size", nargs=2)
+    infer_steps: int | None = option(None, help="default: that of the task")
+    flow_shift: float | None = option(None, help="default: that of the task")
+    guidance_scale: float | None = option(None, help="1 skips the second forward pass; default: that of the task")
+    seed: int | None = option(None, help="default: a random one per image")
+
+    def __post_init__(self) -> None:
+        ways = ("prompt", "from_file", "interactive", "latent_path")
+        chosen = [f"--{name}" for name in ways if getattr(self, name) not in (None, False, ())]
+        if not chosen:
+            raise ConfigError("nothing to generate; give --prompt, --from_file, --interactive or --latent_path")
+        if len(chosen) > 1 and chosen != ["--prompt", "--from_file"]:
+            raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one")
+        if self.infer_steps is not None and not 1 <= self.infer_steps <= 1000:
+            raise ConfigError(f"--infer_steps {self.infer_steps}: must be 1 to 1000")
+        if min(self.video_size) < 16:
+            raise ConfigError(f"--video_size {' '.join(map(str, self.video_size))}: each side needs 16 pixels")
+
+    @property
+    def base(self) -> Prompt:
+        """The flags as a prompt; lines go over it."""
+        height, width = self.video_size
+        return Prompt(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=width,
+            height=height,
+            seed=self.seed,
+            sample_steps=self.infer_steps,
+            cfg_scale=self.guidance_scale,
+            discrete_flow_shift=self.flow_shift,
+            image_path=self.image_path,
+            end_image_path=self.end_image_path,
+            control_image_path=self.control_image_path,
+            one_frame=self.one_frame_inference,
+            place="command line",
+        )
+
+    def prompts(self) -> list[Prompt]:
+        """All prompts that are known beforehand."""
+        if self.from_file is None:
+            return [] if self.interactive else [self.base]
+        return [prompt.over(self.base) for prompt in read_file(self.from_file, "--from_file", training=False)]
+
+    def typed(self, task: TaskSpec, sampling: SamplingConfig) -> Iterator[list[Request]]:
+        """One request per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line.strip():
+                try:
+                    prompt = parse_line(line, "line", training=False).over(self.base)
+                    yield [Request.resolve(prompt, task, sampling)]
+                except ConfigError as error:
+                    log.error("%s", error)
+
+
+_MODELS = (DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig, AttentionConfig, LoRAConfig)
+_OPTIONS = (PromptConfig, SamplingConfig, OutputConfig)
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__)
+    cli.add_fields(parser, *_OPTIONS, *_MODELS)
+    cli.refuse(parser, GENERATION_REFUSED)
+    cli.ignore(parser, GENERATION_IGNORED)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    dit, vae, t5, clip, device, attention, lora = (cli.build(section, args) for section in _MODELS)
+    prompts, sampling, output = (cli.build(section, args) for section in _OPTIONS)
+    device = device.torch_device
+    output.log_substitute()
+
+    # Everything that can be wrong is looked at before any weights load.
+    vae.check()
+    require_writable_dir(output.save_path, "--save_path")
+    pipeline = Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive)
+    if prompts.latent_path:
+        decode_files(prompts.latent_path, pipeline, output)
+        return
+    task = dit.check()
+    requests = [Request.resolve(prompt, task, sampling) for prompt in prompts.prompts()]
+    t5.check(dit.spec)
+    clip.check(dit.spec)
+    merger = lora.merger(dit)
+
+    model = Resident(
+        lambda to: dit.load(to, merger=merger, attention=attention.function), device, wanted_again=prompts.interactive
+    )
+    groups = prompts.typed(task, sampling) if prompts.interactive else [requests]
+    for group in groups:
+        encoded = pipeline.encode(group)
+        with model.on_device() as network:
+            for number, one in enumerate(encoded, start=1):
+                latents = denoise(network, one, device, label=f"image {number}/{len(encoded)}")
+                if output.wants_latent:
+                    log.info("saved %s", save_latent(output, latents, one.request, task.name, lora.names))
+                if output.wants_image:
+                    log.info("saved %s", save_image(output, pipeline.decode(latents), one.request.seed))
+
+
+def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig) -> None:
+    """Latent files -> PNG files."""
+    if output.wants_latent:
+        raise ConfigError(f"--output_type {output.output_type}: --latent_path only makes images; use images")
+    latents = [read_latent(path) for path in paths]
+    for path, (latent, seed) in zip(paths, latents, strict=True):
+        log.info("saved %s", save_image(output, pipeline.decode(latent), seed, source=path.stem))
+
+
+if __name__ == "__main__":
+    cli.run(main)
