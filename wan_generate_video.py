@@ -13,7 +13,7 @@ from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from utils.prompts import Prompt, parse_line, read_file
 from wan.config import TaskSpec
 from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
-from wan.outputs import OutputConfig, read_latent, save_image, save_latent
+from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
 from wan.request import Request, SamplingConfig
 
@@ -136,10 +136,12 @@ def main(argv: list[str] | None = None) -> None:
         with model.on_device() as network:
             for number, one in enumerate(encoded, start=1):
                 latents = denoise(network, one, device, label=f"image {number}/{len(encoded)}")
+                stem = result_stem(one.request.seed)
                 if output.wants_latent:
-                    log.info("saved %s", save_latent(output, latents, one.request, task.name, lora.names))
+                    metadata = None if output.no_metadata else latent_metadata(one.request, task.name, lora.names)
+                    save_latent(output.save_path, stem, latents, metadata)
                 if output.wants_image:
-                    log.info("saved %s", save_image(output, pipeline.decode(latents), one.request.seed))
+                    save_image(output.save_path, stem, pipeline.decode(latents))
 
 
 def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig) -> None:
@@ -148,7 +150,7 @@ def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConf
         raise ConfigError(f"--output_type {output.output_type}: --latent_path only makes images; use images")
     latents = [read_latent(path) for path in paths]
     for path, (latent, seed) in zip(paths, latents, strict=True):
-        log.info("saved %s", save_image(output, pipeline.decode(latent), seed, source=path.stem))
+        save_image(output.save_path, f"{result_stem(seed)}_{path.stem}", pipeline.decode(latent))
 
 
 if __name__ == "__main__":

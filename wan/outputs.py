@@ -52,19 +52,30 @@ class OutputConfig:
             log.info("--output_type %s: videos are not supported; a PNG is written", self.output_type)
 
 
-def save_image(config: OutputConfig, image: Image.Image, seed: int, source: str = "") -> Path:
-    """Write `<time>_<seed>[_<source>]_000.png` and return its path; `source`: stem of a decoded latent file."""
-    path = config.save_path / f"{_stamp()}_{seed}{'_' + source if source else ''}_000.png"
+def result_stem(seed: int) -> str:
+    """`<time>_<seed>`, what the names of all files of one image begin with."""
+    return f"{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}_{seed}"
+
+
+def save_image(folder: Path, stem: str, image: Image.Image) -> None:
+    """Write `<stem>_000.png`."""
+    path = folder / f"{stem}_000.png"
     with written_whole(path) as temporary:
         image.save(temporary)
-    return path
+    log.info("saved %s", path)
 
 
-def save_latent(
-    config: OutputConfig, latents: Tensor, request: Request, task: str, loras: tuple[str, ...] = ()
-) -> Path:
-    """Write `<time>_<seed>_latent.safetensors`: `latent` [16, 1, H, W] float32, normalised. Returns its path."""
-    metadata = {
+def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, str] | None) -> None:
+    """Write `<stem>_latent.safetensors` with `latent` [16, 1, H, W] float32, normalised."""
+    path = folder / f"{stem}_latent.safetensors"
+    with written_whole(path) as temporary:
+        save_file({"latent": latents.float().contiguous()}, temporary, metadata)
+    log.info("saved %s", path)
+
+
+def latent_metadata(request: Request, task: str, loras: tuple[str, ...]) -> dict[str, str]:
+    """How an image was made; nothing that reads latents depends on it."""
+    return {
         "seeds": str(request.seed),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -78,11 +89,6 @@ def save_latent(
         "one_frame_inference": str(request.layout),
         "loras": ", ".join(loras),
     }
-    path = config.save_path / f"{_stamp()}_{request.seed}_latent.safetensors"
-    tensors = {"latent": latents.float().contiguous()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, None if config.no_metadata else metadata)
-    return path
 
 
 def read_latent(path: Path) -> tuple[Tensor, int]:
@@ -107,7 +113,3 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
     if latents.shape[1] != 1:
         raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")
     return latents.float(), int(seeds) if seeds.lstrip("-").isdigit() else 0
-
-
-def _stamp() -> str:
-    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]

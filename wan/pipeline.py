@@ -96,7 +96,7 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Image.Image:
         """Normalised latents [16, 1, H, W] -> picture."""
         with self._vae.on_device() as vae:
-            pixels = vae.decode(latents[None].to(self.device, vae.dtype))
+            pixels = vae.decode(latents[None].to(self.device))
         return from_pixels(pixels[0, :, 0].float().cpu())
 
     @torch.inference_mode()

@@ -1,0 +1,354 @@
+"""Cache files: the only place that knows their names, keys, metadata and when they are out of date.
+
+musubi-tuner's format (spec formats.md section 2) plus metadata of ours: `one_frame`, the layout with the order of the
+controls, and `settings`, JSON that tells what a file was made of. musubi-tuner reads our files, and we read its.
+"""
+
+import functools
+import json
+import logging
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.dtypes import dtype_name
+from utils.errors import ConfigError
+from utils.files import written_whole
+from wan.config import VAE_STRIDE
+from wan.one_frame import OneFrameLayout, layout_of_cache, parse
+
+log = logging.getLogger(__name__)
+
+RECIPE = 1  # raise it when the same images, captions and models give other tensors than before
+
+_COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
+_LATENT_NAME = re.compile(r"(.+)_(\d{4,})x(\d{4,})_wan\.safetensors")
+_TEXT_SUFFIX = "_wan_te.safetensors"
+_LATENTS = re.compile(r"latents_\d+x\d+x\d+_\w+")
+_CONDITION = re.compile(r"latents_image_\d+x\d+x\d+_\w+")
+_CLIP = re.compile(r"clip_\w+")
+_TEXT = re.compile(r"varlen_t5_\w+")
+_INDICES = "f_indices_int32"
+_LATENT_SCRIPT, _TEXT_SCRIPT = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
+
+
+# --- names
+
+
+def latent_cache_path(directory: Path, stem: str, size: tuple[int, int]) -> Path:
+    """`<stem>_<W>x<H>_wan.safetensors`; size: (width, height) of the target image as it is on disk, in pixels."""
+    return directory / f"{stem}_{size[0]:04d}x{size[1]:04d}_wan.safetensors"
+
+
+def text_cache_path(directory: Path, stem: str) -> Path:
+    """`<stem>_wan_te.safetensors`."""
+    return directory / f"{stem}{_TEXT_SUFFIX}"
+
+
+def parse_latent_name(path: Path) -> tuple[str, tuple[int, int]]:
+    """Undoes `latent_cache_path`: (stem, (width, height)). Raises ConfigError for other names."""
+    match = _LATENT_NAME.fullmatch(path.name)
+    if match is None:
+        raise ConfigError(f"{path}: is not named like a latent cache, <stem>_<W>x<H>_wan.safetensors")
+    return match[1], (int(match[2]), int(match[3]))
+
+
+def list_latent_caches(directory: Path) -> list[Path]:
+    """Every file of the folder that is named like a latent cache, sorted."""
+    return sorted(path for path in directory.iterdir() if _LATENT_NAME.fullmatch(path.name))
+
+
+def list_text_caches(directory: Path) -> list[Path]:
+    """Every file of the folder that is named like a text cache, sorted."""
+    return sorted(path for path in directory.iterdir() if path.name.endswith(_TEXT_SUFFIX))
+
+
+def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
+    """Delete the listed caches that are not in `keep`; returns them."""
+    kept = {os.path.normcase(path) for path in keep}  # Windows ignores case
+    removed = [path for path in caches if os.path.normcase(path) not in kept]
+    for path in removed:
+        path.unlink()
+    return removed
+
+
+# --- latent caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSettings:
+    """What a latent cache is made of: a file with equal settings need not be made again.
+
+    The time indices are not among them: the frames of a cache can be put in any order later.
+    """
+
+    bucket: tuple[int, int]  # (width, height) that the images are resized to
+    target: str  # fingerprints of files
+    controls: tuple[str, ...]
+    vae: str
+    clip: str
+    vae_dtype: str
+    clip_dtype: str
+    recipe: int = RECIPE
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """One item. Frames are in time order, control images in the order in which they are given."""
+
+    latents: Tensor  # [C, F, H, W] normalised latents in the VAE's dtype
+    condition: Tensor  # [4 + C, F, H, W] mask and latents (one_frame.stack_condition), same dtype
+    clip: Tensor | None  # [images, 257, D] features of every control image
+    layout: OneFrameLayout
+
+
+@dataclass(frozen=True)
+class LatentHeader:
+    """What a latent cache says without its tensors being read."""
+
+    frames: int
+    height: int  # of the latents
+    width: int
+    clip: tuple[int, int] | None  # (images, width of the features)
+    layout: OneFrameLayout
+    metadata: Mapping[str, str]
+
+    @property
+    def bucket(self) -> tuple[int, int]:
+        """(width, height) of the encoded images in pixels."""
+        return self.width * VAE_STRIDE, self.height * VAE_STRIDE
+
+
+def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings | None = None) -> None:
+    """Write one item whole. NaNs become 0 with a warning, as in the reference.
+
+    The suffix of the CLIP key is the dtype of the latents, whatever dtype the features have (formats.md section 2).
+    """
+    _, (width, height) = parse_latent_name(path)
+    shape, dtype = "x".join(map(str, cache.latents.shape[1:])), dtype_name(cache.latents.dtype)
+    tensors = {
+        f"latents_{shape}_{dtype}": cache.latents,
+        f"latents_image_{shape}_{dtype}": cache.condition,
+        _INDICES: torch.tensor(cache.layout.frame_indices, dtype=torch.int32),
+    }
+    if cache.clip is not None:
+        tensors[f"clip_{dtype}"] = cache.clip
+    metadata = {"width": str(width), "height": str(height), "one_frame": str(cache.layout)}
+    _write(path, tensors, metadata, settings)
+
+
+def read_header(path: Path) -> LatentHeader:
+    """Shapes, layout and metadata. Raises ConfigError when the file is damaged or no one-frame cache."""
+    with _opened(path, _LATENT_SCRIPT) as file:
+        return _header(path, file)
+
+
+def read_latent_cache(path: Path) -> LatentCache:
+    """One item, also from a file of musubi-tuner's. Raises ConfigError as `read_header` does."""
+    with _opened(path, _LATENT_SCRIPT) as file:
+        header = _header(path, file)
+        # Copies, because a tensor that still maps the file would keep Windows from replacing it.
+        latents, condition = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
+        clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
+    return LatentCache(latents, condition, clip if clip is None or clip.dim() == 3 else clip[None], header.layout)
+
+
+def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:
+    """Why the cache at `path` must be made again, or None.
+
+    A file without settings is musubi-tuner's; it is kept, with a notice, when its size and frame count fit.
+    """
+    if not path.is_file():
+        return "not cached yet"
+    try:
+        header = read_header(path)
+    except ConfigError:
+        return "no readable one-frame cache"
+    if header.bucket != expected.bucket:
+        return "bucket {}x{} -> {}x{}".format(*header.bucket, *expected.bucket)
+    if header.frames != len(expected.controls) + 1:
+        return f"number of control images {header.frames - 1} -> {len(expected.controls)}"
+    reasons = {
+        "target": "target image changed",
+        "controls": "control image changed",
+        "vae": "other VAE",
+        "clip": "other CLIP",
+        "vae_dtype": "VAE dtype {} -> {}",
+        "clip_dtype": "CLIP dtype {} -> {}",
+        "recipe": "made by another version of this script",
+    }
+    return _changed(path, header.metadata, expected, reasons)
+
+
+# --- text caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """What a text cache is made with, besides the caption."""
+
+    t5: str  # fingerprint of the file
+    dtype: str
+    recipe: int = RECIPE
+
+
+@dataclass(frozen=True)
+class TextHeader:
+    """What a text cache says without its tensors being read."""
+
+    length: int  # tokens
+    width: int
+    caption: str | None
+    metadata: Mapping[str, str]
+
+
+def write_text_cache(path: Path, embedding: Tensor, caption: str, settings: TextSettings | None = None) -> None:
+    """Write the embedding [L, D] of a caption whole.
+
+    As in the reference, whatever else an existing file holds is kept.
+    """
+    tensors, metadata = {}, {}
+    if path.is_file():
+        try:
+            with _opened(path, _TEXT_SCRIPT) as file:
+                tensors = {key: file.get_tensor(key).clone() for key in _keys(file) if not _TEXT.fullmatch(key)}
+                metadata = file.metadata() or {}
+        except ConfigError as error:
+            log.warning("%s; replaced", error)
+    if metadata.get("caption1", caption) != caption:
+        log.warning("%s: the caption has changed; replaced", path)
+    tensors[f"varlen_t5_{dtype_name(embedding.dtype)}"] = embedding
+    _write(path, tensors, {**metadata, "caption1": caption}, settings)
+
+
+def read_text_header(path: Path) -> TextHeader:
+    """Shape and metadata. Raises ConfigError when the file is damaged or no text cache."""
+    with _opened(path, _TEXT_SCRIPT) as file:
+        shape = file.get_slice(_text_key(path, file)).get_shape()
+        metadata = file.metadata() or {}
+    return TextHeader(*shape, metadata.get("caption1"), metadata)
+
+
+def read_text_cache(path: Path) -> Tensor:
+    """The embedding [L, D] in its stored dtype. Raises ConfigError as `read_text_header` does."""
+    with _opened(path, _TEXT_SCRIPT) as file:
+        return file.get_tensor(_text_key(path, file)).clone()
+
+
+def text_stale_reason(path: Path, caption: str, expected: TextSettings) -> str | None:
+    """Why the text cache at `path` must be made again, or None. Files without settings are kept, with a notice."""
+    if not path.is_file():
+        return "not cached yet"
+    try:
+        header = read_text_header(path)
+    except ConfigError:
+        return "no readable text cache"
+    if header.caption != caption:
+        return "caption changed"
+    reasons = {
+        "t5": "other T5",
+        "dtype": "T5 dtype {} -> {}",
+        "recipe": "made by another version of this script",
+    }
+    return _changed(path, header.metadata, expected, reasons)
+
+
+# --- both
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Any) -> None:
+    metadata = {**metadata, **_COMMON_METADATA}
+    metadata.pop("settings", None)
+    if settings is not None:
+        metadata["settings"] = json.dumps(asdict(settings))
+    with written_whole(path) as temporary:
+        save_file({key: _clean(path, key, tensor) for key, tensor in tensors.items()}, temporary, metadata)
+
+
+def _clean(path: Path, key: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.is_floating_point() and (missing := tensor.isnan()).any():
+        log.warning("%s: %s holds %d NaNs; replaced by 0", path, key, int(missing.sum()))
+        tensor = tensor.masked_fill(missing, 0)
+    return tensor
+
+
+@contextmanager
+def _opened(path: Path, script: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be read ({reason}); delete it and run {script} again") from None
+
+
+def _keys(file: Any) -> list[str]:
+    return list(file.keys())
+
+
+def _find(file: Any, pattern: re.Pattern) -> str | None:
+    return next((key for key in _keys(file) if pattern.fullmatch(key)), None)
+
+
+def _text_key(path: Path, file: Any) -> str:
+    key = _find(file, _TEXT)
+    if key is None or len(file.get_slice(key).get_shape()) != 2:
+        raise ConfigError(f"{path}: holds no text embedding; delete it and run {_TEXT_SCRIPT} again")
+    return key
+
+
+def _header(path: Path, file: Any) -> LatentHeader:
+    latents, condition = _find(file, _LATENTS), _find(file, _CONDITION)
+    if latents is None or condition is None or _INDICES not in _keys(file):
+        raise ConfigError(f"{path}: is no one-frame cache; run {_LATENT_SCRIPT} again with --one_frame")
+    shape, metadata, clip = file.get_slice(latents).get_shape(), file.metadata() or {}, _find(file, _CLIP)
+    clip_shape = file.get_slice(clip).get_shape() if clip else None  # [images, 257, D], of plain i2v caches [257, D]
+    indices = file.get_tensor(_INDICES).tolist()
+    try:
+        if len(shape) != 4 or file.get_slice(condition).get_shape()[1:] != shape[1:]:
+            raise ConfigError("its latents and its conditioning differ in size")
+        if "one_frame" in metadata:
+            layout = parse(metadata["one_frame"])
+        else:
+            layout = layout_of_cache(indices, file.get_slice(condition)[:, :, :1, :1])
+        if list(layout.frame_indices) != indices or len(indices) != shape[1]:
+            raise ConfigError(f"its layout {layout} does not fit {shape[1]} frames at {indices}")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; delete it and run {_LATENT_SCRIPT} again") from None
+    images = None if clip_shape is None else (clip_shape[0] if len(clip_shape) == 3 else 1, clip_shape[-1])
+    return LatentHeader(*shape[1:], images, layout, metadata)
+
+
+def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str]) -> str | None:
+    """The reason of the first setting that differs from the recorded one; `{} -> {}` in it shows both values."""
+    if "settings" not in metadata:
+        _say_kept(path.parent)
+        return None
+    try:
+        recorded = dict(json.loads(metadata["settings"]))
+    except ValueError:
+        return "unreadable settings"
+    wanted = json.loads(json.dumps(asdict(expected)))  # tuples become lists, as in the file
+    for key, reason in reasons.items():
+        if recorded.get(key) != wanted[key]:
+            return reason.format(recorded.get(key), wanted[key])
+    return None
+
+
+@functools.cache
+def _say_kept(directory: Path) -> None:
+    log.warning(
+        "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size fits. "
+        "Run without --skip_existing to replace them",
+        directory,
+    )

@@ -1,0 +1,270 @@
+"""The dataset configuration file (TOML or JSON) -> frozen dataclasses. Source: spec dataset.md sections 1, 2 and 10."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from dataset.buckets import Buckets
+from utils.errors import ConfigError, suggest
+from utils.files import require_file
+from utils.images import STEP
+from wan.one_frame import OneFrameLayout, layout_from_toml
+
+log = logging.getLogger(__name__)
+
+
+# Readers of one value: the value as the file gives it -> the field's value, or ConfigError with reason and fix.
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ConfigError("is no switch; write true or false")
+    return value
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:  # neither True nor 1.0 counts
+        raise ConfigError("is no whole number; write one without quotes or decimal point")
+    return value
+
+
+def _count(value: Any) -> int:
+    if _integer(value) < 1:
+        raise ConfigError("is too small; use 1 or more")
+    return value
+
+
+def _indices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(type(index) is int for index in value):
+        raise ConfigError("is no list of whole numbers; write for example [0]")
+    return tuple(value)
+
+
+def _size(value: Any) -> tuple[int, int]:
+    size = [value, value] if type(value) is int else value
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int for side in size):
+        raise ConfigError("is no size; write [width, height] as whole numbers, or one number for a square")
+    if min(size) < STEP:
+        raise ConfigError(f"is too small; each side needs at least {STEP} pixels")
+    return size[0], size[1]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError("is no text; write it in quotes")
+    return value
+
+
+def _suffix(value: Any) -> str:
+    if "." not in _text(value):
+        raise ConfigError(f"has no dot; write '.{value}'")
+    return value
+
+
+def _path(value: Any) -> Path:
+    if any(ord(letter) < 32 for letter in _text(value)):  # "data\target" holds a tab
+        raise ConfigError("holds a control character; write / instead of \\, or use single quotes")
+    return Path(value)
+
+
+def _setting(read: Callable[[Any], Any], default: Any, key: str | None = None, general: bool = False) -> Any:
+    """A field that is also a key of [[datasets]] (named `key`, or like the field) and, with `general`, of [general]."""
+    return dataclasses.field(default=default, metadata={"read": read, "key": key, "general": general})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDatasetConfig:
+    """One [[datasets]] entry with every default filled in. Sizes are (width, height) in pixels."""
+
+    resolution: tuple[int, int] = _setting(_size, (960, 544), general=True)
+    caption_extension: str | None = _setting(_suffix, None, general=True)
+    batch_size: int = _setting(_count, 1, general=True)
+    num_repeats: int = _setting(_count, 1, general=True)
+    enable_bucket: bool = _setting(_flag, False, general=True)
+    bucket_no_upscale: bool = _setting(_flag, False, general=True)
+    image_directory: Path | None = _setting(_path, None)
+    image_jsonl_file: Path | None = _setting(_path, None)  # used only without image_directory
+    control_directory: Path | None = _setting(_path, None)  # used only with image_directory
+    cache_directory: Path | None = _setting(_path, None)  # never None after `read_config`
+    clean_indices: tuple[int, ...] | None = _setting(_indices, None, key="fp_1f_clean_indices")
+    target_index: int | None = _setting(_integer, None, key="fp_1f_target_index")
+    no_post: bool = _setting(_flag, False, key="fp_1f_no_post")  # for FramePack; no effect on Wan
+    latent_window_size: int = _setting(_count, 9, key="fp_latent_window_size")  # for FramePack; no effect on Wan
+
+    @property
+    def layout(self) -> OneFrameLayout:
+        """The RoPE time indices of an item's frames. Raises ConfigError for indices that don't fit together."""
+        return layout_from_toml(self.clean_indices, self.target_index, None)
+
+    @cached_property
+    def buckets(self) -> Buckets:
+        """The sizes that images are brought to."""
+        return Buckets(self.resolution, self.enable_bucket, self.bucket_no_upscale)
+
+
+@dataclass(frozen=True)
+class DatasetsConfig:
+    """A whole dataset configuration file."""
+
+    datasets: tuple[ImageDatasetConfig, ...]
+    path: Path  # of the file, for messages
+
+
+_FIELDS = {field.metadata["key"] or field.name: field for field in dataclasses.fields(ImageDatasetConfig)}
+_GENERAL = {key: field for key, field in _FIELDS.items() if field.metadata["general"]}
+
+_NO_VIDEO = "video datasets are not supported yet; use image_directory or image_jsonl_file"
+_ONE_SIZE = "is not supported, because all frames of an item have one size; remove the key"
+_REFUSED = {
+    **dict.fromkeys(("video_directory", "video_jsonl_file", "target_frames", "frame_extraction"), _NO_VIDEO),
+    **dict.fromkeys(("frame_stride", "frame_sample", "max_frames", "source_fps"), _NO_VIDEO),
+    **dict.fromkeys(("no_resize_control", "control_resolution"), _ONE_SIZE),
+    **dict.fromkeys(("flux_kontext_no_resize_control", "qwen_image_edit_no_resize_control"), _ONE_SIZE),
+    "qwen_image_edit_control_resolution": _ONE_SIZE,
+    "multiple_target": "is not supported, it is for Qwen-Image-Layered only; remove the key",
+}
+
+
+def read_config(path: str | Path, batch_size: int | None = None, need_sources: bool = True) -> DatasetsConfig:
+    """Read and check a dataset configuration file.
+
+    A value comes from the [[datasets]] entry, else from [general], else (batch_size) from the command line, else from
+    the default. `need_sources=False` is for training, which reads the caches alone: the images may be elsewhere.
+    Raises ConfigError with one line for anything the user must fix.
+    """
+    path = require_file(path, "--dataset_config")
+    command_line = {} if batch_size is None else {"batch_size": _read("--batch_size", _count, batch_size)}
+    try:
+        return DatasetsConfig(_read_datasets(_load(path), command_line, need_sources), path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise ConfigError(f"suffix '{path.suffix}' is unknown; name the file .toml or .json")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror}); check the file") from None
+    try:
+        return toml.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None
+    except toml.TomlDecodeError as error:
+        message = f"line {error.lineno}: {' '.join(error.msg.split()).rstrip('.')}"
+        raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
+        raise ConfigError(f"is not valid TOML ({error}); check brackets, quotes and [[datasets]]") from None
+
+
+def _read_datasets(document: Any, defaults: dict[str, Any], need_sources: bool) -> tuple[ImageDatasetConfig, ...]:
+    if not isinstance(document, Mapping):
+        raise ConfigError("holds no table; write 'general' and 'datasets'")
+    for key in document:
+        if key not in ("general", "datasets"):
+            raise ConfigError(_unknown(key, ("general", "datasets")))
+    general, entries = document.get("general", {}), document.get("datasets", [])
+    if not isinstance(general, Mapping):
+        raise ConfigError("general: is no table; write [general] and its keys below")
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError("datasets: is no list of tables; write [[datasets]] with two brackets")
+    if not entries:
+        raise ConfigError("holds no dataset; add a [[datasets]] entry")
+    defaults = defaults | _read_table("general", general, _GENERAL)
+    datasets = []
+    for i, entry in enumerate(entries):
+        dataset = _complete(f"datasets[{i}]", defaults | _read_table(f"datasets[{i}]", entry, _FIELDS))
+        if need_sources:
+            _check_sources(f"datasets[{i}]", dataset)
+        datasets.append(dataset)
+    _check_caches(datasets)
+    return tuple(datasets)
+
+
+def _read_table(place: str, table: Mapping[str, Any], known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+    """Keys as the file names them -> values by field name."""
+    values = {}
+    for key, value in table.items():
+        if key in _REFUSED:
+            raise ConfigError(f"{place}.{key}: {_REFUSED[key]}")
+        if key not in known and key in _FIELDS:
+            raise ConfigError(f"{place}.{key}: belongs to one dataset; move it below [[datasets]]")
+        if key not in known:
+            raise ConfigError(f"{place}: {_unknown(key, known)}")
+        values[known[key].name] = _read(f"{place}.{key}", known[key].metadata["read"], value)
+    return values
+
+
+def _read(place: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except ConfigError as error:
+        shown = json.dumps(value, ensure_ascii=False, default=str)  # spelt as in the file, and on one line
+        raise ConfigError(f"{place} = {shown}: {error}") from None
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    return f"unknown key '{key}'{suggest(key, known) or '; known are ' + ', '.join(known)}"
+
+
+def _complete(place: str, values: dict[str, Any]) -> ImageDatasetConfig:
+    dataset = ImageDatasetConfig(**values)
+    if dataset.image_directory is None and dataset.image_jsonl_file is None:
+        raise ConfigError(f"{place}: has no images; add image_directory or image_jsonl_file")
+    if dataset.cache_directory is None:
+        if dataset.image_directory is None:
+            raise ConfigError(f"{place}.cache_directory: is missing; a JSONL dataset needs a folder for its caches")
+        dataset = dataclasses.replace(dataset, cache_directory=dataset.image_directory)
+    try:
+        _ = dataset.layout
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+    return dataset
+
+
+def _check_sources(place: str, dataset: ImageDatasetConfig) -> None:
+    """Raise ConfigError unless the files and folders that the images come from exist and make sense together."""
+    if dataset.image_directory is None:
+        require_file(dataset.image_jsonl_file, f"{place}.image_jsonl_file")
+        if dataset.control_directory is not None:
+            log.warning("%s.control_directory is ignored: a JSONL file names its control images itself", place)
+        return
+    if dataset.image_jsonl_file is not None:
+        log.warning("%s.image_jsonl_file is ignored: image_directory is given too", place)
+    for key in ("image_directory", "control_directory"):
+        folder = getattr(dataset, key)
+        if folder is not None and not folder.is_dir():
+            kind = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise ConfigError(f"{place}.{key} {folder}: {kind}; check the path")
+    if dataset.control_directory is not None and _same(dataset.control_directory) == _same(dataset.image_directory):
+        raise ConfigError(
+            f"{place}.control_directory: is the image_directory too; give control images their own folder"
+        )
+    if dataset.caption_extension is None:
+        raise ConfigError(f'{place}.caption_extension: is missing; add for example caption_extension = ".txt"')
+
+
+def _check_caches(datasets: list[ImageDatasetConfig]) -> None:
+    """Two datasets in one cache folder would train on, and clean away, each other's files."""
+    owners: dict[str, int] = {}
+    for i, dataset in enumerate(datasets):
+        first = owners.setdefault(_same(dataset.cache_directory), i)
+        if first != i:
+            raise ConfigError(
+                f"datasets[{i}].cache_directory {dataset.cache_directory}: is the cache of datasets[{first}] too;"
+                " give each dataset its own cache_directory"
+            )
+
+
+def _same(path: Path) -> str:
+    """Equal for two spellings of one path."""
+    return os.path.normcase(path.resolve())

@@ -1,0 +1,285 @@
+"""What training reads: cached items grouped into batches, in an order that depends on (seed, epoch) alone.
+
+Items come from the cache folders, not from the images (spec dataset.md section 7).
+"""
+
+import itertools
+import logging
+import os
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.cache import (
+    LatentHeader,
+    list_latent_caches,
+    parse_latent_name,
+    read_header,
+    read_latent_cache,
+    read_text_cache,
+    read_text_header,
+    text_cache_path,
+)
+from dataset.config import DatasetsConfig, ImageDatasetConfig
+from utils.errors import ConfigError
+from wan.one_frame import OneFrameLayout, clip_controls, layout_from_toml, relayout
+from wan.timesteps import stratified_uniform
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingItem:
+    """A cached item. `layout`: where its frames shall sit, whatever the cache says."""
+
+    key: str  # "<dataset>/<stem>_<W>x<H>/<repeat>": the same in every run, for random numbers of its own
+    latents: Path
+    text: Path
+    layout: OneFrameLayout
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Items to load together: all have the same shapes. `uniform`: their stratified random numbers in [0, 1)."""
+
+    items: tuple[TrainingItem, ...]
+    uniform: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """Tensors are float32, except text, which keeps its stored dtype."""
+
+    latents: Tensor  # [B, 16, F, H, W], frames in time order
+    condition: Tensor  # [B, 20, F, H, W]
+    clip: Tensor  # [B, images, 257, D]: usually every control image, in the order in which they are given
+    text: list[Tensor]  # [L, D] each
+    layouts: tuple[OneFrameLayout, ...]
+    frame_indices: Tensor  # [B, F] int64
+    item_keys: tuple[str, ...]
+    uniform: Tensor | None  # [B]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What items must have in common to be stacked."""
+
+    dataset: int
+    frames: int
+    height: int
+    width: int
+    clip_images: int
+
+
+class TrainingSet:
+    """All cached items of a dataset configuration. Only headers are read here.
+
+    seed: of the order; timestep_buckets: `--num_timestep_buckets`, with 2 or more every plan gets `uniform`.
+    Raises ConfigError when there is nothing to train on, or a cache is damaged or doesn't fit the configuration.
+    """
+
+    def __init__(self, config: DatasetsConfig, seed: int, timestep_buckets: int | None = None) -> None:
+        self.seed, self.timestep_buckets = seed, timestep_buckets
+        self._batch_sizes = [dataset.batch_size for dataset in config.datasets]
+        self._buckets: dict[_Bucket, list[TrainingItem]] = defaultdict(list)
+        self._widths: dict[tuple[int, int], Path] = {}  # (CLIP, text) -> a file that has them
+        for i, dataset in enumerate(config.datasets):
+            try:
+                self._add_dataset(i, dataset)
+            except ConfigError as error:
+                raise ConfigError(f"{config.path}: datasets[{i}]: {error}") from None
+        if not self._buckets:
+            folders = ", ".join(str(dataset.cache_directory) for dataset in config.datasets)
+            raise ConfigError(
+                f"{config.path}: no cached items in {folders}; run wan_cache_latents.py --one_frame and "
+                "wan_cache_text_encoder_outputs.py with this file"
+            )
+
+    @property
+    def items(self) -> list[TrainingItem]:
+        """Every item, once per repeat."""
+        return [item for bucket in self._buckets.values() for item in bucket]
+
+    @property
+    def layouts(self) -> list[OneFrameLayout]:
+        """The different layouts in use, most frequent first."""
+        return [layout for layout, _ in Counter(item.layout for item in self.items).most_common()]
+
+    def check_widths(self, clip: int, text: int) -> None:
+        """Raise ConfigError unless the cached features are as wide as the DiT takes."""
+        for (cached_clip, cached_text), path in self._widths.items():
+            for name, cached, wanted in (("CLIP", cached_clip, clip), ("text", cached_text, text)):
+                if cached != wanted:
+                    raise ConfigError(
+                        f"{path}: its {name} features are {cached} wide, the DiT takes {wanted}; "
+                        "cache again with the encoders of the DiT"
+                    )
+
+    def epoch_batches(self, epoch: int) -> list[BatchPlan]:
+        """The batches of one epoch: items are shuffled within their bucket, then the batches of all datasets."""
+        rng = random.Random(f"{self.seed}/{epoch}")  # seeded by text: the same on every platform and Python
+        by_dataset: dict[int, list[list[TrainingItem]]] = defaultdict(list)
+        for bucket, items in self._buckets.items():
+            size = self._batch_sizes[bucket.dataset]
+            items = rng.sample(items, len(items))
+            by_dataset[bucket.dataset] += [items[start : start + size] for start in range(0, len(items), size)]
+        plans = [plan for i, batches in by_dataset.items() for plan in self._plans(batches, self._batch_sizes[i], rng)]
+        rng.shuffle(plans)
+        return plans
+
+    def _plans(self, batches: list[list[TrainingItem]], size: int, rng: random.Random) -> list[BatchPlan]:
+        if (self.timestep_buckets or 0) < 2:
+            return [BatchPlan(tuple(items)) for items in batches]
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        uniform = stratified_uniform(len(batches) * size, self.timestep_buckets, generator).split(size)
+        return [
+            BatchPlan(tuple(items), tuple(values[: len(items)].tolist()))
+            for items, values in zip(batches, uniform, strict=True)
+        ]
+
+    def _add_dataset(self, index: int, dataset: ImageDatasetConfig) -> None:
+        folder = dataset.cache_directory
+        caches = list_latent_caches(folder) if folder.is_dir() else []
+        texts_missing, other_sizes = [], []
+        for path in caches:
+            stem, size = parse_latent_name(path)
+            text = text_cache_path(folder, stem)
+            if not text.is_file():
+                texts_missing.append(path.name)
+                continue
+            header, text_header = read_header(path), read_text_header(text)
+            if header.clip is None:
+                raise ConfigError(f"{path}: holds no CLIP features; run wan_cache_latents.py again with --clip")
+            self._widths.setdefault((header.clip[1], text_header.width), path)
+            if header.bucket != dataset.buckets.choose(size):
+                other_sizes.append("{} ({}x{})".format(path.name, *header.bucket))
+            layout = _layout(path, header, dataset)
+            bucket = _Bucket(index, header.frames, header.height, header.width, header.clip[0])
+            name = path.name.removesuffix("_wan.safetensors")
+            self._buckets[bucket] += [
+                TrainingItem(f"{index}/{name}/{repeat}", path, text, layout) for repeat in range(dataset.num_repeats)
+            ]
+        _warn(index, texts_missing, "have no text cache and are skipped; run wan_cache_text_encoder_outputs.py")
+        _warn(index, other_sizes, "have another size than this file asks for and are used as they are")
+
+
+def load_batch(plan: BatchPlan) -> TrainingBatch:
+    """Read the files of a plan. Raises ConfigError naming a file that can't be read."""
+    caches = [read_latent_cache(item.latents) for item in plan.items]
+    latents, condition = (
+        [
+            relayout(getattr(cache, name), cache.layout, item.layout).float()
+            for cache, item in zip(caches, plan.items, strict=True)
+        ]
+        for name in ("latents", "condition")
+    )
+    layouts = tuple(item.layout for item in plan.items)
+    return TrainingBatch(
+        latents=torch.stack(latents),
+        condition=torch.stack(condition),
+        clip=torch.stack([cache.clip.float() for cache in caches]),
+        text=[read_text_cache(item.text) for item in plan.items],
+        layouts=layouts,
+        frame_indices=torch.tensor([layout.frame_indices for layout in layouts]),
+        item_keys=tuple(item.key for item in plan.items),
+        uniform=None if plan.uniform is None else torch.tensor(plan.uniform, dtype=torch.float64),
+    )
+
+
+def clip_for(batch: TrainingBatch, images: int) -> Tensor:
+    """CLIP features [B, images * 257, D] for a model that takes 1 (i2v) or 2 (flf2v) images.
+
+    They are those of the earliest and the latest control. A cache that doesn't hold one image per control, but as many
+    as wanted, is taken as it is. Raises ConfigError for another number.
+    """
+    found, controls = batch.clip.shape[1], len(batch.layouts[0].control_indices)
+    if found == controls:
+        chosen = [clip_controls(layout, images) for layout in batch.layouts]
+        rows = [features[controls] for features, controls in zip(batch.clip, chosen, strict=True)]
+    elif found == images:
+        rows = list(batch.clip)
+    else:
+        raise ConfigError(
+            f"{batch.item_keys[0]}: its cache holds CLIP features of {found} images for {controls} control images; "
+            "run wan_cache_latents.py again"
+        )
+    return torch.stack(rows).flatten(1, 2)
+
+
+def share(plans: Sequence[BatchPlan], process_index: int, num_processes: int) -> list[BatchPlan]:
+    """The plans of one process; the first ones are repeated at the end so that all processes get equally many."""
+    padded = itertools.islice(itertools.cycle(plans), -(-len(plans) // num_processes) * num_processes)
+    return list(padded)[process_index::num_processes]
+
+
+class BatchLoader:
+    """Loads batches ahead in `workers` processes (0: in this one). Draws nothing from the global random generators.
+
+    persistent: keep the workers between epochs.
+    """
+
+    def __init__(self, workers: int = 0, persistent: bool = False, context: str | None = None) -> None:
+        workers = min(workers, os.cpu_count() or 1)
+        self._plans: list[BatchPlan] = []
+        self._loader = DataLoader(
+            _Files(),
+            batch_size=None,
+            sampler=_Current(self),
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            multiprocessing_context=context if workers else None,
+            generator=torch.Generator(),
+        )
+
+    def load(self, plans: Iterable[BatchPlan]) -> Iterator[TrainingBatch]:
+        """The batches of the plans, in their order. Raises ConfigError naming a file that can't be read."""
+        self._plans = list(plans)
+        for batch in self._loader:
+            if isinstance(batch, ConfigError):
+                raise batch
+            yield batch
+
+
+class _Files(Dataset):
+    """Runs in the workers. Hands errors over as values, because torch would wrap them in a worker's traceback."""
+
+    def __getitem__(self, plan: BatchPlan) -> TrainingBatch | ConfigError:
+        try:
+            return load_batch(plan)
+        except ConfigError as error:
+            return error
+
+
+class _Current:
+    """A sampler that yields the plans that the loader has at the time, so that persistent workers get new epochs."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self._owner = loader
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        return iter(self._owner._plans)
+
+    def __len__(self) -> int:
+        return len(self._owner._plans)
+
+
+def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> OneFrameLayout:
+    """The layout that the configuration asks for, else that of the cache."""
+    if dataset.clean_indices is None and dataset.target_index is None:
+        return header.layout
+    try:
+        return layout_from_toml(dataset.clean_indices, dataset.target_index, controls=header.frames - 1)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
+
+
+def _warn(index: int, names: list[str], message: str) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        log.warning("datasets[%d]: %d cached items %s: %s", index, len(names), message, shown)

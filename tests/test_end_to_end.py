@@ -1,0 +1,292 @@
+"""Cache, train, sample and generate with small random models in float32 on the CPU, through the scripts themselves."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_generate_video
+import wan_train_network
+from dataset.cache import read_latent_cache
+from dataset.config import read_config
+from dataset.loader import TrainingSet, clip_for, load_batch
+from demo.tiny_models import FILES, write_models
+from tests.photos import write_pairs
+from utils.prompts import parse_line
+from wan.config import TASKS
+from wan.models import CLIPConfig, T5Config, VAEConfig
+from wan.pipeline import Pipeline
+from wan.request import Request, SamplingConfig
+
+CPU = torch.device("cpu")
+ENCODERS = {kind: f"models/{FILES[kind]}" for kind in ("vae", "clip", "t5")}
+SIZE = "--w 48 --h 48"
+I2V = f"a cat in the evening light --ci data/start/cat.png --of control_index=0,target_index=1 {SIZE} --s 2 --d 7"
+FLF2V = (
+    "the frame between --ci data/ends/cat_0.png --ci data/ends/cat_1.png --of control_index=0;2,target_index=1 "
+    f"{SIZE} --s 2 --d 7"
+)
+
+
+def dataset_toml(name: str, images: str, controls: str, keys: str, cache: str | None = None) -> str:
+    Path(f"{name}.toml").write_text(
+        '[general]\nresolution = [48, 48]\ncaption_extension = ".txt"\nbatch_size = 2\n'
+        f'[[datasets]]\nimage_directory = "data/{images}"\ncontrol_directory = "data/{controls}"\n'
+        f'cache_directory = "cache/{cache or name}"\n{keys}\n'
+    )
+    return f"{name}.toml"
+
+
+def cache(config: str) -> None:
+    common = ["--dataset_config", config, "--device", "cpu"]
+    wan_cache_latents.main([*common, "--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame"])
+    tokenizer = ["--t5_tokenizer", f"models/{FILES['tokenizer']}"]
+    wan_cache_text_encoder_outputs.main([*common, "--t5", ENCODERS["t5"], *tokenizer])
+
+
+def encoder_flags() -> list[str]:
+    flags = [part for kind, path in ENCODERS.items() for part in (f"--{kind}", path)]
+    return [*flags, "--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu", "--dit_dtype", "float32"]
+
+
+def train(model: str, config: str, name: str, *flags: str) -> Path:
+    wan_train_network.main(
+        [
+            *("--dit", f"models/{FILES[model]}", "--dataset_config", config, *encoder_flags()),
+            *("--task", f"{model}-14B", "--network_dim", "2", "--learning_rate", "1e-2", "--seed", "5"),
+            *("--max_data_loader_n_workers", "0", "--max_train_steps", "2"),
+            *("--output_dir", "output", "--output_name", name, *flags),
+        ]
+    )
+    return Path(f"output/{name}.safetensors")
+
+
+def generate(model: str, folder: str, *flags: str) -> list[Path]:
+    """The files that one run wrote."""
+    shutil.rmtree(folder, ignore_errors=True)
+    wan_generate_video.main(["--dit", f"models/{FILES[model]}", *encoder_flags(), "--save_path", folder, *flags])
+    return sorted(Path(folder).iterdir())
+
+
+def from_lines(model: str, folder: str, *lines: str, flags: tuple[str, ...] = ()) -> list[bytes]:
+    """The images of a prompt file, in its order."""
+    Path("lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    return [path.read_bytes() for path in generate(model, folder, "--from_file", "lines.txt", *flags)]
+
+
+@pytest.fixture(scope="module")
+def _folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_pairs(Path("data"), ["astronaut", "brick", "cat", "coffee"])
+        write_models(Path("models"))
+        cache(dataset_toml("pairs", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1"))
+        cache(dataset_toml("middle", "middle", "ends", "fp_1f_clean_indices = [0, 2]\nfp_1f_target_index = 1"))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workspace(_folder, monkeypatch):
+    monkeypatch.chdir(_folder)
+    return _folder
+
+
+def encoded(line: str, task: str):
+    pipeline = Pipeline(
+        VAEConfig(vae=Path(ENCODERS["vae"])),
+        T5Config(t5=Path(ENCODERS["t5"]), t5_tokenizer=Path(f"models/{FILES['tokenizer']}")),
+        CLIPConfig(clip=Path(ENCODERS["clip"])),
+        CPU,
+    )
+    request = Request.resolve(parse_line(line, "test", training=True), TASKS[task], SamplingConfig(exact_size=True))
+    return pipeline.encode([request])[0]
+
+
+def cached_cat(config: str):
+    """A training batch with the photograph of the cat, and the row that it is in."""
+    for plan in TrainingSet(read_config(config), seed=0).epoch_batches(1):
+        for row, item in enumerate(plan.items):
+            if "/cat_" in item.key:
+                return load_batch(plan), row
+    raise AssertionError("no cat")
+
+
+@pytest.mark.parametrize(("name", "line", "task"), [("pairs", I2V, "i2v-14B"), ("middle", FLF2V, "flf2v-14B")])
+def test_the_conditioning_from_the_cache_equals_the_one_from_files(name, line, task):
+    batch, row = cached_cat(f"{name}.toml")
+    once = encoded(line, task)
+    assert torch.equal(batch.condition[row], once.condition)
+    assert torch.equal(clip_for(batch, TASKS[task].clip_images)[row], once.image)
+    assert tuple(batch.frame_indices[row].tolist()) == once.request.layout.frame_indices
+
+
+def test_changing_the_indices_alone_needs_no_new_caches_and_gives_what_generation_sees():
+    """Indices alone changed in the TOML: no new caches, the frames are laid out again."""
+    config = dataset_toml("far", "target", "start", "fp_1f_clean_indices = [4]\nfp_1f_target_index = 0", cache="pairs")
+    batch, row = cached_cat(config)
+    once = encoded(I2V.replace("control_index=0,target_index=1", "control_index=4,target_index=0"), "i2v-14B")
+    assert torch.equal(batch.condition[row], once.condition)
+    assert batch.frame_indices[row].tolist() == [0, 4] and batch.condition[row, 0, :, 0, 0].tolist() == [0, 1]
+
+
+def test_swapped_controls_with_swapped_indices_change_no_bit_of_cache_training_and_generation():
+    swapped_data = Path("data/swapped")
+    swapped_data.mkdir()
+    for path in Path("data/ends").iterdir():
+        stem, number = path.stem.rsplit("_", 1)
+        shutil.copy(path, swapped_data / f"{stem}_{1 - int(number)}.png")
+    cache(dataset_toml("swapped", "middle", "swapped", "fp_1f_clean_indices = [2, 0]\nfp_1f_target_index = 1"))
+    for path in sorted(Path("cache/middle").glob("*_wan.safetensors")):
+        straight, swapped = (read_latent_cache(Path("cache") / name / path.name) for name in ("middle", "swapped"))
+        assert torch.equal(straight.latents, swapped.latents) and torch.equal(straight.condition, swapped.condition)
+    loras = [train("flf2v", f"{name}.toml", f"order-{name}", "--no_metadata") for name in ("middle", "swapped")]
+    straight, swapped = map(load_file, loras)
+    assert all(torch.equal(straight[key], swapped[key]) for key in straight)
+    first, second = re.findall(r"--ci \S+", FLF2V)
+    turned = FLF2V.replace(f"{first} {second}", f"{second} {first}").replace("=0;2", "=2;0")
+    one, other = from_lines("flf2v", "out", FLF2V, turned)
+    assert one == other
+
+
+@pytest.mark.parametrize(("model", "config", "line"), [("i2v", "pairs", I2V), ("flf2v", "middle", FLF2V)])
+def test_a_training_sample_has_the_bytes_of_generation_with_the_saved_lora(model, config, line):
+    Path("prompts.txt").write_text(line, encoding="utf-8")
+    flags = ("--sample_prompts", "prompts.txt", "--sample_at_first", "--sample_every_n_steps", "2")
+    lora = train(model, f"{config}.toml", f"sampled-{model}", *flags)
+    samples = {path.name.split("_")[1]: path.read_bytes() for path in Path("output/sample").glob(f"sampled-{model}_*")}
+    assert samples.keys() == {"e000000", "000002"}
+    assert from_lines(model, "out", line, flags=("--lora_weight", str(lora))) == [samples["000002"]]
+    assert from_lines(model, "out", line) == [samples["e000000"]] != [samples["000002"]]
+
+
+def test_latent_images_writes_a_latent_and_the_image_that_it_decodes_to():
+    flags = ["--prompt", "a cat", "--image_path", "data/start/cat.png", "--control_image_path", "data/start/cat.png"]
+    flags += ["--one_frame_inference", "control_index=0, target_index=1", "--infer_steps", "2", "--seed", "3"]
+    image, latent = generate("i2v", "both", *flags, "--video_size", "48", "48", "--output_type", "latent_images")
+    assert re.fullmatch(r"\d{8}-\d{6}-\d{3}_3_000\.png", image.name), image
+    assert latent.name == image.name.replace("000.png", "latent.safetensors")
+    (decoded,) = generate("i2v", "decoded", "--latent_path", str(latent), "--output_type", "images")
+    assert decoded.read_bytes() == image.read_bytes() and decoded.name.endswith(f"_3_{latent.stem}_000.png")
+
+
+def test_flf2v_without_an_end_image_takes_the_control_with_the_largest_index():
+    given = FLF2V + " --i data/ends/cat_0.png --ei data/ends/cat_1.png"
+    wrong = FLF2V + " --i data/ends/cat_0.png --ei data/ends/cat_0.png"
+    absent, present, other = from_lines("flf2v", "out", FLF2V, given, wrong)
+    assert absent == present != other
+
+
+def test_lines_with_one_prompt_and_other_images_or_negative_prompts_give_other_pictures():
+    pictures = from_lines(
+        "i2v",
+        "out",
+        I2V,
+        I2V.replace("cat.png", "brick.png"),
+        I2V + " --n ugly",
+        I2V + " --n",
+        I2V + " --l 1",
+        I2V.replace("target_index=1", "target_index=9"),
+        I2V + " --d 8",
+    )
+    assert len(set(pictures)) == 7
+
+
+def test_every_model_is_loaded_once_for_a_file_of_prompts(monkeypatch):
+    import wan.checkpoint
+
+    loads = []
+    for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
+        original = getattr(wan.checkpoint, name)
+        monkeypatch.setattr(
+            wan.checkpoint,
+            name,
+            lambda *args, _load=original, _name=name, **more: loads.append(_name) or _load(*args, **more),
+        )
+    from_lines("i2v", "out", I2V, I2V.replace("cat", "brick"), I2V + " --n x")
+    assert sorted(loads) == ["load_clip", "load_dit", "load_t5", "load_vae"]
+
+
+def test_the_size_is_the_area_with_the_start_images_aspect_ratio_unless_exact():
+    from PIL import Image
+
+    line = I2V.replace("cat.png", "coffee.png")  # 3:2
+    for flags, size in (((), (48, 32)), (("--exact_size",), (48, 48))):
+        Path("lines.txt").write_text(line, encoding="utf-8")
+        (path,) = generate("i2v", "out", "--from_file", "lines.txt", *flags)
+        assert Image.open(path).size == size
+
+
+def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
+    lines = iter(["nonsense --x", I2V, ""])
+
+    def typed(_prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    expected = from_lines("i2v", "out", I2V)
+    monkeypatch.setattr("builtins.input", typed)
+    (path,) = generate("i2v", "out", "--interactive")
+    assert [path.read_bytes()] == expected
+
+
+def test_a_lora_file_names_its_task_and_indices():
+    from safetensors import safe_open
+
+    config = dataset_toml("nine", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 9", cache="pairs")
+    honoured = train("i2v", config, "nine")
+    legacy = train("i2v", config, "nine-legacy", "--one_frame_legacy_indices")
+    near = train("i2v", "pairs.toml", "near")
+    with safe_open(honoured, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_one_frame"] == "control_index=0,target_index=9"
+    assert metadata["ss_one_frame_task"] == "i2v-14B" and metadata["ss_network_module"] == "networks.lora_wan"
+    assert metadata["modelspec.architecture"] == "wan2.1/lora" and metadata["ss_steps"] == "2"
+    weights = {
+        path: torch.cat([tensor.flatten() for tensor in load_file(path).values()]) for path in (honoured, legacy, near)
+    }
+    assert not torch.equal(weights[honoured], weights[near])
+    assert torch.equal(weights[legacy], weights[near])
+
+
+@pytest.mark.parametrize("failing", ["Pipeline.decode", "denoise"])
+def test_a_failing_sample_does_not_end_a_run(monkeypatch, caplog, failing):
+    import wan.samples
+
+    def broken(*_args, **_more):
+        raise RuntimeError("out of luck")
+
+    target = wan.samples.Pipeline if failing == "Pipeline.decode" else wan.samples
+    monkeypatch.setattr(target, failing.split(".")[-1], broken)
+    Path("prompts.txt").write_text(I2V, encoding="utf-8")
+    lora = train("i2v", "pairs.toml", "unlucky", "--sample_prompts", "prompts.txt", "--sample_at_first")
+    assert lora.is_file() and "training goes on" in caplog.text
+
+
+def test_epochs_steps_and_files_are_counted_as_documented():
+    train(
+        "i2v",
+        "pairs.toml",
+        "counted",
+        "--max_train_epochs",
+        "3",
+        "--save_every_n_epochs",
+        "1",
+        "--save_every_n_steps",
+        "4",
+    )
+    names = sorted(path.name for path in Path("output").glob("counted*"))
+    # 4 photographs of 3 sizes at batch size 2 without buckets: 2 steps per epoch; the last epoch is the final file
+    assert names == [
+        "counted-000001.safetensors",
+        "counted-000002.safetensors",
+        "counted-step00000004.safetensors",
+        "counted.safetensors",
+    ]

@@ -1,0 +1,372 @@
+"""Files -> items: matching of control images, JSONL lists, captions, sizes, and messages for what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFile
+
+from dataset.config import DatasetsConfig, ImageDatasetConfig, read_config
+from dataset.sources import find_all_items, find_items
+from utils.errors import ConfigError
+from wan.one_frame import OneFrameLayout
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the empty folders targets/ and controls/."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("targets", "controls"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def picture(path, width=32, height=16):
+    path = Path(path)
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (width, height), (80, 90, 100)).save(path)
+    return path
+
+
+def target(name, caption="a caption", **size):
+    path = picture(f"targets/{name}", **size)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def controls(*names):
+    for name in names:
+        picture(f"controls/{name}")
+
+
+def dataset(**changes):
+    defaults = {
+        "resolution": (64, 32),
+        "caption_extension": ".txt",
+        "image_directory": Path("targets"),
+        "control_directory": Path("controls"),
+        "cache_directory": Path("cache"),
+    }
+    return ImageDatasetConfig(**{**defaults, **changes})
+
+
+def listed(*lines, **changes):
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    Path("list.jsonl").write_text(text, encoding="utf-8")
+    return dataset(image_directory=None, control_directory=None, image_jsonl_file=Path("list.jsonl"), **changes)
+
+
+def matched(config, need_controls=True):
+    return {item.target.name: [path.name for path in item.controls] for item in find_items(config, 0, need_controls)}
+
+
+def message(config, need_controls=True):
+    with pytest.raises(ConfigError) as caught:
+        find_items(config, 0, need_controls)
+    text = str(caught.value)
+    assert text.startswith("datasets[0]") and "\n" not in text
+    return text
+
+
+# Folders
+
+
+def test_an_item_knows_everything_about_its_example(folder):
+    target("cat.png", " A cat, größer \n", width=640, height=480)
+    controls("cat.png")
+    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True, target_index=5), 3, True)
+    assert item.stem == "cat" and item.target == Path("targets/cat.png")
+    assert item.controls == (Path("controls/cat.png"),)
+    assert item.caption == "A cat, größer" and item.dataset == 3
+    assert item.size == (640, 480) and item.bucket == (832, 624)
+    assert item.layout == OneFrameLayout((0,), 5)
+
+
+def test_items_are_in_the_order_of_their_names(folder):
+    for name in ("b.png", "a_1.png", "c.jpg", "a.webp"):
+        target(name)
+        controls(name)
+    assert list(matched(dataset())) == ["a.webp", "a_1.png", "b.png", "c.jpg"]
+
+
+def test_suffixes_count_in_all_lower_or_all_upper_case_only(folder):
+    for name in ("a.PNG", "b.jpg", "c.JPEG", "d.Png", "e.gif", "f.bmp"):
+        target(name)
+        controls(name)
+    (folder / "targets" / "g.png").mkdir()
+    (folder / "targets" / "sub").mkdir()
+    picture("targets/sub/h.png")
+    assert list(matched(dataset())) == ["a.PNG", "b.jpg", "c.JPEG", "f.bmp"]
+
+
+def test_controls_are_ordered_with_the_plain_name_first_and_then_by_number(folder):
+    target("s.png")
+    controls("s_10.png", "s_2.jpg", "s_0001.webp", "s.png", "other.png")
+    indices = {"clean_indices": (0, 2, 4, 6), "target_index": 1}
+    assert matched(dataset(**indices)) == {"s.png": ["s.png", "s_0001.webp", "s_2.jpg", "s_10.png"]}
+
+
+def test_controls_of_one_number_are_ordered_by_name(folder):
+    target("s.png")
+    controls("s.png", "s.jpg", "s_1.png", "s_01.png")
+    indices = {"clean_indices": (0, 2, 4, 6), "target_index": 1}
+    assert matched(dataset(**indices)) == {"s.png": ["s.jpg", "s.png", "s_01.png", "s_1.png"]}
+
+
+def test_the_longest_name_claims_a_control_image(folder):
+    for name in ("a.png", "a_1.png", "a.b.png"):
+        target(name)
+    controls("a_0.png", "a_1_0.png", "a.b_0.png", "a_b_7.png")
+    assert matched(dataset(clean_indices=(0,))) == {
+        "a.b.png": ["a.b_0.png"],
+        "a.png": ["a_0.png"],
+        "a_1.png": ["a_1_0.png"],
+    }
+
+
+def test_control_images_of_an_uncaptioned_target_go_to_no_other(folder):
+    target("a.png")
+    target("a_1.png", caption=None)
+    controls("a_2.png", "a_1.png")
+    assert matched(dataset()) == {"a.png": ["a_2.png"]}
+
+
+def test_control_images_with_other_endings_are_ignored_with_a_warning(folder, caplog):
+    target("s.png")
+    controls("s_0.png", "s_extra.png", "s.v2.png", "s_.png", "s_².png")
+    assert matched(dataset()) == {"s.png": ["s_0.png"]}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "4 images are ignored" in warning and "s.v2.png, s_.png, s_extra.png and 1 more" in warning
+
+
+def test_only_as_many_controls_as_indices_are_used_with_a_warning(folder, caplog):
+    target("s.png")
+    controls("s_0.png", "s_1.png", "s_2.png")
+    assert matched(dataset(clean_indices=(0, 2), target_index=1)) == {"s.png": ["s_0.png", "s_1.png"]}
+    assert "first 2 control images are used for s.png" in caplog.text
+
+
+def test_without_indices_a_second_control_image_is_an_error(folder):
+    target("s.png")
+    controls("s_0.png", "s_1.png")
+    assert "fp_1f_clean_indices is missing" in message(dataset())
+
+
+def test_images_without_a_caption_are_skipped_with_a_warning(folder, caplog):
+    target("a.png")
+    target("b.png", caption=None)
+    controls("a.png", "b.png")
+    assert list(matched(dataset())) == ["a.png"]
+    assert "1 image is skipped for want of a caption file: b.png" in caplog.text
+
+
+def test_captions_may_be_empty_or_carry_a_byte_order_mark(folder):
+    target("a.png", "")
+    target("b.png", "\ufeffhello")
+    assert [item.caption for item in find_items(dataset(), 0, False)] == ["", "hello"]
+
+
+def test_controls_are_not_looked_for_unless_they_are_needed(folder):
+    target("a.png")
+    assert matched(dataset(control_directory=None), need_controls=False) == {"a.png": []}
+
+
+def test_folder_names_with_brackets_work(folder):
+    picture("controls [1]/a.png")
+    target("a.png")
+    assert matched(dataset(control_directory=Path("controls [1]"))) == {"a.png": ["a.png"]}
+
+
+def test_sizes_are_those_of_the_upright_picture(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    target("a.jpg")
+    Image.new("RGB", (640, 480)).save("targets/a.jpg", exif=exif)
+    controls("a.png")
+    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True), 0, True)
+    assert item.size == (480, 640) and item.bucket == (624, 832)
+
+
+def test_no_image_is_decoded(folder, monkeypatch):
+    for suffix in ("png", "jpg", "webp"):
+        target(f"{suffix}.{suffix}")
+        controls(f"{suffix}.{suffix}")
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self))
+    assert len(find_items(dataset(), 0, True)) == 3 and not decoded
+
+
+def test_all_datasets_of_a_file_are_read_and_its_name_is_put_before_errors(folder):
+    target("a.png")
+    controls("a.png")
+    picture("more/b.png").with_suffix(".txt").write_text("b", encoding="utf-8")
+    Path("train.toml").write_text(
+        "[general]\ncaption_extension = '.txt'\n[[datasets]]\nimage_directory = 'targets'\n"
+        "control_directory = 'controls'\n[[datasets]]\nimage_directory = 'more'",
+        encoding="utf-8",
+    )
+    config = read_config("train.toml")
+    assert [(item.stem, item.dataset) for item in find_all_items(config, False)] == [("a", 0), ("b", 1)]
+    with pytest.raises(ConfigError, match=r"^train\.toml: datasets\[1\]: no image has a control image"):
+        find_all_items(config, True)
+    assert find_all_items(DatasetsConfig(config.datasets[:1], config.path), True)[0].controls
+
+
+# JSONL files
+
+
+def test_a_list_keeps_its_order_and_the_caption_as_written(folder):
+    controls("x.png")
+    line = {"caption": " b ", "control_path": "controls/x.png"}
+    config = listed(
+        {"image_path": str(target("b.png")), **line},
+        "",
+        "   ",
+        {"image_path_0": str(target("a.png").resolve()), **line, "note": 1},
+    )
+    items = find_items(config, 0, True)
+    assert [(item.stem, item.caption) for item in items] == [("b", " b "), ("a", " b ")]
+    assert items[0].target == Path("targets/b.png") and items[1].target == folder / "targets" / "a.png"
+    assert {item.controls for item in items} == {(Path("controls/x.png"),)}
+
+
+def test_line_separators_of_unicode_do_not_cut_a_line(folder):
+    text = '{"image_path": "targets/a.png", "caption": "one\u2028two"}\r\n'
+    target("a.png")
+    assert [item.caption for item in find_items(listed(text), 0, False)] == ["one\u2028two"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("control_path", "control_path_1"),
+        ("control_path_0000", "control_path_0010"),
+        ("control_path_2", "control_path_10"),
+    ],
+)
+def test_listed_controls_are_ordered_by_their_number(folder, keys):
+    target("a.png")
+    controls("first.png", "second.png")
+    line = {"image_path": "targets/a.png", "caption": "", keys[1]: "controls/second.png", keys[0]: "controls/first.png"}
+    config = listed(line, clean_indices=(0, 2), target_index=1)
+    assert matched(config) == {"a.png": ["first.png", "second.png"]}
+
+
+GOOD = {"image_path": "targets/a.png", "caption": "c", "control_path": "controls/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("line", "start", "words"),
+    [
+        ('{"image_path": ', ":2: is no JSON", "correct the line"),
+        ('["targets/a.png"]', ":2: is no JSON object", "image_path"),
+        ({**GOOD, "image_path": 3}, ":2: image_path = 3: is no text", "quotes"),
+        ({**GOOD, "caption": None}, ":2: caption = null: is no text", "quotes"),
+        ({**GOOD, "control_path": ["controls/a.png"]}, ":2: control_path = ", "is no text"),
+        ({"image_path": "targets/a.png"}, ":2: 'caption' is missing", "add it"),
+        ({"caption": "c"}, ":2: 'image_path' is missing", "add it"),
+        (
+            {**GOOD, "control_path_0": "controls/a.png"},
+            ":2: control_path_0: there is a control image 0 already",
+            "number",
+        ),
+        ({**GOOD, "image_path_1": "targets/a.png"}, ":2: image_path_1: several targets", "one line for each"),
+        ({"video_path": "v.mp4", "caption": "c"}, ":2: video_path: video datasets are not supported yet", "image_path"),
+    ],
+)
+def test_a_wrong_line_is_named_with_file_and_number(folder, line, start, words):
+    target("a.png")
+    controls("a.png")
+    text = message(listed(GOOD, line))
+    assert text.startswith(f"datasets[0].image_jsonl_file list.jsonl{start}") and words in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_path": "targets/gone.png"}, "gone.png: does not exist"),
+        ({"control_path": "controls/gone.png"}, "gone.png: does not exist"),
+        ({"control_path": "controls"}, "is a folder"),
+    ],
+)
+def test_a_listed_file_that_is_not_there_is_named(folder, change, words):
+    target("a.png")
+    controls("a.png")
+    assert words in message(listed({**GOOD, **change}))
+
+
+def test_a_list_without_lines_is_refused(folder):
+    assert "holds no images" in message(listed("", " "))
+
+
+def test_a_list_without_any_control_is_refused(folder):
+    target("a.png")
+    assert "add control_path to each line" in message(listed({"image_path": "targets/a.png", "caption": "c"}))
+
+
+def test_one_line_without_controls_among_others_is_named(folder):
+    target("a.png")
+    target("b.png")
+    controls("a.png")
+    text = message(listed(GOOD, {"image_path": "targets/b.png", "caption": "c"}))
+    assert "1 image is without 1 control image: b.png" in text
+
+
+# What is wrong with folders and images
+
+
+def test_missing_controls_are_listed_up_to_three(folder):
+    for name in "abcdef":
+        target(f"{name}.png")
+    controls("a_0.png", "a_1.png", "b_0.png")
+    text = message(dataset(clean_indices=(0, 2), target_index=1))
+    assert (
+        "fp_1f_clean_indices = [0, 2]: 5 images are without 2 control images: b.png, c.png, d.png and 2 more;" in text
+    )
+
+
+def test_a_dataset_without_controls_says_what_to_add(folder):
+    target("a.png")
+    assert "add control_directory" in message(dataset(control_directory=None))
+    assert "name the files in controls like the targets" in message(dataset())
+
+
+def test_two_targets_of_one_stem_are_refused_by_name(folder):
+    for name in ("a.png", "a.jpg"):
+        target(name)
+    controls("a.png")
+    text = message(dataset())
+    assert str(Path("targets/a.png")) in text and str(Path("targets/a.jpg")) in text and "rename" in text
+    picture("else/a.png")
+    text = message(listed(GOOD, {**GOOD, "image_path": "else/a.png"}))
+    assert "targets" in text and "else" in text
+    assert "share" in message(listed(GOOD, GOOD))
+
+
+def test_an_empty_folder_and_one_without_captions_are_refused(folder):
+    assert "holds no images" in message(dataset())
+    target("a.png", caption=None)
+    assert "no image has a caption file (.txt)" in message(dataset())
+
+
+def test_a_broken_target_or_control_is_named(folder):
+    target("a.png")
+    controls("a.png")
+    Path("controls/a.png").write_bytes(b"text")
+    text = message(dataset())
+    assert text.startswith(f"datasets[0].control_directory {Path('controls/a.png')}: cannot be read as an image")
+    Path("targets/a.png").write_bytes(b"")
+    text = message(dataset())
+    assert text.startswith(f"datasets[0].image_directory {Path('targets/a.png')}: cannot be read as an image")
+
+
+def test_a_target_with_a_side_below_16_is_named(folder):
+    target("a.png", width=100, height=15)
+    controls("a.png")
+    assert f"{Path('targets/a.png')}: 100x15 pixels are too few" in message(dataset())
+
+
+def test_a_caption_in_another_encoding_is_named(folder):
+    target("a.png").with_suffix(".txt").write_bytes("größer".encode("latin-1"))
+    assert f"{Path('targets/a.txt')}: is not UTF-8 text" in message(dataset(), need_controls=False)

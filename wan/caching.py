@@ -1,0 +1,264 @@
+"""The caching runs: the images and captions of a dataset configuration -> cache files, one item at a time."""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.cache import (
+    LatentCache,
+    LatentSettings,
+    TextSettings,
+    latent_cache_path,
+    latent_stale_reason,
+    list_latent_caches,
+    list_text_caches,
+    remove_except,
+    text_cache_path,
+    text_stale_reason,
+    write_latent_cache,
+    write_text_cache,
+)
+from dataset.config import DatasetsConfig, read_config
+from dataset.sources import Item, find_all_items
+from utils.cli import option
+from utils.dtypes import dtype_name, parse_dtype
+from utils.errors import ConfigError
+from utils.files import fingerprint, require_writable_dir
+from utils.images import open_image
+from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
+from wan.models import CLIPConfig, T5Config, VAEConfig, default_dtype
+from wan.one_frame import stack_condition, stack_frames
+from wan.t5 import encode_text
+from wan.vae import WanVAE
+
+log = logging.getLogger(__name__)
+Job = TypeVar("Job")
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachingConfig:
+    """caching"""
+
+    dataset_config: Path = option(help="dataset TOML")
+    batch_size: int | None = option(
+        None, help="captions per call: default of the datasets' batch_size, and the most that are encoded together"
+    )
+    num_workers: int | None = option(None, help="threads that read files ahead; default: one less than the CPU has")
+    skip_existing: bool = option(False, help="keep caches that were made with the same settings from the same files")
+    keep_cache: bool = option(False, help="keep caches in the cache folders that belong to no item")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+
+    @property
+    def workers(self) -> int:
+        """Number of reading threads."""
+        return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
+
+    def read(self, need_controls: bool) -> tuple[DatasetsConfig, list[Item]]:
+        """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake."""
+        config = read_config(self.dataset_config, self.batch_size)
+        items = find_all_items(config, need_controls)
+        for i, dataset in enumerate(config.datasets):
+            require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
+        return config, items
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentCachingConfig(CachingConfig):
+    """caching"""
+
+    batch_size: int | None = option(
+        None, help="has no effect: images are encoded one by one, as in generation, so that both agree in every bit"
+    )
+    one_frame: bool = option(False, help="one-frame caching, the only kind there is: must be given")
+    disable_cudnn_backend: bool = option(False, help="do without cuDNN, for drivers where it fails")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.one_frame:
+            raise ConfigError("--one_frame is missing; only one-frame caching is supported, add --one_frame")
+
+
+def run_latents(
+    run: LatentCachingConfig,
+    vae: VAEConfig,
+    clip: CLIPConfig,
+    device: torch.device,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> None:
+    """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
+    config, items = run.read(need_controls=True)
+    vae.check()
+    clip.check()
+    torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
+    models = {
+        "vae": fingerprint(vae.vae),
+        "clip": fingerprint(clip.clip),
+        "vae_dtype": dtype_name(vae.dtype(device)),
+        "clip_dtype": _dtype(clip.clip_dtype, device, torch.float16),
+    }
+    todo = items[process_index::num_processes]
+    if run.skip_existing:
+        todo = _stale(todo, lambda item: latent_stale_reason(latent_path(config, item), _settings(item, models)), run)
+    if todo:
+        cache_latents(config, todo, vae.load(device), clip.load(device), models, run.workers)
+    if not run.keep_cache and process_index == 0:
+        _clean(config, items, list_latent_caches, latent_path)
+
+
+def run_texts(
+    run: CachingConfig, t5: T5Config, device: torch.device, process_index: int = 0, num_processes: int = 1
+) -> None:
+    """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
+    config, items = run.read(need_controls=False)
+    t5.check()
+    settings = TextSettings(t5=fingerprint(t5.t5), dtype=_dtype(t5.t5_dtype, device, torch.bfloat16))
+    todo = items[process_index::num_processes]
+    if run.skip_existing:
+        todo = _stale(todo, lambda item: text_stale_reason(text_path(config, item), item.caption, settings), run)
+    if todo:
+        model, tokenizer = t5.load(device)
+        encode = partial(encode_text, model, tokenizer, device=device)
+        cache_texts(config, todo, encode, settings, run.batch_size)
+    if not run.keep_cache and process_index == 0:
+        _clean(config, items, list_text_caches, text_path)
+
+
+def latent_path(config: DatasetsConfig, item: Item) -> Path:
+    """Where the latents of an item are cached."""
+    return latent_cache_path(config.datasets[item.dataset].cache_directory, item.stem, item.size)
+
+
+def text_path(config: DatasetsConfig, item: Item) -> Path:
+    """Where the caption of an item is cached."""
+    return text_cache_path(config.datasets[item.dataset].cache_directory, item.stem)
+
+
+def cache_latents(
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    vae: WanVAE,
+    clip: nn.Module,
+    models: Mapping[str, str],
+    workers: int = 1,
+) -> None:
+    """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names."""
+    blanks: dict[tuple[int, int], Tensor] = {}
+    load = partial(_load, models=models)
+    with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
+        for loaded in _ahead(load, items, workers):
+            item, size = loaded.item, loaded.item.bucket
+            if size not in blanks:
+                blanks[size] = encode_blank(vae, *size)
+            target, *controls = (encode_images(vae, pixels[None])[0] for pixels in loaded.frames)
+            cache = LatentCache(
+                latents=stack_frames(item.layout, controls, target),
+                condition=stack_condition(item.layout, controls, blanks[size]),
+                clip=torch.stack([encode_clip(clip, pixels) for pixels in loaded.whole_controls()]),
+                layout=item.layout,
+            )
+            write_latent_cache(latent_path(config, item), cache, loaded.settings)
+            bar.update(1 + len(controls))
+
+
+def cache_texts(
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    encode: Callable[[list[str]], list[Tensor]],
+    settings: TextSettings,
+    batch_size: int | None = None,
+) -> None:
+    """Encode and write the captions. encode: captions -> [L, D] each; batch_size can lower that of the datasets."""
+    with tqdm(total=len(items), desc="caching texts", unit="caption") as bar:
+        for i, dataset in enumerate(config.datasets):
+            # By length, so that a batch holds little padding; equal captions come together and are encoded once.
+            own = [item for item in items if item.dataset == i]
+            own.sort(key=lambda item: (len(item.caption), item.caption))
+            size = min(dataset.batch_size, batch_size or dataset.batch_size)
+            for batch in (own[start : start + size] for start in range(0, len(own), size)):
+                captions = list(dict.fromkeys(item.caption for item in batch))
+                embeddings = dict(zip(captions, encode(captions), strict=True))
+                for item in batch:
+                    write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, settings)
+                bar.update(len(batch))
+
+
+@dataclass(frozen=True)
+class _LoadedItem:
+    """An item after the reading threads are done with it."""
+
+    item: Item
+    settings: LatentSettings
+    frames: tuple[Tensor, ...]  # the target's and the controls' pixels [3, height, width] at the bucket's size
+    controls: tuple[Image.Image, ...]  # whole
+
+    def whole_controls(self) -> Iterator[Tensor]:
+        """Pixels [3, height, width] of the uncropped control images; one at a time, because photos are large."""
+        return (frame_pixels(image, image.size) for image in self.controls)
+
+
+def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
+    target = open_image(item.target, "target image")
+    controls = tuple(open_image(path, "control image") for path in item.controls)
+    frames = tuple(frame_pixels(image, item.bucket) for image in (target, *controls))
+    return _LoadedItem(item, _settings(item, models), frames, controls)
+
+
+def _settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
+    controls = tuple(fingerprint(path) for path in item.controls)
+    return LatentSettings(bucket=item.bucket, target=fingerprint(item.target), controls=controls, **models)
+
+
+def _dtype(name: str | None, device: torch.device, on_gpu: torch.dtype) -> str:
+    return dtype_name(parse_dtype(name) if name else default_dtype(device, on_gpu))
+
+
+def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:
+    """load(job) of each job, in order; threads work on the next ones meanwhile, one per worker."""
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for job in jobs:
+            waiting.append(pool.submit(load, job))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _stale(items: list[Item], reason: Callable[[Item], str | None], run: CachingConfig) -> list[Item]:
+    """The items that have a reason to be cached again; logs how many there are for each reason."""
+    reasons = list(tqdm(_ahead(reason, items, run.workers), total=len(items), desc="checking caches", unit="file"))
+    counts = Counter(filter(None, reasons))
+    log.info("%d of %d caches are up to date", len(items) - counts.total(), len(items))
+    for text, count in counts.most_common():
+        log.info("%d to be made: %s", count, text)
+    return [item for item, text in zip(items, reasons, strict=True) if text]
+
+
+def _clean(
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    list_caches: Callable[[Path], list[Path]],
+    path_of: Callable[[DatasetsConfig, Item], Path],
+) -> None:
+    kept = {path_of(config, item) for item in items}
+    for dataset in config.datasets:
+        if removed := remove_except(list_caches(dataset.cache_directory), kept):
+            log.info("%s: deleted %d caches that belong to no item", dataset.cache_directory, len(removed))

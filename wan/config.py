@@ -1,0 +1,164 @@
+"""Which Wan2.1 model a checkpoint is, read from its keys and shapes, and the defaults of each task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.errors import ConfigError, suggest
+
+TEXT_LENGTH = 512  # text tokens the DiT sees, padding included
+CLIP_TOKENS = 257  # tokens of one CLIP image: the class token and 16 x 16 patches
+VAE_STRIDE = 8  # pixels per latent pixel, each side
+PATCH = (1, 2, 2)  # latent frames, rows and columns per token
+HEAD_DIM = 128  # in every published Wan model
+
+ModelType = Literal["t2v", "i2v", "flf2v"]
+_CLIP_IMAGES: dict[ModelType, int] = {"t2v": 0, "i2v": 1, "flf2v": 2}
+
+
+@dataclass(frozen=True)
+class DiTSpec:
+    """Dimensions of a Wan2.1 DiT; everything the shapes of a checkpoint do not tell is the same in all of them."""
+
+    model_type: ModelType
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    in_dim: int  # 16 noisy latent channels; i2v and flf2v add 4 mask and 16 conditioning channels
+    text_dim: int
+    image_dim: int | None = None  # width of the CLIP features; None without an image embedding
+    out_dim: int = 16
+    freq_dim: int = 256
+    eps: float = 1e-6
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "DiTSpec":
+        """Read the spec from official key names (spec formats.md section 10.1, no prefix) and their shapes.
+
+        Raises ConfigError when this is no Wan DiT, or one of another family than Wan2.1 T2V, I2V and FLF2V.
+        """
+
+        def shape(key: str, rank: int = 2) -> tuple[int, ...]:
+            if len(shapes.get(key, ())) != rank:
+                raise ConfigError(
+                    f"no Wan DiT in the original layout: '{key}' is missing or no {rank}-d tensor; use a Wan2.1 DiT"
+                )
+            return tuple(shapes[key])
+
+        dim, in_dim, *patch = shape("patch_embedding.weight", rank=5)
+        if tuple(patch) != PATCH or dim % HEAD_DIM:
+            raise ConfigError(f"no Wan DiT: patch_embedding.weight is {[dim, in_dim, *patch]}; use a Wan2.1 DiT")
+        has_image = "img_emb.proj.0.weight" in shapes
+        _, freq_dim = shape("time_embedding.0.weight")
+        out_dim = shape("head.head.weight")[0] // (PATCH[0] * PATCH[1] * PATCH[2])
+        _refuse_other_families(in_dim, out_dim, has_image, is_vace=any(key.startswith("vace_") for key in shapes))
+        blocks = (key.split(".")[1] for key in shapes if key.startswith("blocks."))
+        return cls(
+            model_type=("flf2v" if "img_emb.emb_pos" in shapes else "i2v") if has_image else "t2v",
+            dim=dim,
+            ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+            num_layers=1 + max(int(number) for number in blocks if number.isdigit()),
+            in_dim=in_dim,
+            text_dim=shape("text_embedding.0.weight")[1],
+            image_dim=shape("img_emb.proj.0.weight", rank=1)[0] if has_image else None,
+            out_dim=out_dim,
+            freq_dim=freq_dim,
+        )
+
+
+def _refuse_other_families(in_dim: int, out_dim: int, has_image: bool, is_vace: bool) -> None:
+    if not is_vace and out_dim == 16 and (in_dim, has_image) in {(16, False), (36, True)}:
+        return
+    if is_vace:
+        kind = "a VACE model"
+    elif out_dim != 16:
+        kind = f"a model with {out_dim} latent channels, such as Wan2.2 5B,"
+    elif in_dim == 36:
+        kind = "a Wan2.2 A14B image-to-video model (no image embedding)"
+    elif in_dim == 48:
+        kind = "a model with 48 input channels, such as Fun-Control,"
+    else:
+        kind = f"a model with {in_dim} input channels and {'an' if has_image else 'no'} image embedding"
+    raise ConfigError(f"{kind} is not supported; use the weights of Wan2.1 I2V, FLF2V or T2V")
+
+
+# The official negative prompt (Wan2.1, wan/configs/shared_config.py).
+_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Defaults of a task name (spec cli.md section 8); what the user sets wins."""
+
+    name: str
+    model_type: ModelType
+    steps: int
+    flow_shift: float
+    guidance_scale: float
+    negative_prompt: str = _NEGATIVE_PROMPT
+
+    @property
+    def clip_images(self) -> int:
+        """How many images the CLIP features are made of."""
+        return _CLIP_IMAGES[self.model_type]
+
+    def default_shift(self, width: int, height: int) -> float:
+        """Schedule shift for an output of this size in pixels."""
+        if self.model_type == "i2v" and {width, height} == {832, 480}:
+            return 3.0  # what the official generate.py advises for 480p I2V
+        return self.flow_shift
+
+
+TASKS: dict[str, TaskSpec] = {
+    task.name: task
+    for task in (
+        TaskSpec("i2v-14B", "i2v", steps=40, flow_shift=5.0, guidance_scale=5.0),
+        TaskSpec(
+            "flf2v-14B",
+            "flf2v",
+            steps=40,
+            flow_shift=5.0,
+            guidance_scale=5.0,
+            negative_prompt="镜头切换，" + _NEGATIVE_PROMPT,
+        ),
+        TaskSpec("t2v-14B", "t2v", steps=50, flow_shift=5.0, guidance_scale=5.0),
+        TaskSpec("t2v-1.3B", "t2v", steps=50, flow_shift=5.0, guidance_scale=5.0),
+    )
+}
+
+UNSUPPORTED_TASKS: dict[str, str] = {
+    "t2i-14B": "text-to-image is not supported; use --task t2v-14B",
+    **dict.fromkeys(("t2v-1.3B-FC", "t2v-14B-FC", "i2v-14B-FC"), "Fun-Control is not supported; use --task i2v-14B"),
+    **dict.fromkeys(("i2v-A14B", "t2v-A14B"), "Wan2.2 is not supported; use --task i2v-14B with Wan2.1 weights"),
+}
+
+
+def resolve_task(name: str | None, spec: DiTSpec) -> TaskSpec:
+    """The task called `name`, or without a name the one the checkpoint was made for.
+
+    Only the model type must fit: dimensions are free, so that small test models load under the published names.
+    Raises ConfigError for an unknown or unsupported name and for a checkpoint of another model type.
+    """
+    fitting = "t2v-1.3B" if spec.model_type == "t2v" and spec.dim == 1536 else f"{spec.model_type}-14B"
+    if name is None:
+        return TASKS[fitting]
+    if name in UNSUPPORTED_TASKS:
+        raise ConfigError(f"--task {name}: {UNSUPPORTED_TASKS[name]}")
+    if name not in TASKS:
+        hint = suggest(name, TASKS) or f"; use one of {', '.join(TASKS)}"
+        raise ConfigError(f"--task {name}: unknown task{hint}")
+    task = TASKS[name]
+    if task.model_type != spec.model_type:
+        images = _CLIP_IMAGES[spec.model_type]
+        raise ConfigError(
+            f"--task {name}: the checkpoint is a {spec.model_type} model ({spec.in_dim} input channels, "
+            f"{images} CLIP images); use --task {fitting} or the {task.model_type} weights"
+        )
+    return task

@@ -1,0 +1,245 @@
+"""The Wan2.1 diffusion transformer: maths only. Module names are those of the official checkpoints.
+
+Precision follows the official code without autocast: time embedding, modulation, normalisation statistics, the residual
+stream and the head are float32; the other layers run in the dtype of the weights (`WanDiT.dtype`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.attention import Attention, sdpa
+from wan.config import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
+from wan.rope import apply_rope, grid_positions, rope_angles
+
+
+def pad_text(embeddings: list[Tensor], length: int = TEXT_LENGTH) -> Tensor:
+    """Text embeddings, each [L, text_dim] -> [B, length, text_dim], zeros after the end.
+
+    The model was trained without a text mask, so the zeros take part in the attention. ValueError when one is longer.
+    """
+    longest = max(len(embedding) for embedding in embeddings)
+    if longest > length:
+        raise ValueError(f"text embedding of {longest} tokens; at most {length} fit")
+    return torch.stack([F.pad(embedding, (0, 0, 0, length - len(embedding))) for embedding in embeddings])
+
+
+def timestep_features(timesteps: Tensor, dim: int) -> Tensor:
+    """Sinusoids of network timesteps: [B] in 0..1000 -> [B, dim] float32, first cosines then sines.
+
+    Frequencies 10000^(-2k / dim), in float64 as in the official sinusoidal_embedding_1d.
+    """
+    exponents = torch.arange(dim // 2, dtype=torch.float64, device=timesteps.device) / (dim // 2)
+    angles = torch.outer(timesteps.double(), 10_000.0**-exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+class Linear32(nn.Linear):
+    """A linear layer computed in float32 whatever its weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Layer normalisation computed and returned in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS normalisation over all heads at once (before they are split), computed in float32, returned in x.dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    """[B, L, N * D] -> [B, L, N, D]"""
+    return x.unflatten(-1, (-1, HEAD_DIM))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, eps: float, attention: Attention) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attention = attention
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [B, L, dim]; cos, sin: [B, L, D / 2]. Returns [B, L, dim]."""
+        q = apply_rope(_split_heads(self.norm_q(self.q(x))), cos, sin)
+        k = apply_rope(_split_heads(self.norm_k(self.k(x))), cos, sin)
+        return self.o(self.attention(q, k, _split_heads(self.v(x))).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text and, with its own keys and values, to the image tokens in front of it."""
+
+    def __init__(self, dim: int, eps: float, attention: Attention, has_image: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        self.attention = attention
+        self.has_image = has_image
+        if has_image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: [B, L, dim]; context: [B, image tokens + TEXT_LENGTH, dim]. Returns [B, L, dim].
+
+        As in the official code all tokens but the last TEXT_LENGTH are image tokens: 257 in i2v, 514 in flf2v.
+        """
+        image, text = context[:, :-TEXT_LENGTH], context[:, -TEXT_LENGTH:]
+        q = _split_heads(self.norm_q(self.q(x)))
+        out = self.attention(q, _split_heads(self.norm_k(self.k(text))), _split_heads(self.v(text)))
+        if self.has_image:
+            k, v = _split_heads(self.norm_k_img(self.k_img(image))), _split_heads(self.v_img(image))
+            out = out + self.attention(q, k, v)
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    """Self attention, cross attention and feed-forward around a float32 residual stream."""
+
+    def __init__(self, spec: DiTSpec, attention: Attention) -> None:
+        super().__init__()
+        dim, eps = spec.dim, spec.eps
+        self.norm1 = LayerNorm32(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, eps, attention)
+        self.norm3 = LayerNorm32(dim, eps)  # before the cross attention: the official numbering
+        self.cross_attn = CrossAttention(dim, eps, attention, has_image=spec.image_dim is not None)
+        self.norm2 = LayerNorm32(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, spec.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(spec.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, modulation: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [B, L, dim] float32, the residual stream; modulation: [B, 6, dim] float32, from the timestep; context:
+        [B, L', dim], whose dtype the layers compute in; cos, sin: [B, L, D / 2] float32. Returns [B, L, dim] float32.
+        """
+        dtype = context.dtype
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, dim=1)
+        h = self.norm1(x) * (1 + scale) + shift
+        x = x + self.self_attn(h.to(dtype), cos, sin) * gate
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context)
+        h = self.norm2(x) * (1 + ffn_scale) + ffn_shift
+        return x + self.ffn(h.to(dtype)) * ffn_gate
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features to context tokens. `positions`: how many tokens have a learned position (flf2v), or 0."""
+
+    def __init__(self, image_dim: int, dim: int, positions: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            LayerNorm32(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            LayerNorm32(dim),
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim)) if positions else None
+
+    def forward(self, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """features: [B, tokens, image_dim]; dtype: what the linear layers compute in. Returns [B, tokens, dim]."""
+        norm_in, linear_in, gelu, linear_out, norm_out = self.proj
+        if self.emb_pos is not None:
+            if features.shape[1] != self.emb_pos.shape[1]:
+                raise ValueError(
+                    f"{features.shape[1]} image tokens; flf2v needs {self.emb_pos.shape[1]}, of two images"
+                )
+            features = features + self.emb_pos
+        hidden = gelu(linear_in(norm_in(features).to(dtype)))
+        return norm_out(linear_out(hidden)).to(dtype)
+
+
+class Head(nn.Module):
+    def __init__(self, spec: DiTSpec) -> None:
+        super().__init__()
+        self.norm = LayerNorm32(spec.dim, spec.eps, elementwise_affine=False)
+        self.head = Linear32(spec.dim, PATCH[0] * PATCH[1] * PATCH[2] * spec.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, spec.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x: [B, L, dim], time: [B, dim], float32. Returns [B, L, 2 * 2 * out_dim] float32."""
+        shift, scale = (self.modulation.float() + time[:, None]).chunk(2, dim=1)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+class WanDiT(nn.Module):
+    """Predicts the velocity (noise minus image) of latent frames that sit anywhere on the time axis."""
+
+    def __init__(self, spec: DiTSpec, attention: Attention = sdpa) -> None:
+        super().__init__()
+        dim = spec.dim
+        self.spec = spec
+        self.patch_embedding = nn.Conv3d(spec.in_dim, dim, kernel_size=PATCH, stride=PATCH)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(spec.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(Linear32(spec.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(spec, attention) for _ in range(spec.num_layers))
+        self.head = Head(spec)
+        if spec.image_dim is not None:
+            positions = 2 * CLIP_TOKENS if spec.model_type == "flf2v" else 0
+            self.img_emb = ImageEmbedding(spec.image_dim, dim, positions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model computes in where it does not need float32."""
+        return self.patch_embedding.weight.dtype
+
+    def forward(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        timesteps: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        frame_indices: Tensor,
+    ) -> Tensor:
+        """Velocity of noisy latents.
+
+        latents: [B, 16, F, H, W]. condition: [B, 20, F, H, W], 4 mask and 16 latent channels; None for t2v.
+        timesteps: [B] in 0..1000. text: [B, TEXT_LENGTH, text_dim], see `pad_text`.
+        image: [B, n * 257, image_dim], CLIP features of n images (flf2v: 2); None for t2v.
+        frame_indices: [B, F] integer, the time index of each latent frame.
+        Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
+        """
+        self._check(latents, condition, image, frame_indices)
+        x = latents if condition is None else torch.cat([latents, condition], dim=1)
+        x = self.patch_embedding(x.to(self.dtype))
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2).float()
+
+        angles = rope_angles(grid_positions(frame_indices, *grid[1:]))
+        cos, sin = angles.cos().float(), angles.sin().float()
+        time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
+        modulation = self.time_projection(time).unflatten(1, (6, -1))
+        context = self.text_embedding(text.to(self.dtype))
+        if image is not None:
+            context = torch.cat([self.img_emb(image, self.dtype), context], dim=1)
+
+        for block in self.blocks:
+            x = block(x, modulation, context, cos, sin)
+        return self._unpatchify(self.head(x, time), grid)
+
+    def _check(self, latents: Tensor, condition: Tensor | None, image: Tensor | None, frame_indices: Tensor) -> None:
+        kind, needs_image = self.spec.model_type, self.spec.image_dim is not None
+        if (condition is not None) != needs_image or (image is not None) != needs_image:
+            raise ValueError(f"{kind} takes {'both' if needs_image else 'neither'} of condition and image")
+        if latents.shape[3] % PATCH[1] or latents.shape[4] % PATCH[2]:
+            raise ValueError(f"latent of {latents.shape[3]} x {latents.shape[4]}; both sides must be even")
+        if frame_indices.shape != (latents.shape[0], latents.shape[2]):
+            raise ValueError(f"frame_indices {tuple(frame_indices.shape)} for latents {tuple(latents.shape)}")
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, f * h * w, p * q * r * C] -> [B, C, f * p, h * q, w * r], with (p, q, r) = PATCH."""
+        x = tokens.unflatten(2, (*PATCH, self.spec.out_dim)).unflatten(1, grid)  # [B, f, h, w, p, q, r, C]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,47 @@
+"""Images to what the DiT is conditioned on. Caching and generation both call these, so their results are equal bits."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from utils.images import resize_to_fill, to_pixels
+from wan.clip import encode_image
+from wan.vae import WanVAE
+
+
+def frame_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An RGB image -> the pixels [3, height, width] in [-1, 1] of a frame of this size (width, height)."""
+    return to_pixels(resize_to_fill(np.asarray(image), size))
+
+
+@torch.no_grad()
+def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
+    """[B, 3, 8 H, 8 W] in [-1, 1] -> [B, 16, 1, H, W] normalised latents in the VAE's dtype, which caches store.
+
+    Each image goes through the VAE alone: the rounding of a batch depends on its size (1e-7 in float32 on a CPU), so
+    that a cached image would differ from the same image at generation. One image of a training size fills a GPU anyway.
+    """
+    frames = pixels[:, None, :, None].to(_device(vae))  # [B, 1, 3, 1, 8 H, 8 W]: videos of one frame, one by one
+    return torch.cat([vae.encode(frame) for frame in frames]).to(vae.dtype)
+
+
+def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
+    """Latent [16, 1, H, W] of the constant image that stands for the frame to generate; sizes in pixels.
+
+    Zeros in [-1, 1], mid-grey (spec formats.md section 3).
+    """
+    return encode_images(vae, torch.zeros(1, 3, height, width))[0]
+
+
+@torch.no_grad()
+def encode_clip(clip: nn.Module, pixels: Tensor) -> Tensor:
+    """[3, height, width] in [-1, 1], the whole uncropped image -> CLIP features [257, D] in the model's dtype.
+
+    The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones (formats.md 9.12).
+    """
+    return encode_image(clip, pixels[None].to(_device(clip)))[0]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
