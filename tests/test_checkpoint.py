@@ -122,7 +122,7 @@ def test_without_a_dtype_the_dit_keeps_that_of_the_file_but_not_fp8(stored, aske
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_merging_sees_every_weight_under_its_official_name_before_it_is_cast(prefix, dit_state, tmp_path):
+def test_merging_sees_every_weight_under_its_official_name_in_the_dtype_of_the_model(prefix, dit_state, tmp_path):
     path, seen = tmp_path / "dit.safetensors", []
     save_file({prefix + name: tensor for name, tensor in dit_state.items()}, path)
 
@@ -130,9 +130,9 @@ def test_merging_sees_every_weight_under_its_official_name_before_it_is_cast(pre
         seen.append(name)
         return weight + 1e-3 if name == PROBE else weight
 
-    merged = dit_state | {PROBE: dit_state[PROBE] + 1e-3}
+    cast = {name: tensor.to(torch.bfloat16) for name, tensor in dit_state.items()}
     model = checkpoint.load_dit(path, torch.bfloat16, "cpu", merge=merge)
-    assert_holds(model, {name: tensor.to(torch.bfloat16) for name, tensor in merged.items()})
+    assert_holds(model, cast | {PROBE: cast[PROBE] + 1e-3})
     assert sorted(seen) == sorted(dit_state)
 
 

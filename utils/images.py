@@ -116,14 +116,17 @@ def floor16(pixels: int) -> int:
 def size_for_area(width: int, height: int, image_width: int, image_height: int) -> tuple[int, int]:
     """Size of a generated image: the area asked for (width x height), the aspect ratio of the input image.
 
-    Returns (width, height), multiples of 16. The formula and the order of its float operations are those of the
-    official Wan2.1 `image2video.py` and of musubi-tuner (spec cli.md section 9): both round down, so 832 x 480 for an
-    image of that size gives 832 x 464. Raises ConfigError when a side comes out below 16.
+    Returns (width, height), multiples of 16: floor(sqrt(area / aspect) / 16) * 16 and the same with area * aspect
+    (spec cli.md section 9). Computed in whole numbers: in floats, as in the official code, 832 x 480 for an image of
+    that size comes out as 832 x 464. Raises ConfigError when a side comes out below 16.
     """
     if min(width, height) < STEP:
         raise ConfigError(f"{width}x{height} pixels are too few; ask for at least {STEP} a side")
-    area, aspect = width * height, image_height / image_width
-    result = floor16(int(math.sqrt(area / aspect))), floor16(int(math.sqrt(area * aspect)))
+    area = width * height
+    result = (
+        floor16(math.isqrt(area * image_width // image_height)),
+        floor16(math.isqrt(area * image_height // image_width)),
+    )
     if min(result) < STEP:
         raise ConfigError(
             f"{width}x{height} pixels in the shape of the {image_width}x{image_height} image leave a side below {STEP};"

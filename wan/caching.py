@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,12 +33,12 @@ from dataset.cache import (
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items
 from utils.cli import option
-from utils.dtypes import dtype_name, parse_dtype
+from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
 from utils.images import open_image
 from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
-from wan.models import CLIPConfig, T5Config, VAEConfig, default_dtype
+from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.one_frame import stack_condition, stack_frames
 from wan.t5 import encode_text
 from wan.vae import WanVAE
@@ -53,7 +54,7 @@ class CachingConfig:
 
     dataset_config: Path = option(help="dataset TOML")
     batch_size: int | None = option(
-        None, help="captions per call: default of the datasets' batch_size, and the most that are encoded together"
+        None, help="items per call: default of the datasets' batch_size, and the most that are encoded together"
     )
     num_workers: int | None = option(None, help="threads that read files ahead; default: one less than the CPU has")
     skip_existing: bool = option(False, help="keep caches that were made with the same settings from the same files")
@@ -83,9 +84,6 @@ class CachingConfig:
 class LatentCachingConfig(CachingConfig):
     """caching"""
 
-    batch_size: int | None = option(
-        None, help="has no effect: images are encoded one by one, as in generation, so that both agree in every bit"
-    )
     one_frame: bool = option(False, help="one-frame caching, the only kind there is: must be given")
     disable_cudnn_backend: bool = option(False, help="do without cuDNN, for drivers where it fails")
 
@@ -112,13 +110,13 @@ def run_latents(
         "vae": fingerprint(vae.vae),
         "clip": fingerprint(clip.clip),
         "vae_dtype": dtype_name(vae.dtype(device)),
-        "clip_dtype": _dtype(clip.clip_dtype, device, torch.float16),
+        "clip_dtype": dtype_name(clip.dtype(device)),
     }
     todo = items[process_index::num_processes]
     if run.skip_existing:
         todo = _stale(todo, lambda item: latent_stale_reason(latent_path(config, item), _settings(item, models)), run)
     if todo:
-        cache_latents(config, todo, vae.load(device), clip.load(device), models, run.workers)
+        cache_latents(config, todo, vae.load(device), clip.load(device), models, run)
     if not run.keep_cache and process_index == 0:
         _clean(config, items, list_latent_caches, latent_path)
 
@@ -129,7 +127,7 @@ def run_texts(
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
     config, items = run.read(need_controls=False)
     t5.check()
-    settings = TextSettings(t5=fingerprint(t5.t5), dtype=_dtype(t5.t5_dtype, device, torch.bfloat16))
+    settings = TextSettings(t5=fingerprint(t5.t5), dtype=dtype_name(t5.dtype(device)))
     todo = items[process_index::num_processes]
     if run.skip_existing:
         todo = _stale(todo, lambda item: text_stale_reason(text_path(config, item), item.caption, settings), run)
@@ -157,25 +155,33 @@ def cache_latents(
     vae: WanVAE,
     clip: nn.Module,
     models: Mapping[str, str],
-    workers: int = 1,
+    run: CachingConfig,
 ) -> None:
-    """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names."""
+    """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names.
+
+    The frames of up to a batch of items of one size go through the VAE together.
+    """
     blanks: dict[tuple[int, int], Tensor] = {}
     load = partial(_load, models=models)
+    items = sorted(items, key=lambda item: (item.dataset, item.bucket))
+    sizes = [min(dataset.batch_size, run.batch_size or dataset.batch_size) for dataset in config.datasets]
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
-        for loaded in _ahead(load, items, workers):
-            item, size = loaded.item, loaded.item.bucket
+        for batch in _batches(_ahead(load, items, run.workers), sizes):
+            size = batch[0].item.bucket
             if size not in blanks:
                 blanks[size] = encode_blank(vae, *size)
-            target, *controls = (encode_images(vae, pixels[None])[0] for pixels in loaded.frames)
-            cache = LatentCache(
-                latents=stack_frames(item.layout, controls, target),
-                condition=stack_condition(item.layout, controls, blanks[size]),
-                clip=torch.stack([encode_clip(clip, pixels) for pixels in loaded.whole_controls()]),
-                layout=item.layout,
-            )
-            write_latent_cache(latent_path(config, item), cache, loaded.settings)
-            bar.update(1 + len(controls))
+            encoded = iter(encode_images(vae, torch.stack([frame for one in batch for frame in one.frames])))
+            for one in batch:
+                layout = one.item.layout
+                target, *controls = islice(encoded, len(one.frames))
+                cache = LatentCache(
+                    latents=stack_frames(layout, controls, target),
+                    condition=stack_condition(layout, controls, blanks[size]),
+                    clip=torch.stack([encode_clip(clip, pixels) for pixels in one.whole_controls()]),
+                    layout=layout,
+                )
+                write_latent_cache(latent_path(config, one.item), cache, one.settings)
+                bar.update(len(one.frames))
 
 
 def cache_texts(
@@ -214,6 +220,13 @@ class _LoadedItem:
         return (frame_pixels(image, image.size) for image in self.controls)
 
 
+def _batches(items: Iterable[_LoadedItem], sizes: Sequence[int]) -> Iterator[list[_LoadedItem]]:
+    """Neighbours of one dataset and one bucket, at most `sizes[dataset]` at a time."""
+    for (dataset, _), group in groupby(items, lambda one: (one.item.dataset, one.item.bucket)):
+        while batch := list(islice(group, sizes[dataset])):
+            yield batch
+
+
 def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
     target = open_image(item.target, "target image")
     controls = tuple(open_image(path, "control image") for path in item.controls)
@@ -224,10 +237,6 @@ def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
 def _settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
     controls = tuple(fingerprint(path) for path in item.controls)
     return LatentSettings(bucket=item.bucket, target=fingerprint(item.target), controls=controls, **models)
-
-
-def _dtype(name: str | None, device: torch.device, on_gpu: torch.dtype) -> str:
-    return dtype_name(parse_dtype(name) if name else default_dtype(device, on_gpu))
 
 
 def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:

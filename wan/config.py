@@ -56,12 +56,12 @@ class DiTSpec:
         _, freq_dim = shape("time_embedding.0.weight")
         out_dim = shape("head.head.weight")[0] // (PATCH[0] * PATCH[1] * PATCH[2])
         _refuse_other_families(in_dim, out_dim, has_image, is_vace=any(key.startswith("vace_") for key in shapes))
-        blocks = (key.split(".")[1] for key in shapes if key.startswith("blocks."))
+        blocks = {key.split(".")[1] for key in shapes if key.startswith("blocks.")}
         return cls(
             model_type=("flf2v" if "img_emb.emb_pos" in shapes else "i2v") if has_image else "t2v",
             dim=dim,
             ffn_dim=shape("blocks.0.ffn.0.weight")[0],
-            num_layers=1 + max(int(number) for number in blocks if number.isdigit()),
+            num_layers=len(blocks),
             in_dim=in_dim,
             text_dim=shape("text_embedding.0.weight")[1],
             image_dim=shape("img_emb.proj.0.weight", rank=1)[0] if has_image else None,

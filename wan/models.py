@@ -202,11 +202,14 @@ class T5Config:
             )
         checkpoint.check_tokenizer(self.t5_tokenizer)
 
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that captions are encoded in."""
+        return _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
+
     def load(self, device: torch.device):
         """(T5 encoder, tokenizer)."""
-        dtype = _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
         tokenizer = checkpoint.load_tokenizer(self.t5_tokenizer)
-        return checkpoint.load_t5(self.t5, dtype, device), tokenizer
+        return checkpoint.load_t5(self.t5, self.dtype(device), device), tokenizer
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,10 @@ class CLIPConfig:
         if spec is not None and width != spec.image_dim:
             raise ConfigError(f"--clip {self.clip}: its width is {width}, the DiT takes {spec.image_dim}; use its CLIP")
 
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that CLIP features are computed in."""
+        return _dtype(self.clip_dtype, "--clip_dtype") or default_dtype(device, torch.float16)
+
     def load(self, device: torch.device):
         """The image encoder in its dtype for `device`."""
-        dtype = _dtype(self.clip_dtype, "--clip_dtype") or default_dtype(device, torch.float16)
-        return checkpoint.load_clip(self.clip, dtype, device)
+        return checkpoint.load_clip(self.clip, self.dtype(device), device)

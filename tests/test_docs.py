@@ -1,0 +1,212 @@
+"""The documented commands: they name real flags, and run as they stand on tiny checkpoints."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toml
+from PIL import Image
+
+from dataset import config
+from demo.tiny_models import FILES, write_models
+from tests.helpers import GOLDEN, TINY
+from tests.photos import PHOTOS, photo, write_pairs
+from utils import prompts
+from utils.errors import ConfigError
+from wan.lora import read_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = (ROOT / "docs" / "one_frame.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
+_BLOCK = re.compile(r"(?:^`(?P<name>[\w.]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHARED_NAMES = {"i2v": "tiny_dit_i2v.safetensors", "flf2v": "tiny_dit_flf2v.safetensors", "vae": "tiny_vae.pth"}
+_SHARED_NAMES |= {"t5": "tiny_t5_enc.pth", "clip": "tiny_clip.pth", "tokenizer": "tokenizer"}
+
+
+def blocks(text: str, kind: str) -> list[str]:
+    return [block["text"] for block in _BLOCK.finditer(text) if block["kind"] == kind]
+
+
+def files(text: str) -> dict[str, str]:
+    return {block["name"]: block["text"] for block in _BLOCK.finditer(text) if block["name"]}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of the bash blocks, lines joined."""
+    lines = "".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines]
+
+
+def script_of(command: list[str]) -> int:
+    """Where the script's name stands in the words of a command."""
+    return next(i for i, word in enumerate(command) if word.endswith(".py"))
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, without the two heading rows."""
+    rows = re.search(rf"^#+ {heading}$.*?^((?:\|[^\n]*\n)+)", GUIDE, re.MULTILINE | re.DOTALL)[1].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.mark.parametrize("command", commands(GUIDE + README), ids=lambda words: words[script_of(words)])
+def test_every_flag_of_a_documented_command_exists(command):
+    script = script_of(command)
+    parser = importlib.import_module(command[script].removesuffix(".py")).build_parser()
+    known = {name for action in parser._actions if action.help != "==SUPPRESS==" for name in action.option_strings}
+    assert {word for word in command[script:] if word.startswith("--")} <= known
+    parser.parse_args(command[script + 1 :])
+
+
+def test_a_misspelt_flag_would_be_noticed():
+    parser = importlib.import_module("wan_generate_video").build_parser()
+    with pytest.raises(ConfigError, match="--one_frame_inference"):
+        parser.parse_args(["--save_path", "x", "--one_frame_inferense", "target_index=1"])
+
+
+def test_the_readme_shows_commands_of_the_guide():
+    assert len(commands(README)) == 4
+    assert all(block in blocks(GUIDE, "bash") for block in blocks(README, "bash"))
+
+
+def test_every_dataset_key_is_in_the_table_and_none_else():
+    assert set(re.findall(r"`(\w+)`", "".join(row[0] for row in table("Images")))) == set(config._FIELDS)
+
+
+def test_every_prompt_option_is_in_the_table_with_its_key():
+    options = {}
+    for names, keys, *_ in table("Prompt lines")[1:]:
+        options |= dict(zip(re.findall(r"--(\w+)", names), re.findall(r"`(\w+)`", keys), strict=True))
+    assert options == {name: key for name, (key, _) in prompts._OPTIONS.items()}
+
+
+def test_the_picture_sizes_in_the_text_are_right():
+    from utils.images import size_for_area
+
+    asked, made = re.search(r"(\d+ × \d+) with a square start image gives (\d+ × \d+)", GUIDE).groups()
+    height, width = map(int, asked.split(" × "))
+    assert size_for_area(width, height, 500, 500) == tuple(map(int, made.split(" × ")))
+
+
+def test_links_and_pictures_lead_somewhere():
+    for page, text in ((ROOT / "docs" / "one_frame.md", GUIDE), (ROOT / "README.md", README)):
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.is_file(), link
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}, link
+
+
+def test_the_install_line_names_the_pinned_torch():
+    pin = re.search(r"^torch==.*$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert f"pip install {pin} " in README
+
+
+def test_there_are_a_dozen_photographs_and_each_pair_differs(tmp_path):
+    write_pairs(tmp_path)
+    assert len(PHOTOS) >= 12 and len(list((tmp_path / "ends").iterdir())) == 2 * len(PHOTOS)
+    for name in PHOTOS:
+        start, middle, target = (Image.open(tmp_path / f / f"{name}.png") for f in ("start", "middle", "target"))
+        assert start.size == middle.size == target.size and start.mode == "RGB"
+        assert start.tobytes() == photo(name).tobytes() == Image.open(tmp_path / f"ends/{name}_0.png").tobytes()
+        assert len({start.tobytes(), middle.tobytes(), target.tobytes()}) == 3
+        assert (tmp_path / f"target/{name}.txt").read_text(encoding="utf-8").startswith(PHOTOS[name][0])
+
+
+def test_photographs_are_the_same_each_time(tmp_path):
+    for name in ("a", "b"):
+        write_pairs(tmp_path / name, names=("cat",))
+    assert (tmp_path / "a/target/cat.png").read_bytes() == (tmp_path / "b/target/cat.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A checkout with the documented models and images in it: the tiny reference checkpoints, or random ones."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for source in (*ROOT.glob("wan_*.py"), ROOT / "wan", ROOT / "dataset", ROOT / "utils"):
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / source.name)
+    if GOLDEN.is_dir():
+        (folder / "models").mkdir()
+        for kind, name in _SHARED_NAMES.items():
+            copy = shutil.copytree if (TINY / name).is_dir() else shutil.copy
+            copy(TINY / name, folder / "models" / FILES[kind])
+    else:
+        write_models(folder / "models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_pairs(Path("data"))
+    for name, text in files(GUIDE).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_the_configuration_files_fit_the_documented_folders(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    assert set(files(GUIDE)) == {
+        *("dataset.toml", "dataset_list.toml", "dataset_flf2v.toml", "prompts.txt", "prompts_flf2v.txt"),
+    }
+    for name in files(GUIDE):
+        if name.endswith(".toml"):
+            config.read_config(name)
+    for block in blocks(GUIDE, "json"):
+        lines = Path("data/pairs.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(block) in [json.loads(line) for line in lines]
+    indices = [dataset.get("fp_1f_clean_indices") for dataset in toml.load("dataset_flf2v.toml")["datasets"]]
+    assert indices == [[0, 2]]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the commands are written for bash")
+def test_the_commands_of_the_guide_run_as_they_stand(workplace):
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    environment["HF_HUB_OFFLINE"] = "1"
+    for block in blocks(GUIDE, "bash"):
+        begin = time.perf_counter()
+        result = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=workplace,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout[-4000:]}"
+        print(f"{time.perf_counter() - begin:6.1f} s  {block.splitlines()[0]}")
+
+    def count(pattern: str) -> int:
+        return len(list(workplace.glob(pattern)))
+
+    for folder in ("cache", "cache_list", "cache_flf2v"):
+        assert count(f"data/{folder}/*_wan.safetensors") == count(f"data/{folder}/*_wan_te.safetensors") == len(PHOTOS)
+    for name, modules, samples in (("my-lora", 12 * 3, 2), ("my-flf2v-lora", 12 * 2, 1)):
+        for suffix in ("", "-step00000030"):
+            lora = read_lora(workplace / "output" / f"{name}{suffix}.safetensors", "--lora_weight")
+            assert not GOLDEN.is_dir() or len(lora.modules) == modules
+        assert count(f"output/sample/{name}_*.png") == 2 * samples  # before and after
+    for folder, pictures in {
+        **{"results": 1, "results_batch": 2, "results_latent": 1, "results_decoded": 1},
+        **{"results_flf2v": 1, "results_flf2v_end": 1, "results_flf2v_batch": 1},
+    }.items():
+        assert count(f"{folder}/*.png") == pictures, folder
+        for path in workplace.glob(f"{folder}/*.png"):
+            width, height = Image.open(path).size
+            assert width % 16 == height % 16 == 0 and abs(width * height / (384 * 576) - 1) < 0.1
+    assert count("results_latent/*_latent.safetensors") == 1
+    (latent,), (decoded,) = (
+        list(workplace.glob(f"{folder}/*.png")) for folder in ("results_latent", "results_decoded")
+    )
+    assert Image.open(latent).tobytes() == Image.open(decoded).tobytes()
+    (single,), (given,) = (list(workplace.glob(f"{folder}/*.png")) for folder in ("results_flf2v", "results_flf2v_end"))
+    assert single.read_bytes() == given.read_bytes()  # the end image is the control with the largest index either way
