@@ -58,8 +58,7 @@ class OptimizerConfig:
                 "use --lr_scheduler constant_with_warmup"
             )
         _share(self.lr_decay_steps, "--lr_decay_steps", 1000)
-        optimizer_class(self.optimizer_type)
-        parse_arguments(self.optimizer_args, "--optimizer_args")
+        build_optimizer(self, [{"params": [torch.zeros(1, requires_grad=True)]}])
 
 
 def parse_arguments(arguments: tuple[str, ...], flag: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from utils.prompts import Prompt
 from wan import one_frame
 from wan.config import TaskSpec
 from wan.one_frame import OneFrameLayout
-from wan.sampling import SOLVERS
+from wan.sampling import SOLVERS, schedule
 
 log = logging.getLogger(__name__)
 
@@ -55,26 +55,33 @@ class Request:
         Raises ConfigError naming where the prompt stands.
         """
         try:
-            layout, controls = _controls(prompt)
-            clip_images = _clip_images(prompt, layout, controls, task.clip_images)
-            asked = (prompt.width or 256, prompt.height or 256)
-            if sampling.exact_size:
-                width, height = map(floor16, asked)
-            else:
-                width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
+            return cls._resolved(prompt, task, sampling)
         except ConfigError as error:
             raise ConfigError(f"{prompt.place}: {error}") from None
+
+    @classmethod
+    def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig) -> "Request":
+        layout, controls = _controls(prompt)
+        clip_images = _clip_images(prompt, layout, controls, task.clip_images)
+        asked = (prompt.width or 256, prompt.height or 256)
+        if sampling.exact_size:
+            width, height = map(floor16, asked)
+        else:
+            width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
 
         def given(value, default):
             return default if value is None else value
 
+        steps = given(prompt.sample_steps, task.steps)
+        shift = given(prompt.discrete_flow_shift, task.default_shift(*asked))
+        schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
         return cls(
             prompt=prompt.prompt or "",
             negative_prompt=given(prompt.negative_prompt, task.negative_prompt),
             width=width,
             height=height,
-            steps=given(prompt.sample_steps, task.steps),
-            shift=given(prompt.discrete_flow_shift, task.default_shift(*asked)),
+            steps=steps,
+            shift=shift,
             guidance=given(prompt.cfg_scale, task.guidance_scale),
             seed=given(prompt.seed, random.SystemRandom().randrange(1 << 32)),
             layout=layout,

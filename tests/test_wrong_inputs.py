@@ -1,0 +1,264 @@
+"""Mistakes of every kind, through the scripts: one line, exit code 1, and no weights are loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import wan.checkpoint
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_generate_video
+import wan_train_network
+from demo.tiny_models import FILES, write_models
+from tests.photos import write_pairs
+from utils import cli
+from wan.config import DiTSpec
+from wan.dit import WanDiT
+
+M = {kind: f"models/{name}" for kind, name in FILES.items()}
+TOML = """
+[general]
+resolution = [48, 48]
+caption_extension = ".txt"
+[[datasets]]
+image_directory = "data/target"
+control_directory = "data/start"
+cache_directory = "cache"
+fp_1f_clean_indices = [0]
+fp_1f_target_index = 1
+"""
+CACHE = ["--dataset_config", "data.toml", "--vae", M["vae"], "--clip", M["clip"], "--one_frame", "--device", "cpu"]
+TEXT = ["--dataset_config", "data.toml", "--t5", M["t5"], "--t5_tokenizer", M["tokenizer"], "--device", "cpu"]
+ENCODERS = [
+    "--vae",
+    M["vae"],
+    "--clip",
+    M["clip"],
+    "--t5",
+    M["t5"],
+    "--t5_tokenizer",
+    M["tokenizer"],
+    "--device",
+    "cpu",
+]
+TRAIN = [
+    *("--dit", M["i2v"], "--task", "i2v-14B", "--dataset_config", "data.toml", *ENCODERS),
+    *("--output_dir", "output", "--output_name", "x", "--sample_prompts", "prompts.txt", "--seed", "1"),
+]
+CONTROL = ["--control_image_path", "data/start/cat.png"]
+GENERATE = [
+    *("--dit", M["i2v"], *ENCODERS, "--prompt", "a cat", *CONTROL, "--image_path", "data/start/cat.png"),
+    *("--one_frame_inference", "control_index=0,target_index=1", "--save_path", "out", "--video_size", "48", "48"),
+]
+SCRIPTS = {
+    "cache": (wan_cache_latents.main, CACHE),
+    "text": (wan_cache_text_encoder_outputs.main, TEXT),
+    "train": (wan_train_network.main, TRAIN),
+    "generate": (wan_generate_video.main, GENERATE),
+}
+NO_CACHES = "no caches made"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """Everything right, caches included; each case gets a copy and breaks one thing."""
+    folder = tmp_path_factory.mktemp("right")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_pairs(Path("data"), ["cat", "coffee"])
+        write_models(Path("models"))
+        spec = DiTSpec("t2v", dim=128, ffn_dim=128, num_layers=1, in_dim=16, text_dim=64)
+        torch.manual_seed(0)
+        save_file(WanDiT(spec).state_dict(), "models/t2v.safetensors")
+        save_file(
+            {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 256)}, "models/other.safetensors"
+        )
+        lora = {"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.zeros(2, 64)}
+        save_file(
+            lora | {"lora_unet_blocks_0_self_attn_q.lora_up.weight": torch.zeros(64, 2)}, "models/lora.safetensors"
+        )
+        Path("data.toml").write_text(TOML)
+        Path("prompts.txt").write_text("a --ci data/start/cat.png --of control_index=0,target_index=1 --w 48 --h 48\n")
+        wan_cache_latents.main(CACHE)
+        wan_cache_text_encoder_outputs.main(TEXT)
+    return folder
+
+
+def write(path: str, content: str | bytes):
+    return lambda: Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def edit(path: str, old: str, new: str):
+    def apply() -> None:
+        text = Path(path).read_text()
+        assert old in text
+        Path(path).write_text(text.replace(old, new))
+
+    return apply
+
+
+def remove(path: str):
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def truncate(path: str):
+    return lambda: Path(path).write_bytes(Path(path).read_bytes()[:-1000])
+
+
+def drop_tensor(path: str, name: str):
+    def apply() -> None:
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path)
+
+    return apply
+
+
+def prompt(line: str):
+    return write("prompts.txt", line)
+
+
+def flags(*argv: str):
+    """Further flags; argparse takes the last value of a flag."""
+    return list(argv)
+
+
+def small_image():
+    Image.new("RGB", (8, 8)).save("data/target/tiny.png")
+    Image.new("RGB", (8, 8)).save("data/start/tiny.png")
+    Path("data/target/tiny.txt").write_text("x")
+
+
+CASES = [
+    # script, what goes wrong (a change of the files, or flags), words of the message
+    ("cache", flags("--dataset_config", "none.toml"), ["none.toml", "does not exist"]),
+    ("cache", flags("--vae", "models/none.pth"), ["--vae", "models/none.pth", "does not exist"]),
+    ("cache", flags("--clip", "models"), ["--clip", "folder"]),
+    ("cache", flags("--vae", M["t5"]), ["--vae", "no Wan2.1 VAE"]),
+    ("cache", flags("--batch_size", "none"), ["--batch_size", "none"]),
+    ("cache", flags("--batch_size", "0"), ["--batch_size 0"]),
+    ("cache", flags("--vae_dtype", "bf61"), ["--vae_dtype", "bf61", "did you mean 'bf16'"]),
+    ("cache", flags("--device", "quantum"), ["--device", "quantum"]),
+    ("cache", flags("--debug_mode", "image"), ["--debug_mode", "not supported"]),
+    ("cache", flags("--skip_exsting"), ["--skip_exsting", "did you mean '--skip_existing'"]),
+    ("cache", truncate(M["clip"]), ["--clip", "damaged"]),
+    ("cache", write("data.toml", "[general\n"), ["data.toml"]),
+    ("cache", edit("data.toml", "resolution", "resolutoin"), ["resolutoin", "did you mean 'resolution'"]),
+    ("cache", edit("data.toml", "[48, 48]", '"48"'), ["resolution", "48"]),
+    ("cache", edit("data.toml", "clean_indices = [0]", "clean_indices = [1]"), ["datasets[0]", "fp_1f_target_index=1"]),
+    ("cache", edit("data.toml", "clean_indices = [0]", "clean_indices = [0, 2]"), ["control", "cat"]),
+    ("cache", edit("data.toml", "target_index = 1", "target_index = -1"), ["fp_1f_target_index=-1", "negative"]),
+    ("cache", edit("data.toml", "data/start", "data/nowhere"), ["control_directory", "data/nowhere"]),
+    ("cache", edit("data.toml", "data/target", "data/nowhere"), ["image_directory", "data/nowhere"]),
+    (
+        "cache",
+        edit("data.toml", 'image_directory = "data/target"', 'video_directory = "data"'),
+        ["video", "not supported"],
+    ),
+    (
+        "cache",
+        edit("data.toml", 'cache_directory = "cache"', 'cache_directory = "data.toml/cache"'),
+        ["cache_directory"],
+    ),
+    ("cache", remove("data/start/cat.png"), ["control", "cat.png"]),
+    ("cache", write("data/start/cat.png", b"\x89PNG\r\n\x1a\nnonsense"), ["cat.png"]),
+    ("cache", write("data/target/cat.jpg", b""), ["cat"]),
+    ("cache", small_image, ["tiny.png", "16"]),
+    ("cache", lambda: [path.unlink() for path in Path("data/target").iterdir()], ["data/target", "no"]),
+    ("text", flags("--t5", "models/none.pth"), ["--t5", "does not exist"]),
+    ("text", flags("--t5_tokenizer", "models"), ["--t5_tokenizer models", "tokenizer.json"]),
+    ("text", flags("--t5", M["clip"]), ["--t5", "no umT5 encoder"]),
+    ("text", flags("--fp8_t5"), ["--fp8_t5", "not supported"]),
+    ("train", flags("--dit", "models/t2v.safetensors"), ["--task i2v-14B", "t2v model"]),
+    ("train", flags("--task", "flf2v-14B"), ["--task flf2v-14B", "i2v model"]),
+    ("train", flags("--task", "i2v-A14B"), ["--task i2v-A14B", "Wan2.2"]),
+    ("train", flags("--task", "i2v-15B"), ["--task i2v-15B", "i2v-14B"]),
+    ("train", truncate(M["i2v"]), ["--dit", "damaged"]),
+    ("train", drop_tensor(M["i2v"], "blocks.1.norm3.bias"), ["--dit", "1 missing", "blocks.1.norm3.bias"]),
+    ("train", flags("--learning_rate", "-1"), ["--learning_rate -1"]),
+    ("train", flags("--max_train_steps", "0"), ["--max_train_steps 0"]),
+    ("train", flags("--network_module", "networks.lora"), ["--network_module networks.lora"]),
+    ("train", flags("--network_dim", "0"), ["--network_dim 0"]),
+    ("train", flags("--network_args", "conv_dim=4"), ["conv_dim"]),
+    ("train", flags("--network_weights", "none.safetensors"), ["--network_weights", "does not exist"]),
+    ("train", flags("--base_weights", "models/other.safetensors"), ["--base_weights", "ComfyUI"]),
+    ("train", flags("--optimizer_type", "AdamV"), ["--optimizer_type AdamV", "did you mean 'Adam"]),
+    ("train", flags("--optimizer_type", "AdamW8bit"), ["AdamW8bit", "bitsandbytes"]),
+    ("train", flags("--optimizer_args", "speed=3"), ["--optimizer_args", "speed"]),
+    ("train", flags("--lr_warmup_steps", "10"), ["--lr_warmup_steps 10", "constant_with_warmup"]),
+    ("train", flags("--lr_scheduler", "cosin"), ["--lr_scheduler", "cosin"]),
+    ("train", flags("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900", "100"]),
+    ("train", flags("--mixed_precision", "bf16", "--dit_dtype", "float32"), ["--dit_dtype float32", "bf16"]),
+    ("train", flags("--save_precision", "fp8"), ["--save_precision fp8"]),
+    ("train", flags("--output_name", "a/b"), ["--output_name a/b"]),
+    ("train", flags("--output_dir", "data.toml/out"), ["--output_dir", "cannot write"]),
+    ("train", flags("--dit_high_noise", "x"), ["--dit_high_noise", "Wan2.2"]),
+    ("train", flags("--sage_attn"), ["--sage_attn"]),
+    ("train", flags("--sample_prompts", "none.txt"), ["--sample_prompts", "does not exist"]),
+    ("train", prompt("a cat --w 48"), ["prompts.txt:1", "one_frame"]),
+    ("train", prompt("a --ci data/none.png --of control_index=0,target_index=1"), ["prompts.txt:1", "data/none.png"]),
+    ("train", prompt("a --of control_index=0,target_index=1"), ["prompts.txt:1", "0 control images"]),
+    ("train", prompt("a --cim mask.png"), ["prompts.txt:1", "mask"]),
+    ("train", remove("cache"), ["cache", "wan_cache_latents.py"]),
+    ("train", truncate("cache/cat_0320x0213_wan.safetensors"), ["cat_0320x0213_wan.safetensors"]),
+    ("generate", flags("--prompt", "x", "--interactive"), ["--prompt", "--interactive"]),
+    ("generate", flags("--one_frame_inference", "control_indx=0"), ["control_indx", "did you mean 'control_index'"]),
+    ("generate", flags("--one_frame_inference", "control_index=0;2,target_index=1"), ["1 control images", "0;2"]),
+    ("generate", flags("--one_frame_inference", "control_index=1,target_index=1"), ["target_index=1", "e.g. 2"]),
+    ("generate", flags("--one_frame_inference", ""), ["one_frame", "--of"]),
+    ("generate", flags("--control_image_path", "none.png"), ["none.png"]),
+    ("generate", flags("--image_path", "data.toml"), ["data.toml"]),
+    ("generate", flags("--control_image_mask_path", "m.png"), ["--control_image_mask_path", "mask"]),
+    ("generate", flags("--video_size", "8", "48"), ["--video_size 8 48"]),
+    ("generate", flags("--video_size", "48"), ["--video_size", "2"]),
+    ("generate", flags("--infer_steps", "0"), ["--infer_steps 0"]),
+    ("generate", flags("--flow_shift", "0"), ["flow_shift", "0"]),
+    ("generate", flags("--sample_solver", "euler"), ["--sample_solver", "euler"]),
+    ("generate", flags("--lora_weight", "none.safetensors"), ["--lora_weight", "does not exist"]),
+    ("generate", flags("--lora_weight", "models/other.safetensors"), ["--lora_weight", "ComfyUI"]),
+    ("generate", flags("--lora_weight", "models/lora.safetensors"), ["models/lora.safetensors", "[64, 64]"]),
+    ("generate", flags("--lora_multiplier", "1", "2"), ["--lora_multiplier", "2 numbers"]),
+    ("generate", flags("--save_path", "data.toml/out"), ["--save_path", "cannot write"]),
+    ("generate", flags("--attn_mode", "flash"), ["--attn_mode flash"]),
+    ("generate", flags("--dit", "models/t2v.safetensors"), ["text-to-video", "i2v-14B"]),
+    ("generate", flags("--latent_path", M["vae"]), ["--latent_path"]),
+    ("generate", flags("--fp8_scaled"), ["--fp8_scaled", "not supported"]),
+]
+
+
+@pytest.mark.parametrize(("script", "mistake", "words"), CASES, ids=lambda value: str(value)[:60])
+def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
+    template, tmp_path, monkeypatch, capsys, script, mistake, words
+):
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
+        monkeypatch.setattr(wan.checkpoint, name, lambda *_args, **_more: pytest.fail("weights were loaded"))
+    main, argv = SCRIPTS[script]
+    if callable(mistake):
+        mistake()
+    elif "--latent_path" in mistake or "--interactive" in mistake:
+        argv = [part for part in argv if part not in ("--prompt", "a cat")]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit_, monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["script", *argv, *(mistake if isinstance(mistake, list) else [])])
+        cli.run(main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert exit_.value.code == 1 and len(lines) == 1, lines
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in lines[0] and not [path for path in before if not path.exists()]
+
+
+def test_the_template_of_the_table_is_right(template, tmp_path, monkeypatch):
+    """Each script runs on it: what the cases report comes from their one mistake."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    wan_cache_latents.main(CACHE)
+    wan_cache_text_encoder_outputs.main(TEXT)
+    wan_train_network.main([*TRAIN, "--max_train_steps", "1", "--max_data_loader_n_workers", "0"])
+    wan_generate_video.main([*GENERATE, "--infer_steps", "1"])
+    assert Path("output/x.safetensors").is_file() and len(list(Path("out").iterdir())) == 1
