@@ -12,12 +12,16 @@ _IGNORED = {
 _REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     cli.add_fields(parser, LatentCachingConfig, VAEConfig, CLIPConfig, DeviceConfig)
     cli.ignore(parser, _IGNORED)
     cli.refuse(parser, _REFUSED)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     run, vae, clip = (cli.build(section, args) for section in (LatentCachingConfig, VAEConfig, CLIPConfig))
     run_latents(run, vae, clip, cli.build(DeviceConfig, args).torch_device)
 

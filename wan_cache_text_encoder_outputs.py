@@ -7,11 +7,15 @@ from wan.models import DeviceConfig, T5Config
 _REFUSED = {"--fp8_t5": "is not supported yet; leave it out"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     cli.add_fields(parser, CachingConfig, T5Config, DeviceConfig)
     cli.refuse(parser, _REFUSED)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
     run, t5 = (cli.build(section, args) for section in (CachingConfig, T5Config))
     run_texts(run, t5, cli.build(DeviceConfig, args).torch_device)
 

@@ -74,6 +74,45 @@ def test_an_ignored_flag_is_mentioned_and_has_no_effect(caplog):
     assert "--noop has no effect: nothing to do" in caplog.text
 
 
+def parse_file(folder: Path, text: str, *argv: str) -> Section:
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    parser = cli.Parser()
+    cli.add_fields(parser, Section)
+    parser.read_options_from("--config_file")
+    return cli.build(Section, parser.parse_args([*argv, "--config_file", str(folder / "run")]))
+
+
+def test_a_config_file_gives_options_and_the_command_line_goes_over_them(tmp_path):
+    text = 'name = "x"\nswitch = true\n[any_table]\ncount = 4\nrate = 0.5\nfiles = ["a", "b"]\n'
+    assert parse_file(tmp_path, text) == Section("x", 4, 0.5, (Path("a"), Path("b")), True)
+    assert parse_file(tmp_path, text + "[other]\nkind = 'b'\n", "--count", "7", "--kind=a").count == 7
+    assert parse_file(tmp_path, 'name = "x"\nswitch = false\n') == Section("x")
+
+
+def test_settings_written_as_toml_are_read_back_as_they_were(tmp_path):
+    section = Section("a b", -0, -0.25, (Path("c d/e"), Path("f")), True, "b")
+    assert parse_file(tmp_path, cli.to_toml(section)) == section
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cuont = 3", ["cuont", "did you mean 'count'"]),
+        ('count = "three"', ["run.toml", "--count", "three"]),
+        ('kind = "c"', ["run.toml", "--kind", "'c'"]),
+        ("switch = 1", ["run.toml", "switch = 1", "true or false"]),
+        ("count = true", ["count = True", "no switch"]),
+        ("count = [1]", ["count = [1]", "one value"]),
+        ("count = ", ["run.toml", "line 1"]),
+        ("count = 4", ["--name"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_told_with_its_place(tmp_path, text, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_file(tmp_path, text)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
 def test_run_prints_one_line_and_exits_with_1():
     code = "from utils import cli, errors\ndef main(): raise errors.ConfigError('a\\nb')\ncli.run(main)"
     root = Path(__file__).parents[1]

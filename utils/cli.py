@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import logging
 import sys
 import types
@@ -10,9 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import toml
+
 from utils.errors import ConfigError, suggest
+from utils.files import read_toml
 
 log = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Section = TypeVar("Section")
 
 
@@ -28,20 +34,67 @@ def option(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[s
     )
 
 
+class Stopped(Exception):  # noqa: N818 no error: the user asked for it
+    """A run that ended before its end on request. The message says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors: one line, exit code 1, the nearest known flag named."""
+
+    config_flag: str | None = None
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message.removeprefix("argument "))
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        if self.config_flag:
+            args = [*self._config_arguments(args), *args]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            name = unknown[0].split("=")[0]
-            hint = suggest(name, flags) or "; --help lists the flags"
+            hint = suggest(unknown[0].split("=")[0], self._flags()) or "; --help lists the flags"
             raise ConfigError(f"unknown argument '{unknown[0]}'{hint}")
         return parsed
+
+    def read_options_from(self, flag: str) -> None:
+        """Add `flag FILE`: a TOML file of options, checked like the command line, which goes over it.
+
+        Keys are flag names without hyphens in front; tables only group them.
+        """
+        self.config_flag = flag
+        self.add_argument(flag, type=Path, help="TOML file with options; those of the command line go over it")
+
+    def _config_arguments(self, args: list[str]) -> list[str]:
+        """The options of the file that `args` name, as arguments."""
+        finder = Parser(add_help=False, allow_abbrev=False)
+        finder.add_argument(self.config_flag, type=Path)
+        path = next(iter(vars(finder.parse_known_args(args)[0]).values()))
+        if path is None:
+            return []
+        if not path.suffix:
+            path = path.with_suffix(".toml")
+        place, arguments = f"{self.config_flag} {path}", []
+        for key, value in _flattened(read_toml(path, self.config_flag)):
+            action = self._option_string_actions.get(f"--{key}")
+            if action is None:
+                raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._flags()).replace('--', '')}")
+            tokens = _tokens(f"--{key}", action, value, place)
+            try:
+                if tokens:  # alone, so that what is wrong with it is told with its place
+                    self._get_values(action, tokens[1:])
+            except ConfigError as error:
+                raise ConfigError(f"{place}: {error}") from None
+            except argparse.ArgumentError as error:
+                raise ConfigError(f"{place}: {str(error).removeprefix('argument ')}") from None
+            arguments += tokens
+        return arguments
+
+    def _flags(self) -> list[str]:
+        return list(self._option_string_actions)
 
 
 def add_fields(parser: argparse.ArgumentParser, *sections: type) -> None:
@@ -81,15 +134,61 @@ def run(main: Callable[[], None]) -> None:
     except ConfigError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("stopped; everything finished so far is kept", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: the disk is full{place}; finished files are intact: free space and run again", file=sys.stderr)
+        sys.exit(1)
 
 
 def quiet_unless(main_process: bool) -> None:
     """Let only warnings through in the other processes of a run."""
     if not main_process:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def to_toml(*sections: Any) -> str:
+    """The settings of built sections as TOML, which `read_options_from` reads again; what is unset is left out."""
+    settings: dict[str, Any] = {}
+    for section in sections:
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if "help" in field.metadata and value not in (None, ()):
+                value = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+                settings[field.name] = value
+    return toml.dumps(settings)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def _flattened(table: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flattened(value)
+        else:
+            yield key, value
+
+
+def _tokens(flag: str, action: argparse.Action, value: Any, place: str) -> list[str]:
+    """`flag` with the TOML value as the command line would give it; nothing for a switch that is off."""
+    if isinstance(value, bool) or action.nargs == 0:
+        if not isinstance(value, bool) or (action.nargs != 0 and value):
+            kind = "true or false" if action.nargs == 0 else "no switch; give its value"
+            raise ConfigError(f"{place}: {flag.lstrip('-')} = {value!r}: is {kind}")
+        return [flag] if value else []
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and action.nargs is None:
+        raise ConfigError(f"{place}: {flag.lstrip('-')} = {value!r}: takes one value, no list")
+    return [flag, *map(str, values)]
 
 
 def _argparse_keywords(field: dataclasses.Field, hint: Any) -> dict[str, Any]:

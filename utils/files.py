@@ -2,10 +2,15 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import toml
+from safetensors import SafetensorError
 
 from utils.errors import ConfigError
 
@@ -15,19 +20,37 @@ _HASH_WHOLE_BELOW = 64 << 20
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
+
+    Raises OSError when the disk refuses, also where safetensors has its own exception for that.
+    """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results get the user's usual rights
+        temporary.chmod(0o666 & ~umask())  # mkstemp makes files private; results get the user's usual rights
         temporary.replace(path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the temporary names of what will be `path` begin; after a kill they tell whose leftovers they are."""
+    return f".tmp-{path.name}-"
+
+
+def umask() -> int:
+    """The permission bits that new files of this process are made without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def require_file(path: str | Path, flag: str) -> Path:
@@ -51,6 +74,20 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None
     return path
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError, starting with the file, when it is missing or no TOML."""
+    require_file(path, flag)
+    try:
+        return toml.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {path}: is not UTF-8 text; save it as UTF-8") from None
+    except toml.TomlDecodeError as error:
+        message = " ".join(error.msg.split()).rstrip(".")
+        raise ConfigError(f"{flag} {path}: line {error.lineno}: {message}; correct the TOML there") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
+        raise ConfigError(f"{flag} {path}: is not valid TOML ({error}); check brackets and quotes") from None
 
 
 def fingerprint(path: str | Path) -> str:

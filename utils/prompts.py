@@ -8,10 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from utils.errors import ConfigError, suggest
-from utils.files import require_file
+from utils.files import read_toml, require_file
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ def read_file(path: Path, flag: str, *, training: bool) -> list[Prompt]:
     if suffix == ".json":
         prompts = list(_from_json(text, path, training))
     elif suffix == ".toml":
-        prompts = list(_from_toml(text, path, training))
+        prompts = list(_from_toml(path, flag, training))
     elif suffix == ".txt" or not training:
         prompts = list(_from_lines(text.splitlines(), path, training))
     else:
@@ -146,11 +144,8 @@ def _from_json(text: str, path: Path, training: bool) -> Iterator[Prompt]:
             yield _from_dict(entry, f"{path}[{i}]", training)
 
 
-def _from_toml(text: str, path: Path, training: bool) -> Iterator[Prompt]:
-    try:
-        tables = toml.loads(text)
-    except (toml.TomlDecodeError, IndexError) as error:
-        raise ConfigError(f"{path}: {error}; fix the TOML") from None
+def _from_toml(path: Path, flag: str, training: bool) -> Iterator[Prompt]:
+    tables = read_toml(path, flag)
     shared = tables.get("prompt")
     if not isinstance(shared, dict) or len(tables) != 1:
         raise ConfigError(

@@ -70,24 +70,26 @@ class Sampler:
         encoded = pipeline.encode([requests[number] for number in numbers]) if numbers else []
         self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
 
-    def draw(self, dit: nn.Module, suffix: str) -> None:
+    def draw(self, dit: nn.Module, suffix: str) -> list[Path]:
         """Write one PNG per prompt; the model is in eval mode meanwhile, and no random state is touched."""
-        was_training = dit.training
+        was_training, paths = dit.training, []
         dit.eval()
         for number, encoded in self._encoded:
             try:
-                self._draw_one(dit, number, encoded, suffix)
+                paths.append(self._draw_one(dit, number, encoded, suffix))
             except Exception:
                 log.exception("sample %d could not be made; training goes on", number)
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         dit.train(was_training)
+        return paths
 
-    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> None:
+    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> Path:
         latents = denoise(dit, encoded, self._pipeline.device, label=f"sample {number}")
         image = self._pipeline.decode(latents)
         self._folder.mkdir(parents=True, exist_ok=True)
         time = datetime.now().strftime("%Y%m%d%H%M%S")
         name = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}_000.png"
-        with written_whole(self._folder / name) as path:
-            image.save(path)
+        with written_whole(self._folder / name) as temporary:
+            image.save(temporary)
+        return self._folder / name
