@@ -92,6 +92,7 @@ class ImageDatasetConfig:
     image_jsonl_file: Path | None = _setting(_path, None)  # used only without image_directory
     control_directory: Path | None = _setting(_path, None)  # used only with image_directory
     cache_directory: Path | None = _setting(_path, None)  # never None after `read_config`
+    validation: bool = _setting(_flag, False)  # never trained on; the loss of its items shows how training goes
     clean_indices: tuple[int, ...] | None = _setting(_indices, None, key="fp_1f_clean_indices")
     target_index: int | None = _setting(_integer, None, key="fp_1f_target_index")
     no_post: bool = _setting(_flag, False, key="fp_1f_no_post")  # for FramePack; no effect on Wan

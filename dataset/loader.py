@@ -1,12 +1,14 @@
 """What training reads: cached items grouped into batches, in an order that depends on (seed, epoch) alone.
 
-Items come from the cache folders, not from the images (spec dataset.md section 7).
+Items come from the cache folders, not from the images (spec dataset.md section 7). Some are kept for validation.
 """
 
+import hashlib
 import itertools
 import logging
 import os
 import random
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,34 +79,96 @@ class _Bucket:
     clip_images: int
 
 
+@dataclass(frozen=True)
+class _Cached:
+    """A latent cache with its text cache."""
+
+    name: str  # "<dataset>/<stem>_<W>x<H>"
+    stem: str
+    bucket: _Bucket
+    latents: Path
+    text: Path
+    layout: OneFrameLayout
+
+    def item(self, repeat: int) -> TrainingItem:
+        return TrainingItem(f"{self.name}/{repeat}", self.latents, self.text, self.layout)
+
+
+@dataclass(frozen=True)
+class BucketCount:
+    """How many items of one dataset and size an epoch has; height and width of the latents."""
+
+    dataset: int
+    frames: int
+    height: int
+    width: int
+    items: int
+    batch_size: int
+
+    @property
+    def batches(self) -> int:
+        return -(-self.items // self.batch_size)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Items held back from training to measure it by, each once whatever its dataset's num_repeats."""
+
+    items: tuple[TrainingItem, ...]
+
+
 class TrainingSet:
-    """All cached items of a dataset configuration. Only headers are read here.
+    """All cached items of a dataset configuration but those for validation. Only headers are read here.
 
     seed: of the order; timestep_buckets: `--num_timestep_buckets`, with 2 or more every plan gets `uniform`.
+    validation_split: share below 1 or number of the file stems that `validation` holds, besides the datasets that are
+    for validation. The same stems are chosen in every run, in all datasets and sizes that have them.
     Raises ConfigError when there is nothing to train on, or a cache is damaged or doesn't fit the configuration.
     """
 
-    def __init__(self, config: DatasetsConfig, seed: int, timestep_buckets: int | None = None) -> None:
+    def __init__(
+        self, config: DatasetsConfig, seed: int, timestep_buckets: int | None = None, validation_split: float = 0
+    ) -> None:
         self.seed, self.timestep_buckets = seed, timestep_buckets
         self._batch_sizes = [dataset.batch_size for dataset in config.datasets]
         self._buckets: dict[_Bucket, list[TrainingItem]] = defaultdict(list)
         self._widths: dict[tuple[int, int], Path] = {}  # (CLIP, text) -> a file that has them
+        trained, held_back = [], []
         for i, dataset in enumerate(config.datasets):
             try:
-                self._add_dataset(i, dataset)
+                (held_back if dataset.validation else trained).extend(self._find(i, dataset))
             except ConfigError as error:
                 raise ConfigError(f"{config.path}: datasets[{i}]: {error}") from None
-        if not self._buckets:
-            folders = ", ".join(str(dataset.cache_directory) for dataset in config.datasets)
-            raise ConfigError(
-                f"{config.path}: no cached items in {folders}; run wan_cache_latents.py --one_frame and "
-                "wan_cache_text_encoder_outputs.py with this file"
-            )
+        for use, found in ((False, trained), (True, held_back)):
+            folders = [str(dataset.cache_directory) for dataset in config.datasets if dataset.validation is use]
+            if folders and not found:
+                raise ConfigError(
+                    f"{config.path}: no cached items in {', '.join(folders)}; run wan_cache_latents.py --one_frame and "
+                    "wan_cache_text_encoder_outputs.py with this file"
+                )
+        if not trained:
+            raise ConfigError(f"{config.path}: every dataset has validation = true; add one to train on")
+        stems = _held_back_stems({cached.stem for cached in trained}, validation_split)
+        held_back += [cached for cached in trained if cached.stem in stems]
+        for cached in trained:
+            if cached.stem not in stems:
+                repeats = config.datasets[cached.bucket.dataset].num_repeats
+                self._buckets[cached.bucket] += [cached.item(repeat) for repeat in range(repeats)]
+        self.validation = ValidationSet(tuple(cached.item(0) for cached in held_back))
 
     @property
     def items(self) -> list[TrainingItem]:
         """Every item, once per repeat."""
         return [item for bucket in self._buckets.values() for item in bucket]
+
+    @property
+    def buckets(self) -> list[BucketCount]:
+        """What there is of each dataset and size."""
+        return [
+            BucketCount(bucket.dataset, bucket.frames, bucket.height, bucket.width, len(items), size)
+            for bucket, items in self._buckets.items()
+            for size in [self._batch_sizes[bucket.dataset]]
+        ]
 
     @property
     def layouts(self) -> list[OneFrameLayout]:
@@ -123,15 +187,33 @@ class TrainingSet:
 
     def epoch_batches(self, epoch: int) -> list[BatchPlan]:
         """The batches of one epoch: items are shuffled within their bucket, then the batches of all datasets."""
+        return [plan for step in self.epoch_steps(epoch, 1) for plan in step]
+
+    def epoch_steps(self, epoch: int, batches_per_step: int) -> list[list[BatchPlan]]:
+        """The batches of each optimizer step of an epoch, of all processes and accumulated batches together.
+
+        A step's batches come from one bucket as long as that has enough, so that the step equals one over a single
+        batch of all these items. What is left over of the buckets is mixed; the last step may be short.
+        """
         rng = random.Random(f"{self.seed}/{epoch}")  # seeded by text: the same on every platform and Python
-        by_dataset: dict[int, list[list[TrainingItem]]] = defaultdict(list)
+        by_dataset: dict[int, list[list[list[TrainingItem]]]] = defaultdict(list)
         for bucket, items in self._buckets.items():
             size = self._batch_sizes[bucket.dataset]
             items = rng.sample(items, len(items))
-            by_dataset[bucket.dataset] += [items[start : start + size] for start in range(0, len(items), size)]
-        plans = [plan for i, batches in by_dataset.items() for plan in self._plans(batches, self._batch_sizes[i], rng)]
-        rng.shuffle(plans)
-        return plans
+            by_dataset[bucket.dataset].append([items[start : start + size] for start in range(0, len(items), size)])
+        steps, rest = [], []
+        for i, buckets in by_dataset.items():
+            plans = iter(self._plans([batch for batches in buckets for batch in batches], self._batch_sizes[i], rng))
+            for batches in buckets:
+                chunks = _chunks(list(itertools.islice(plans, len(batches))), batches_per_step)
+                rest += chunks.pop() if len(chunks[-1]) < batches_per_step else []
+                steps += chunks
+        rng.shuffle(rest)
+        mixed = _chunks(rest, batches_per_step)
+        short = [mixed.pop()] if mixed and len(mixed[-1]) < batches_per_step else []
+        steps += mixed
+        rng.shuffle(steps)
+        return steps + short
 
     def _plans(self, batches: list[list[TrainingItem]], size: int, rng: random.Random) -> list[BatchPlan]:
         if (self.timestep_buckets or 0) < 2:
@@ -143,10 +225,10 @@ class TrainingSet:
             for items, values in zip(batches, uniform, strict=True)
         ]
 
-    def _add_dataset(self, index: int, dataset: ImageDatasetConfig) -> None:
+    def _find(self, index: int, dataset: ImageDatasetConfig) -> list[_Cached]:
         folder = dataset.cache_directory
         caches = list_latent_caches(folder) if folder.is_dir() else []
-        texts_missing, other_sizes = [], []
+        found, texts_missing, other_sizes = [], [], []
         for path in caches:
             stem, size = parse_latent_name(path)
             text = text_cache_path(folder, stem)
@@ -161,12 +243,11 @@ class TrainingSet:
                 other_sizes.append("{} ({}x{})".format(path.name, *header.bucket))
             layout = _layout(path, header, dataset)
             bucket = _Bucket(index, header.frames, header.height, header.width, header.clip[0])
-            name = path.name.removesuffix("_wan.safetensors")
-            self._buckets[bucket] += [
-                TrainingItem(f"{index}/{name}/{repeat}", path, text, layout) for repeat in range(dataset.num_repeats)
-            ]
+            name = f"{index}/{path.name.removesuffix('_wan.safetensors')}"
+            found.append(_Cached(name, stem, bucket, path, text, layout))
         _warn(index, texts_missing, "have no text cache and are skipped; run wan_cache_text_encoder_outputs.py")
         _warn(index, other_sizes, "have another size than this file asks for and are used as they are")
+        return found
 
 
 def load_batch(plan: BatchPlan) -> TrainingBatch:
@@ -218,6 +299,10 @@ def share(plans: Sequence[BatchPlan], process_index: int, num_processes: int) ->
     return list(padded)[process_index::num_processes]
 
 
+def _chunks(plans: list[BatchPlan], size: int) -> list[list[BatchPlan]]:
+    return [plans[start : start + size] for start in range(0, len(plans), size)]
+
+
 class BatchLoader:
     """Loads batches ahead in `workers` processes (0: in this one). Draws nothing from the global random generators.
 
@@ -234,6 +319,7 @@ class BatchLoader:
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             multiprocessing_context=context if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_trainer,
             generator=torch.Generator(),
         )
 
@@ -244,6 +330,11 @@ class BatchLoader:
             if isinstance(batch, ConfigError):
                 raise batch
             yield batch
+
+
+def _leave_interrupts_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the step under way still needs its data."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Files(Dataset):
@@ -267,6 +358,16 @@ class _Current:
 
     def __len__(self) -> int:
         return len(self._owner._plans)
+
+
+def _held_back_stems(stems: set[str], split: float) -> set[str]:
+    """Those with the lowest hashes, so that few change sides when the dataset grows."""
+    if not split:
+        return set()
+    count = int(split) if split >= 1 else max(1, round(split * len(stems)))
+    if count >= len(stems):
+        raise ConfigError(f"--validation_split {split:g}: leaves none of {len(stems)} items to train on; use less")
+    return set(sorted(stems, key=lambda stem: hashlib.sha256(stem.encode(errors="surrogateescape")).digest())[:count])
 
 
 def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> OneFrameLayout:

@@ -81,6 +81,7 @@ def test_defaults_are_those_of_the_spec(folder):
         image_jsonl_file=None,
         control_directory=None,
         cache_directory=Path("images"),
+        validation=False,
         clean_indices=None,
         target_index=None,
         no_post=False,
@@ -100,6 +101,7 @@ enable_bucket = true
 bucket_no_upscale = true
 control_directory = "control"
 cache_directory = 'a\\b [1]'
+validation = true
 fp_1f_clean_indices = [9, 0]
 fp_1f_target_index = 4
 fp_1f_no_post = true
@@ -116,6 +118,7 @@ fp_latent_window_size = 7
         image_directory=Path("images"),
         control_directory=Path("control"),
         cache_directory=Path("a\\b [1]"),
+        validation=True,
         clean_indices=(9, 0),
         target_index=4,
         no_post=True,
@@ -184,6 +187,8 @@ WRONG = [  # text of the file, the start of the message after the file name, wor
     ("[general]\nbatchsize = 1" + ENTRY, "general: unknown key 'batchsize'", "did you mean 'batch_size'?"),
     ("[general]\nimage_directory = 'images'" + ENTRY, "general.image_directory: ", "[[datasets]]"),
     ("[general]\nfp_1f_target_index = 1" + ENTRY, "general.fp_1f_target_index: ", "[[datasets]]"),
+    ("[general]\nvalidation = true" + ENTRY, "general.validation: ", "[[datasets]]"),
+    (ENTRY + "validation = 0.1", "datasets[0].validation = 0.1: is no switch", "true or false"),
     (ENTRY + "fp_1f_clean_index = [0]", "datasets[0]: unknown key", "did you mean 'fp_1f_clean_indices'?"),
     (ENTRY + "qqq = 1", "datasets[0]: unknown key 'qqq'", "known are resolution, "),
     (ENTRY + "resolution = 512.0", "datasets[0].resolution = 512.0: ", "[width, height]"),

@@ -21,7 +21,7 @@ from tests.helpers import GOLDEN, TINY
 from tests.photos import PHOTOS, photo, write_pairs
 from utils import prompts
 from utils.errors import ConfigError
-from wan.lora import read_lora
+from wan.lora_files import read_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "one_frame.md").read_text(encoding="utf-8")

@@ -282,7 +282,7 @@ def test_epochs_steps_and_files_are_counted_as_documented():
         "--save_every_n_steps",
         "4",
     )
-    names = sorted(path.name for path in Path("output").glob("counted*"))
+    names = sorted(path.name for path in Path("output").glob("counted*.safetensors"))
     # 4 photographs of 3 sizes at batch size 2 without buckets: 2 steps per epoch; the last epoch is the final file
     assert names == [
         "counted-000001.safetensors",

@@ -295,3 +295,68 @@ def test_as_many_features_as_wanted_are_taken_as_they_are_and_any_other_number_i
     assert clip_for(batch, 2)[0, :, 0].tolist() == [5.0] * 257 + [7.0] * 257
     with pytest.raises(ConfigError, match="0/a_0032x0016/0: its cache holds CLIP features of 2 images for 1 control"):
         clip_for(batch, 1)
+
+
+def names(items):
+    return sorted(item.key for item in items)
+
+
+def test_a_validation_dataset_is_kept_from_training_and_each_of_its_items_counts_once(tmp_path):
+    for folder, stems in (("0", "ab"), ("1", "cd")):
+        for stem in stems:
+            write(tmp_path / folder, stem)
+    general = "resolution = [32, 16]\nnum_repeats = 3"
+    training_set = TrainingSet(config(tmp_path, "", "validation = true", general=general), seed=1)
+    assert {item.key[:3] for item in training_set.items} == {"0/a", "0/b"} and len(training_set.items) == 6
+    trained = [key for epoch in (1, 2) for batch in keys(training_set.epoch_batches(epoch)) for key in batch]
+    assert {key[0] for key in trained} == {"0"}
+    assert names(training_set.validation.items) == ["1/c_0032x0016/0", "1/d_0032x0016/0"]
+
+
+@pytest.mark.parametrize(
+    ("split", "held_back"), [(0, ""), (1, "j"), (3, "dfj"), (0.1, "j"), (0.3, "dfj"), (0.5, "bcdfj"), (0.01, "j")]
+)
+def test_a_share_or_number_of_the_items_is_held_back_the_same_ones_in_every_run(tmp_path, split, held_back):
+    """The letters have the lowest SHA-256 of a to j; `printf e | sha256sum` shows one."""
+    for stem in "abcdefghij":
+        write(tmp_path / "0", stem)
+    for seed in (1, 2):
+        training_set = TrainingSet(config(tmp_path, "num_repeats = 2"), seed, validation_split=split)
+        assert names(training_set.validation.items) == [f"0/{stem}_0032x0016/0" for stem in held_back]
+        trained = [stem for stem in "abcdefghij" if stem not in held_back]
+        assert names(training_set.items) == [f"0/{stem}_0032x0016/{i}" for stem in trained for i in (0, 1)]
+
+
+def test_the_sizes_of_a_stem_stay_on_one_side_in_all_datasets(tmp_path):
+    for stem in "abcdefghij":
+        write(tmp_path / "0", stem)
+        write(tmp_path / "0", stem, cached(LAYOUT, height=4), size=(32, 32))
+        write(tmp_path / "1", stem)
+    training_set = TrainingSet(config(tmp_path, "enable_bucket = true", ""), seed=1, validation_split=0.3)
+    sides = [[item.latents.name[0] for item in part] for part in (training_set.validation.items, training_set.items)]
+    assert sorted(sides[0]) == sorted("dfj" * 3)
+    assert not set(sides[0]) & set(sides[1]) and len(sides[1]) == 7 * 3
+
+
+@pytest.mark.parametrize(("stems", "split"), [("ab", 2), ("abc", 7), ("a", 0.5)])
+def test_a_split_that_leaves_nothing_to_train_on_is_refused(tmp_path, stems, split):
+    for stem in stems:
+        write(tmp_path / "0", stem)
+    with pytest.raises(ConfigError, match=rf"^--validation_split {split}: leaves none of {len(stems)} items"):
+        TrainingSet(config(tmp_path, ""), seed=1, validation_split=split)
+
+
+def test_validation_datasets_alone_or_without_caches_are_refused(tmp_path):
+    write(tmp_path / "0", "a")
+    with pytest.raises(ConfigError, match=r"train\.toml: every dataset has validation = true"):
+        TrainingSet(config(tmp_path, "validation = true"), seed=1)
+    with pytest.raises(ConfigError, match=r"no cached items in .*1; run wan_cache_latents"):
+        TrainingSet(config(tmp_path, "", "validation = true"), seed=1)
+
+
+def test_features_of_held_back_items_must_fit_the_dit_too(tmp_path):
+    write(tmp_path / "0", "a")
+    made = cached(LAYOUT)
+    write(tmp_path / "1", "b", LatentCache(made.latents, made.condition, made.clip[..., :5], made.layout))
+    with pytest.raises(ConfigError, match="its CLIP features are 5 wide, the DiT takes 6"):
+        TrainingSet(config(tmp_path, "", "validation = true"), seed=1).check_widths(clip=6, text=3)

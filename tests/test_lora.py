@@ -1,86 +1,21 @@
-"""LoRA: the reference's merged output and gradients, and what training, saving and loading promise each other."""
-
-import hashlib
-import json
+"""LoRA layers: the reference's gradients, and what training, saving and loading promise each other."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
 from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
+from tests.lora_models import config, merged_copy, toy, trained
 from utils.errors import ConfigError
 from wan.checkpoint import load_dit
 from wan.config import DiTSpec
 from wan.dit import WanDiT, pad_text
-from wan.lora import LoRANetwork, Merger, check_lora, inject_lora_, lora_name, merge_weight, read_lora, save_lora
+from wan.lora import LoRALinear, inject_lora_, save_lora
+from wan.lora_files import add_change, lora_name, read_lora
+from wan.memory import checkpoint_blocks_
 from wan.timesteps import add_noise, velocity_target
-
-
-def toy(dtype=torch.float32):
-    """Blocks of two linear layers, one of which has a forbidden name, and a linear layer outside the blocks."""
-
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(
-                nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(6, 10), nn.GELU()), "head": nn.Linear(10, 6)})
-                for _ in range(2)
-            )
-            self.img_emb = nn.Linear(6, 6)
-
-        def forward(self, x):
-            x = self.img_emb(x)
-            for block in self.blocks:
-                x = block["head"](block["ffn"](x))
-            return x
-
-    torch.manual_seed(0)
-    return Toy().to(dtype)
-
-
-def trained(model, rank=3, alpha=2.0, **options) -> LoRANetwork:
-    """A network with random instead of zero up weights."""
-    network = inject_lora_(model, rank, alpha, generator=torch.Generator().manual_seed(1), **options)
-    with torch.no_grad():
-        for layer in network.layers.values():
-            layer.lora_up.weight.normal_(generator=torch.Generator().manual_seed(2))
-    return network
-
-
-def shapes_of(model):
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def merged_copy(path, dtype, multiplier=1.0):
-    """The toy with a file merged into its weights, as the loader does it."""
-    model = toy(dtype)
-    merger = Merger([(read_lora(path), multiplier)], shapes_of(model))
-    model.load_state_dict({name: merger(name, tensor) for name, tensor in model.state_dict().items()})
-    return model
-
-
-@needs_shared
-@pytest.mark.parametrize("multiplier", [1, 0.6])
-def test_a_merged_file_gives_the_recorded_output(multiplier):
-    case = golden("dit_i2v")
-    shapes = {name: tensor.shape for name, tensor in load_file(TINY / "tiny_dit_i2v.safetensors").items()}
-    merger = Merger([(read_lora(GOLDEN / "lora_musubi_format.safetensors"), multiplier)], shapes)
-    model = load_dit(
-        TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu", merge=lambda n, w: merger(n, w.float())
-    ).eval()
-    with torch.no_grad():
-        out = model(
-            case["x0"][None],
-            case["y0"][None],
-            case["t"][:1],
-            pad_text([case["context0"]]),
-            case["clip_fea"][:1],
-            torch.tensor([[0, 8]]),
-        )
-    assert rel_l2(out[0], golden("lora_merge")[f"out0_f_0_8_lora_{multiplier}"]) < 1e-5
-    assert merger.report() == [f"lora_musubi_format.safetensors x {multiplier:g}: merged 36 of 36 modules"]
 
 
 @needs_shared
@@ -88,7 +23,7 @@ def test_a_merged_file_gives_the_recorded_output(multiplier):
 def test_a_training_step_gives_the_recorded_loss_and_gradients(prefix, indices):
     step = golden("training_step")
     model = load_dit(TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu")
-    network = inject_lora_(model, rank=4, alpha=2.0)
+    network = inject_lora_(model, config(4, 2.0))
     network.load_file(read_lora(GOLDEN / "lora_musubi_format.safetensors"))
     model.train()
     noisy = add_noise(step["latents"], step["noise"], step["t"] / 1000 - 1e-3)
@@ -116,7 +51,7 @@ def test_all_linear_layers_of_the_blocks_are_trained_and_no_others(image_dim, pe
     kind, channels = ("i2v", 36) if image_dim else ("t2v", 16)
     spec = DiTSpec(kind, dim=128, ffn_dim=64, num_layers=2, in_dim=channels, text_dim=16, image_dim=image_dim)
     model = WanDiT(spec)
-    network = inject_lora_(model, rank=2, alpha=1.0)
+    network = inject_lora_(model, config(2, 1.0))
     attention = [f"{module}.{layer}" for module in ("self_attn", "cross_attn") for layer in "qkvo"]
     names = {*attention, "ffn.0", "ffn.2"} | ({"cross_attn.k_img", "cross_attn.v_img"} if image_dim else set())
     assert len(names) == per_block
@@ -126,15 +61,16 @@ def test_all_linear_layers_of_the_blocks_are_trained_and_no_others(image_dim, pe
 
 
 def test_names_that_mean_norm_or_head_are_left_out():
-    assert list(inject_lora_(toy(), 2, 1.0).layers) == ["blocks.0.ffn.0", "blocks.1.ffn.0"]
+    assert list(inject_lora_(toy(), config(2, 1.0)).layers) == ["blocks.0.ffn.0", "blocks.1.ffn.0"]
 
 
 def test_a_fresh_network_changes_nothing_and_is_the_same_for_the_same_seed():
     model, x = toy(), torch.randn(5, 6)
     before = model(x)
-    first = inject_lora_(model, 4, 1.0, generator=torch.Generator().manual_seed(3)).state_dict()
+    first = inject_lora_(model, config(4, 1.0), generator=torch.Generator().manual_seed(3)).state_dict()
     assert torch.equal(model.train()(x), before)
-    second = inject_lora_(toy(), 4, 1.0, generator=torch.Generator().manual_seed(3)).state_dict()
+    assert not any(layer.training for layer in inject_lora_(toy().eval(), config()).layers.values())
+    second = inject_lora_(toy(), config(4, 1.0), generator=torch.Generator().manual_seed(3)).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
     down = first["lora_unet_blocks_0_ffn_0.lora_down.weight"]
     assert 0.5 * 6**-0.5 < down.abs().max() <= 6**-0.5  # Kaiming uniform with a = sqrt(5)
@@ -167,142 +103,9 @@ def test_train_mode_works_in_the_dtype_of_its_input_and_keeps_float32_parameters
 
 def test_dropout_acts_in_train_mode_only():
     model, x = toy(), torch.randn(5, 6)
-    trained(model, dropout=0.5)
+    trained(model, network_dropout=0.5)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
-
-
-def test_the_merge_follows_its_formula_in_float32():
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 4, generator=random).bfloat16()
-    down, up = torch.randn(2, 4, generator=random), torch.randn(5, 2, generator=random)
-    merged = merge_weight(weight, down, up, 0.3)
-    exact = weight.double() + 0.3 * up.double() @ down.double()
-    assert merged.dtype == torch.bfloat16
-    assert_close(merged.double(), exact, atol=0, rtol=2**-8)
-    assert_close(merge_weight(weight.float(), down, up, 0.3).double(), exact, atol=1e-6, rtol=1e-6)
-    assert merge_weight(weight.to(torch.float8_e4m3fn), down, up, 0.3).dtype == torch.float8_e4m3fn
-
-
-def test_several_files_add_up_with_their_multipliers(tmp_path):
-    base, first, second = toy(), toy(), toy()
-    save_lora(tmp_path / "a.safetensors", trained(first), {})
-    save_lora(tmp_path / "b.safetensors", trained(second, rank=2, alpha=4.0), {})
-    a, b = read_lora(tmp_path / "a.safetensors"), read_lora(tmp_path / "b.safetensors")
-    name, weight = "blocks.1.ffn.0.weight", base.state_dict()["blocks.1.ffn.0.weight"]
-    expected = weight.double()
-    for file, scale in ((a, 0.5 * 2 / 3), (b, -1.0 * 4 / 2)):
-        down, up, _ = file.modules[lora_name("blocks.1.ffn.0")]
-        expected = expected + scale * up.double() @ down.double()
-    merger = Merger([(a, 0.5), (b, -1.0)], shapes_of(base))
-    assert_close(merger(name, weight).double(), expected, atol=1e-6, rtol=1e-6)
-    untouched = base.state_dict()["img_emb.weight"]
-    assert torch.equal(merger("img_emb.weight", untouched), untouched)
-    assert merger.report() == [
-        "a.safetensors x 0.5: merged 1 of 2 modules",
-        "b.safetensors x -1: merged 1 of 2 modules",
-    ]
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_saved_file_holds_the_network_under_the_documented_keys(dtype, tmp_path):
-    network = trained(toy())
-    save_lora(tmp_path / "lora.safetensors", network, {"ss_network_dim": "3"}, dtype)
-    tensors = load_file(tmp_path / "lora.safetensors")
-    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
-        f"lora_unet_blocks_{block}_ffn_0.{part}": shape
-        for block in range(2)
-        for part, shape in (("lora_down.weight", (3, 6)), ("lora_up.weight", (10, 3)), ("alpha", ()))
-    }
-    assert {tensor.dtype for tensor in tensors.values()} == {dtype or torch.float32}
-    other = inject_lora_(toy(), 3, 2.0)
-    other.load_state_dict(tensors)
-    for key, tensor in network.state_dict(dtype).items():
-        assert torch.equal(other.state_dict(dtype)[key], tensor), key
-
-
-def test_the_hashes_are_those_of_the_file_with_training_metadata_alone(tmp_path):
-    """Recomputed from two files, the real one and one with `ss_` keys only; over 1 MiB, so that both see data."""
-    model = nn.Module()
-    model.blocks = nn.ModuleList([nn.Linear(3000, 200)])
-    network = trained(model, rank=120)
-    path, plain = tmp_path / "lora.safetensors", tmp_path / "plain.safetensors"
-    save_lora(path, network, {"ss_steps": "7", "modelspec.title": "x" * 100})
-    save_file(load_file(path), plain, {"ss_steps": "7"})
-
-    def header_and_data(file):
-        content = file.read_bytes()
-        end = 8 + int.from_bytes(content[:8], "little")
-        return json.loads(content[8:end])["__metadata__"], content[end:]
-
-    metadata, data = header_and_data(path)
-    assert metadata["sshs_model_hash"] == hashlib.sha256(data).hexdigest()
-    window = plain.read_bytes()[0x100000 : 0x100000 + 0x10000]
-    assert len(window) == 0x10000
-    assert metadata["sshs_legacy_hash"] == hashlib.sha256(window).hexdigest()[:8]
-    assert metadata["modelspec.title"] == "x" * 100
-    assert read_lora(path).metadata == metadata
-
-
-@pytest.mark.parametrize("alpha", [None, 0.0])
-def test_a_missing_or_zero_alpha_means_the_rank(alpha, tmp_path):
-    tensors = {"lora_unet_a.lora_down.weight": torch.ones(3, 4), "lora_unet_a.lora_up.weight": torch.ones(5, 3)}
-    if alpha is not None:
-        tensors["lora_unet_a.alpha"] = torch.tensor(alpha)
-    save_file(tensors, tmp_path / "lora.safetensors")
-    merger = Merger([(read_lora(tmp_path / "lora.safetensors"), 1.0)], {"a.weight": (5, 4)})
-    assert torch.equal(merger("a.weight", torch.zeros(5, 4)), torch.full((5, 4), 3.0))
-
-
-PAIR = {"lora_down.weight": (3, 4), "lora_up.weight": (5, 3)}
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ({"diffusion_model.blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect ComfyUI is not supported yet"),
-        ({"transformer.blocks.0.ffn.net.0.proj.lora_A.weight": (3, 4)}, "dialect diffusers is not supported yet"),
-        ({"base_model.model.blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect PEFT is not supported yet"),
-        ({"blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect PEFT is not supported yet"),
-        ({"lora_unet_blocks_0_ffn_0.hada_w1_a": (3, 4)}, "dialect LoHa is not supported yet"),
-        ({"lora_unet_blocks_0_ffn_0.lokr_w1": (3, 4)}, "dialect LoKr is not supported yet"),
-        ({"lora_te_text_model.lora_up.weight": (3, 4)}, "'lora_te_text_model.lora_up.weight' is no key"),
-        ({"blocks.0.ffn.0.weight": (3, 4)}, "'blocks.0.ffn.0.weight' is no key"),
-        ({"lora_unet_a.lora_down.weight": (3, 4)}, "lora_unet_a is no pair"),
-        ({"lora_unet_a.lora_down.weight": (3, 4), "lora_unet_a.lora_up.weight": (5, 2)}, "lora_unet_a is no pair"),
-        ({"lora_unet_a.lora_down.weight": (0, 4), "lora_unet_a.lora_up.weight": (5, 0)}, "lora_unet_a is no pair"),
-        ({f"lora_unet_a.{part}": (*shape, 1, 1) for part, shape in PAIR.items()}, "lora_unet_a is no pair"),
-        ({f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.alpha": (2,)}, "is no pair"),
-        ({}, "holds no tensors"),
-    ],
-)
-def test_files_of_another_kind_are_refused_by_name(shapes, message, tmp_path):
-    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=rf"^--lora_weight .*other.safetensors: .*{message}"):
-        read_lora(tmp_path / "other.safetensors")
-
-
-def test_a_damaged_or_missing_file_is_refused_by_name(tmp_path):
-    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(ConfigError, match=r"--lora_weight .*cut.safetensors: is no readable safetensors file"):
-        read_lora(tmp_path / "cut.safetensors")
-    with pytest.raises(ConfigError, match=r"--network_weights .*none.safetensors: does not exist"):
-        read_lora(tmp_path / "none.safetensors", "--network_weights")
-
-
-def test_a_file_without_a_counterpart_or_of_another_size_is_refused(tmp_path):
-    save_lora(tmp_path / "lora.safetensors", trained(toy()), {})
-    lora = read_lora(tmp_path / "lora.safetensors")
-    with pytest.raises(ConfigError, match=r"none of its 2 modules is in the model, .* lora_unet_blocks_0_ffn_0"):
-        Merger([(lora, 1.0)], {"model.diffusion_model.blocks.0.ffn.0.weight": (10, 6)})
-    with pytest.raises(ConfigError, match=r"blocks_1_ffn_0 is for a weight \[10, 6\], the model has \[9, 6\]"):
-        Merger([(lora, 1.0)], {"blocks.0.ffn.0.weight": (10, 6), "blocks.1.ffn.0.weight": (9, 6)})
-    match = check_lora(lora, {"blocks.0.ffn.0.weight": (10, 6), "blocks.0.ffn.0.bias": (10,)})
-    assert match.weights == {"blocks.0.ffn.0.weight": "lora_unet_blocks_0_ffn_0"}
-    assert match.unmatched == ("lora_unet_blocks_1_ffn_0",)
-    assert "not in this model: 1, e.g. lora_unet_blocks_1_ffn_0" in str(
-        Merger([(lora, 1.0)], {"blocks.0.ffn.0.weight": (10, 6)}).report()
-    )
 
 
 def one_block(tensors):
@@ -332,18 +135,273 @@ def test_loading_other_weights_into_a_network_is_refused_and_changes_nothing(cha
 
 def test_lora_plus_puts_the_up_weights_in_a_faster_group():
     network = trained(toy())
-    assert [len(group["params"]) for group in network.param_groups(1e-4)] == [4]
+    (group,) = network.param_groups(1e-4)
+    assert (group["name"], group["lr"], len(group["params"])) == ("unet", 1e-4, 4)
     down, up = network.param_groups(1e-4, loraplus_lr_ratio=4.0)
     assert (down["lr"], up["lr"]) == (1e-4, 4e-4)
+    assert (down["name"], up["name"]) == ("unet", "unet plus")
     assert [tuple(parameter.shape) for parameter in up["params"]] == [(10, 3), (10, 3)]
+    assert [tuple(parameter.shape) for parameter in down["params"]] == [(3, 6), (3, 6)]
+
+
+def lora_layer(*args, rank=8):
+    """One layer of 6 inputs and 10 outputs in train mode, as injected."""
+    model = toy()
+    layer = trained(model, rank, 8.0, *args).layers["blocks.0.ffn.0"]
+    return layer.train()
+
+
+def test_rank_dropout_leaves_out_whole_ranks_of_an_item_and_scales_up_the_others():
+    layer, x = lora_layer("rank_dropout=0.5"), torch.randn(4, 7, 6)
+    torch.manual_seed(0)
+    added = layer(x) - layer.base(x)
+    low = x @ layer.lora_down.weight.T
+    seen = set()
+    for out, values in zip(added, low, strict=True):
+        # Which ranks take part is found by solving for their weights: 0 or 1 / (1 - p) for the whole item.
+        columns = torch.stack([(values[:, r, None] * layer.lora_up.weight[:, r]).flatten() for r in range(8)], dim=1)
+        weights = torch.linalg.lstsq(columns, out.reshape(-1, 1)).solution[:, 0]
+        assert_close(weights, (weights > 1).float() * 2, atol=1e-3, rtol=0)
+        seen.add(tuple((weights > 1).tolist()))
+    assert len(seen) > 1, "each item draws its own ranks"
+
+
+def test_module_dropout_leaves_out_the_module_now_and_then():
+    layer, x = lora_layer("module_dropout=0.25"), torch.randn(5, 6)
+    torch.manual_seed(0)
+    base, whole = layer.base(x), layer.base(x) + layer.branch(x)
+    outputs = [layer(x) for _ in range(200)]
+    left_out = sum(torch.equal(out, base) for out in outputs)
+    assert left_out + sum(torch.equal(out, whole) for out in outputs) == 200
+    assert 25 <= left_out <= 75
+    while not torch.equal(out := layer(x), base):
+        pass
+    out.sum().backward()
+    assert all(not parameter.grad.any() for parameter in layer.trained.values()), "gradients are there, and 0"
+
+
+def test_dropouts_do_nothing_in_eval_mode_and_follow_the_global_seed():
+    layer, x = lora_layer("rank_dropout=0.5", "module_dropout=0.25"), torch.randn(5, 7, 6)
+    torch.manual_seed(3)
+    first = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert rel_l2(layer.eval()(x).detach(), lora_layer()(x).detach()) < 1e-6
+
+
+def test_a_recomputed_block_repeats_its_dropouts():
+    """What checkpointing saves and restores covers every random number that a layer draws."""
+    gradients = []
+    for recompute in (False, True):
+        model = nn.Module()
+        model.blocks = nn.ModuleList([nn.Sequential(toy().img_emb, toy().img_emb)])
+        network = trained(model, 3, 2.0, "rank_dropout=0.5", "module_dropout=0.5", network_dropout=0.5)
+        if recompute:
+            checkpoint_blocks_(model.train())
+        torch.manual_seed(1)
+        for _ in range(4):
+            model.blocks[0](torch.ones(5, 7, 6)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def names_of(network):
+    return {name.removeprefix("blocks.") for name in network.layers}
+
+
+def test_patterns_choose_the_layers_by_whole_names(caplog):
+    assert names_of(inject_lora_(toy(), config(2, 1.0, r"exclude_patterns=['.*\.1\..*']"))) == {"0.ffn.0"}
+    both = config(2, 1.0, "exclude_patterns=['.*ffn.*']", r"include_patterns=['blocks\.0\..*']")
+    assert names_of(inject_lora_(toy(), both)) == {"0.ffn.0", "0.head"}
+    assert not caplog.records
+    unanchored = config(2, 1.0, "exclude_patterns=['ffn']", "include_patterns=['.*ffn.*', 'head']")
+    assert names_of(inject_lora_(toy(), unanchored)) == {"0.ffn.0", "1.ffn.0"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "--network_args exclude_patterns: 'ffn' matches no layer of the blocks",
+        "--network_args include_patterns: '.*ffn.*' matches no excluded layer of the blocks",
+        "--network_args include_patterns: 'head' matches no excluded layer of the blocks",
+    ]
+
+
+def test_ranks_and_alphas_per_module_win_over_the_flags():
+    args = (
+        r"module_ranks={'.*\.0\.ffn.*': 5, '.*ffn.*': 2}",
+        r"module_alphas={'.*\.1\..*': 0, '.*nothing|.*ffn.*': 3.5}",
+    )
+    layers = inject_lora_(toy(), config(7, 1.0, *args)).layers
+    assert {name: (layer.rank, layer.alpha) for name, layer in layers.items()} == {
+        "blocks.0.ffn.0": (5, 3.5),
+        "blocks.1.ffn.0": (2, 2.0),
+    }
+    assert layers["blocks.0.ffn.0"].lora_down.weight.shape == (5, 6)
+    only_rank = inject_lora_(toy(), config(7, 4.0, r"module_ranks={'blocks\.0.*': 3}")).layers
+    assert [(layer.rank, layer.alpha) for layer in only_rank.values()] == [(3, 4.0), (7, 4.0)]
 
 
 @pytest.mark.parametrize(
-    ("rank", "alpha", "dropout", "flag"),
-    [(0, 1.0, 0.0, "network_dim"), (4, 0.0, 0.0, "network_alpha"), (4, 1.0, 1.0, "network_dropout")],
+    ("args", "message"),
+    [
+        (["exclude_patterns=['.*']"], "exclude_patterns: leave none of 4 layers to train"),
+        (["module_ranks={'.*head.*': 2}"], r"module_ranks: '.\*head.\*' matches no trained layer"),
+        (["module_alphas={'ffn': 2}"], "module_alphas: 'ffn' matches no trained layer"),
+    ],
 )
-def test_impossible_settings_are_refused_before_the_model_changes(rank, alpha, dropout, flag):
+def test_patterns_without_effect_are_refused_before_the_model_changes(args, message):
     model = toy()
-    with pytest.raises(ConfigError, match=f"--{flag}"):
-        inject_lora_(model, rank, alpha, dropout=dropout)
+    with pytest.raises(ConfigError, match=f"--network_args {message}"):
+        inject_lora_(model, config(2, 1.0, *args))
     assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_every_module_is_named_in_the_log_when_asked_for(caplog):
+    caplog.set_level("INFO")
+    inject_lora_(toy(), config(2, 1.0))
+    assert not caplog.records
+    inject_lora_(toy(), config(2, 1.0, "verbose=True", "conv_dim=4"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1:] == ["blocks.0.ffn.0: rank 2, alpha 1", "blocks.1.ffn.0: rank 2, alpha 1"]
+    assert "no convolutions" in lines[0]
+
+
+def uneven_file(tmp_path):
+    """A LoRA on block 1 only, of a rank and alpha unlike the flags'."""
+    network = trained(toy(), 5, 3.0, r"exclude_patterns=['.*\.0\..*']")
+    save_lora(tmp_path / "uneven.safetensors", network, {})
+    return network, tmp_path / "uneven.safetensors"
+
+
+def test_modules_ranks_and_alphas_come_from_the_file_when_asked_for(tmp_path, caplog):
+    caplog.set_level("INFO")
+    network, path = uneven_file(tmp_path)
+    settings = config(7, 1.0, network_weights=path, dim_from_weights=True)
+    other = inject_lora_(toy(), settings, weights=read_lora(path))
+    assert {name: (layer.rank, layer.alpha) for name, layer in other.layers.items()} == {"blocks.1.ffn.0": (5, 3.0)}
+    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in other.state_dict().items())
+    assert "1 layers are in the file, 1 are not" in caplog.text
+    assert other.summary().metadata == {"network_dim": "5", "network_alpha": "3.0"}
+
+    with pytest.raises(ConfigError, match=r"1 of 2 modules are missing and 0 are unknown.*--dim_from_weights"):
+        inject_lora_(toy(), config(5, 3.0, network_weights=path), weights=read_lora(path))
+    excluded = config(5, 3.0, "exclude_patterns=['.*1.ffn.*']", network_weights=path, dim_from_weights=True)
+    with pytest.raises(ConfigError, match=r"1 of its 1 modules are not among .* lora_unet_blocks_1_ffn_0"):
+        inject_lora_(toy(), excluded, weights=read_lora(path))
+
+
+def test_a_model_without_weights_is_enough_to_find_a_file_that_does_not_fit(tmp_path):
+    _, path = uneven_file(tmp_path)
+    right = config(5, 3.0, r"exclude_patterns=['.*\.0\..*']", network_weights=path)
+    with torch.device("meta"):
+        assert inject_lora_(toy(), right, weights=read_lora(path)).summary().modules == 1
+        for rank, alpha, message in ((4, 3.0, "--network_dim 5"), (5, 2.0, "--network_alpha 3")):
+            wrong = config(rank, alpha, *right.network_args, network_weights=path)
+            with pytest.raises(ConfigError, match=message):
+                inject_lora_(toy(), wrong, weights=read_lora(path))
+
+
+def test_the_summary_counts_what_is_trained():
+    summary = inject_lora_(toy(), config(2, 1.0, r"module_ranks={'blocks\.0.*': 3}")).summary()
+    assert (summary.kind, summary.modules, summary.excluded, summary.parameters) == ("lora", 2, 2, 16 * 2 + 16 * 3)
+    assert str(summary) == "lora of rank 2 to 3 on 2 linear layers of the blocks, 2 left out, 80 parameters"
+    assert summary.metadata == {"network_dim": "Dynamic", "network_alpha": "1.0"}
+    assert "of rank 4 on" in str(inject_lora_(toy(), config(4, 1.0)).summary())
+
+
+def test_max_norm_scales_down_only_the_changes_above_the_limit():
+    network = trained(toy())
+    first, second = network.layers.values()
+    with torch.no_grad():
+        second.lora_up.weight.mul_(0.01)
+    before = [layer.change().detach() for layer in (first, second)]
+    norms = [float(change.double().norm()) for change in before]
+    limit = (norms[0] * norms[1]) ** 0.5
+    count, mean, largest = network.apply_max_norm(limit)
+    assert count == 1
+    assert largest == pytest.approx(limit, rel=1e-5)
+    assert mean == pytest.approx((limit + norms[1]) / 2, rel=1e-5)
+    assert_close(first.change(), before[0] * (limit / norms[0]))
+    assert torch.equal(second.change(), before[1])
+    assert network.apply_max_norm(limit * 2) == (0, pytest.approx(mean, rel=1e-5), pytest.approx(largest, rel=1e-5))
+
+
+def test_max_norm_leaves_a_fresh_network_alone():
+    network = inject_lora_(toy(), config())
+    before = network.state_dict()
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    assert network.apply_max_norm(1.0) == (0, 0.0, 0.0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+class Dequantising(nn.Module):
+    """Stands for a layer that keeps its weight in another form; it has nothing but the attributes of nn.Linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.register_buffer("quantised", linear.weight.detach().to(torch.float8_e4m3fn))
+
+    @property
+    def weight(self):
+        return self.quantised.bfloat16()
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_layer_that_dequantises_its_weight_can_be_trained():
+    model, x = toy(torch.bfloat16), torch.randn(5, 6).bfloat16()
+    for block in model.blocks:
+        block["ffn"][0] = Dequantising(block["ffn"][0])
+    layer = trained(model).layers["blocks.0.ffn.0"]
+    assert isinstance(layer.base, Dequantising)
+    merged = nn.functional.linear(x, add_change(layer.base.weight, layer.change()), layer.base.bias)
+    assert torch.equal(layer.eval()(x), merged)
+    out = layer.train()(x)
+    assert out.dtype == torch.bfloat16
+    assert rel_l2(out.detach(), merged.detach()) < 2**-7
+    out.sum().backward()
+    assert layer.lora_up.weight.grad.abs().sum() > 0
+
+
+def test_trained_matrices_go_to_the_device_that_is_asked_for():
+    network = inject_lora_(toy(), config(), device=torch.device("meta"))
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A world of one process."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_saved_loaded_and_scaled_whole(process_group, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    plain_model, model, x = toy(), toy(), torch.randn(5, 6)
+    plain, network = trained(plain_model), trained(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.blocks:
+        for layer in (block["ffn"], block["head"]):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(parameter, DTensor) for parameter in network.parameters())
+    assert torch.equal(model.eval()(x), plain_model.eval()(x))
+    assert plain.apply_max_norm(1.0) == network.apply_max_norm(1.0)
+    save_lora(tmp_path / "none.safetensors", network, {}, write=False)
+    save_lora(tmp_path / "lora.safetensors", network, {})
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora.safetensors"]
+    saved, expected = load_file(tmp_path / "lora.safetensors"), plain.state_dict()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+    network.load_state_dict({key: tensor * 2 if tensor.ndim else tensor for key, tensor in saved.items()})
+    assert all(
+        torch.equal(tensor, expected[key] * (2 if tensor.ndim else 1)) for key, tensor in network.state_dict().items()
+    )

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 from tests.helpers import rel_l2
 from wan.config import DiTSpec
 from wan.dit import WanDiT
+from wan.flow_matching import flow_matching_loss, seeded
 from wan.lora import inject_lora_
 from wan.memory import checkpoint_blocks_
-from wan.training import flow_matching_loss, seeded
+from wan.network_options import NetworkConfig
 
 SPEC = DiTSpec("i2v", dim=256, ffn_dim=384, num_layers=2, in_dim=36, text_dim=32, image_dim=48)
 
@@ -55,7 +56,7 @@ def gradients(dit, network, **tensors) -> torch.Tensor:
 
 def trainable(base, rank=4):
     dit = copy.deepcopy(base)
-    network = inject_lora_(dit, rank, rank, generator=seeded("weights"))
+    network = inject_lora_(dit, NetworkConfig(network_dim=rank, network_alpha=rank), generator=seeded("weights"))
     with torch.no_grad():
         for layer in network.layers.values():
             layer.lora_up.weight.normal_(std=0.02, generator=seeded("up"))
@@ -64,7 +65,7 @@ def trainable(base, rank=4):
 
 def test_a_fixed_pair_noise_and_timestep_can_be_learned(base):
     dit = copy.deepcopy(base)
-    network = inject_lora_(dit.train(), 16, 16, generator=seeded("weights"))
+    network = inject_lora_(dit.train(), NetworkConfig(network_dim=16, network_alpha=16), generator=seeded("weights"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     tensors, losses = inputs(), []
     for _ in range(300):

@@ -31,18 +31,12 @@ _SHARED_IGNORED = {
 }
 
 TRAINING_REFUSED = {
-    **_SHARED_REFUSED,
-    **dict.fromkeys(("--flash_attn", "--xformers", "--flash3"), _ATTENTION),
+    **_WAN22_FLAGS,
     "--sage_attn": "SageAttention has no backward pass; use --sdpa",
     **dict.fromkeys(
         (
-            *("--config_file", "--fp8_base", "--gradient_checkpointing_cpu_offload", "--block_swap_h2d_only"),
-            *("--block_swap_ring_size", "--cuda_allow_tf32", "--cuda_cudnn_benchmark", "--lr_scheduler_type"),
-            *("--lr_scheduler_args", "--dim_from_weights", "--scale_weight_norms", "--save_last_n_epochs"),
-            *("--save_last_n_steps", "--save_last_n_epochs_state", "--save_last_n_steps_state", "--save_state"),
-            *("--save_state_on_train_end", "--resume", "--show_timesteps", "--logging_dir", "--log_with"),
-            *("--log_prefix", "--log_tracker_name", "--log_tracker_config", "--wandb_run_name", "--wandb_api_key"),
-            *("--log_config", "--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
+            *("--block_swap_h2d_only", "--block_swap_ring_size", "--lr_scheduler_type", "--lr_scheduler_args"),
+            *("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
             *("--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
             *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
             *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),

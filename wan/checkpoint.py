@@ -25,6 +25,7 @@ from wan import clip, t5
 from wan.attention import Attention, sdpa
 from wan.config import DiTSpec
 from wan.dit import WanDiT
+from wan.fp8 import FP8Kind, fp8_entries, is_dit_weight, use_fp8_
 from wan.vae import WanVAE, vae_base_dim
 
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
@@ -222,18 +223,26 @@ def _load(
     to_entries: Callable[[str, Tensor], dict[str, Tensor]],
     dtype: torch.dtype,
     device: torch.device | str,
+    keep: Callable[[str, Tensor], dict[str, Tensor]] = lambda key, tensor: {key: tensor},
 ) -> nn.Module:
-    """Fill `module`, built on meta, with the tensors `names`; `to_entries` maps each to entries of its state dict."""
+    """Fill `module`, built on meta, with the tensors `names`; `to_entries` maps each to entries of its state dict.
+
+    keep: the form and place in which an entry, in `dtype` on `device`, stays. Tensor by tensor, so that only one of
+    them exists in another form at a time.
+    """
     module.eval().requires_grad_(False)
     state: dict[str, Tensor] = {}
     total = sum(checkpoint.tensors[name].nbytes for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {checkpoint.path.name}", disable=None) as progress:
         for name in names:
             for key, tensor in to_entries(name, checkpoint.read(name, device)).items():
-                state[key] = tensor.to(dtype)
+                state |= keep(key, tensor.to(dtype))
             progress.update(checkpoint.tensors[name].nbytes)
     module.load_state_dict(state, assign=True)
-    return module.to(device)  # only buffers that are in no file still have to move
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):  # those that are in no file
+            setattr(part, name, buffer.to(device))
+    return module
 
 
 def _open_dit(path: str | Path, attention: Attention = sdpa) -> tuple[Checkpoint, WanDiT]:
@@ -252,27 +261,44 @@ def inspect_dit(path: str | Path) -> DiTSpec:
     return _open_dit(path)[1].spec
 
 
+def dit_dtype(path: str | Path) -> torch.dtype:
+    """The dtype that a DiT file is stored in."""
+    return _open_dit(path)[0].tensors[_DIT_DTYPE_PROBE].dtype
+
+
 def load_dit(
     path: str | Path,
     dtype: torch.dtype | None,
     device: torch.device | str,
     merge: Callable[[str, Tensor], Tensor] | None = None,
     attention: Attention = sdpa,
+    fp8: FP8Kind | None = None,
+    blocks_on_host: int = 0,
 ) -> WanDiT:
     """The DiT with all weights in `dtype`; None means that of the file, and bfloat16 for an fp8 file.
 
     `merge(official name, weight)` may replace each weight (LoRA): it gets it on `device` in the dtype of the model, as
     training does, so that an image made in training and one made from the saved LoRA are equal.
+    fp8: the linear layers of the blocks keep their merged weights as an Fp8Linear does.
+    blocks_on_host: of that many blocks, the last ones, the weights stay in host memory (for `swap_blocks_`).
     """
     checkpoint, model = _open_dit(path, attention)
+    names = _shapes_of(model)
     if dtype is None:
         stored = checkpoint.tensors[_DIT_DTYPE_PROBE].dtype
         dtype = torch.bfloat16 if stored.itemsize == 1 else stored
+    layers = use_fp8_(model, dtype, fp8, is_dit_weight) if fp8 else {}
+    count = len(model.blocks)
+    on_host = tuple(f"blocks.{i}." for i in range(count - blocks_on_host, count))
 
     def to_entries(name: str, weight: Tensor) -> dict[str, Tensor]:
         return {name: merge(name, weight.to(dtype)) if merge else weight}
 
-    return _load(model, checkpoint, _shapes_of(model), to_entries, dtype, device)
+    def keep(name: str, weight: Tensor) -> dict[str, Tensor]:
+        home = "cpu" if name.startswith(on_host) else device
+        return {key: tensor.to(home) for key, tensor in fp8_entries(layers, name, weight).items()}
+
+    return _load(model, checkpoint, names, to_entries, dtype, device, keep)
 
 
 def _open_vae(path: str | Path) -> tuple[Checkpoint, WanVAE]:
@@ -305,10 +331,14 @@ def inspect_t5(path: str | Path) -> int:
     return _open_t5(path)[1].config.d_model
 
 
-def load_t5(path: str | Path, dtype: torch.dtype, device: torch.device | str) -> UMT5EncoderModel:
-    """The T5 encoder in `dtype` on `device`."""
+def load_t5(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str, fp8: FP8Kind | None = None
+) -> UMT5EncoderModel:
+    """The T5 encoder in `dtype` on `device`; with `fp8` its linear layers keep their weights as an Fp8Linear does."""
     checkpoint, model = _open_t5(path)
-    return _load(model, checkpoint, t5.t5_shapes(model), t5.t5_tensors, dtype, device)
+    names = t5.t5_shapes(model)
+    layers = use_fp8_(model, dtype, fp8) if fp8 else {}
+    return _load(model, checkpoint, names, t5.t5_tensors, dtype, device, partial(fp8_entries, layers))
 
 
 def _open_clip(path: str | Path) -> tuple[Checkpoint, CLIPVisionModel]:

@@ -1,304 +1,408 @@
-"""LoRA: layers to train, merging into weights, and the musubi-tuner file format (spec formats.md section 4).
+"""LoRA, LoHa and LoKr: the layers that are trained beside frozen linear layers. Files: wan/lora_files.py."""
 
-Effective weight: W + multiplier * (alpha / rank) * up @ down (Hu et al. 2021, arXiv 2106.09685). down is [rank, in],
-up is [out, rank].
-"""
-
-import hashlib
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
-from utils.files import require_file, written_whole
+from wan.lora_files import LoRAFile, LoRAModule, add_change, lora_name, parse_lora, weight_change, write_lora
+from wan.network_options import NetworkConfig
 
-_PREFIX = "lora_unet_"
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
-# Never trained, wherever in a block they appear (the reference's default exclude pattern; a full match).
+log = logging.getLogger(__name__)
+
+# Never trained, wherever in a block they appear (the reference's default exclude pattern).
 _EXCLUDED = re.compile(r".*(patch_embedding|text_embedding|time_embedding|time_projection|norm|head).*")
-Modules = dict[str, tuple[Tensor, Tensor, float]]  # `lora_unet_...` -> down [rank, in], up [out, rank], alpha
-# Marks of other file formats in their keys, most telling first.
-_OTHER_DIALECTS = (
-    ("hada_", "LoHa"),
-    ("lokr_", "LoKr"),
-    ("dora_scale", "DoRA"),
-    ("base_model.model.", "PEFT"),
-    ("diffusion_model.", "ComfyUI"),
-    ("transformer.", "diffusers"),
-    (".lora_A.", "PEFT"),
-)
 
 
-def lora_name(dotted: str) -> str:
-    """`blocks.0.self_attn.q` -> `lora_unet_blocks_0_self_attn_q`."""
-    return _PREFIX + dotted.replace(".", "_")
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer, here called base, and what training adds to its weight.
 
-
-def merge_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """weight + scale * up @ down, computed in float32, in the dtype of `weight`; weight [out, in]."""
-    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer and the product that training adds to it.
-
-    In train mode the product is computed beside the layer; in eval mode it is merged into the weight for each call, so
-    that an image made during training is bit for bit the one that the saved file makes.
+    In train mode the addition is computed beside the base; in eval mode it is merged into the weight for each call, so
+    that an image made during training is bit for bit the one that the saved file makes. The base is an nn.Linear or
+    anything with its attributes, e.g. one that dequantises `weight` when asked.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator | None):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, config: NetworkConfig):
         super().__init__()
-        device, inputs = base.weight.device, base.in_features
         self.base = base
-        self.lora_down = nn.utils.skip_init(nn.Linear, inputs, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_up = nn.utils.skip_init(
-            nn.Linear, rank, base.out_features, bias=False, device=device, dtype=torch.float32
-        )
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.rank_dropout, self.module_dropout = config.extra.rank_dropout, config.extra.module_dropout
+        self.enabled = True
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained matrices, float32, by their name in a file; the change is linear in each of them."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]: what the change of the weight adds to the output in train mode."""
+        raise NotImplementedError
+
+    def change(self) -> Tensor:
+        """What is added to the weight: [out, in] float32."""
+        return weight_change(self.trained, self.scale)
+
+    def change_norm(self) -> Tensor:
+        """Frobenius norm of `change()`, a scalar."""
+        return weight_change({name: _whole(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in the dtype that the base returns."""
+        if not self.enabled:
+            return self.base(x)
+        if not self.training:
+            return F.linear(x, add_change(self.base.weight, self.change()), self.base.bias)
+        result, branch = self.base(x), self.branch(x)
+        if self.module_dropout:
+            # Times 0 instead of left out: every parameter gets a gradient in every process, and nothing is recompiled.
+            branch = branch * (torch.rand((), device=x.device) >= self.module_dropout)
+        return result + branch.to(result.dtype)
+
+
+class LoRALinear(AdaptedLinear):
+    """LoRA (arXiv 2106.09685): the change is alpha / rank * up @ down; down [rank, in], up [out, rank]."""
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        config: NetworkConfig,
+        device: torch.device,
+        generator: torch.Generator | None,
+    ):
+        super().__init__(base, rank, alpha, config)
+        inputs, outputs, kind = base.in_features, base.out_features, {"device": device, "dtype": torch.float32}
+        self.lora_down = nn.utils.skip_init(nn.Linear, inputs, rank, bias=False, **kind)
+        self.lora_up = nn.utils.skip_init(nn.Linear, rank, outputs, bias=False, **kind)
         # Kaiming uniform with a = sqrt(5) is this bound; drawn on the CPU, so that a seed means the same on any device.
         bound = 1 / math.sqrt(inputs)
         initial = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             self.lora_down.weight.copy_(initial)
             self.lora_up.weight.zero_()
-        self.register_buffer("alpha", torch.tensor(float(alpha), device=device))
-        self.scale = alpha / rank
-        self.dropout = dropout
+        self.dropout = config.network_dropout or 0.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in the dtype the frozen layer returns."""
-        down, up = self.lora_down.weight, self.lora_up.weight
-        if not self.training:
-            return F.linear(x, merge_weight(self.base.weight, down, up, self.scale), self.base.bias)
-        result = self.base(x)
-        low = F.dropout(F.linear(x, down.to(x.dtype)), self.dropout)
-        return result + (F.linear(low, up.to(x.dtype)) * self.scale).to(result.dtype)
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
+
+    def branch(self, x: Tensor) -> Tensor:
+        low = F.dropout(F.linear(x, self.lora_down.weight.to(x.dtype)), self.dropout)
+        if self.rank_dropout:
+            # Whole ranks of an item, the rest times 1 / (1 - p).
+            kept = torch.ones(len(x), *[1] * (x.ndim - 2), self.rank, device=x.device, dtype=x.dtype)
+            low = low * F.dropout(kept, self.rank_dropout)
+        return F.linear(low, self.lora_up.weight.to(x.dtype)) * self.scale
+
+    def change_norm(self) -> Tensor:
+        # |up @ down|^2 is the sum of the products of two rank x rank matrices, so that no [out, in] is formed.
+        down, up = (_whole(tensor).float() for tensor in self.trained.values())
+        return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
+
+class LycorisLinear(AdaptedLinear):
+    """LoHa or LoKr; the package lycoris-lora makes the matrices and computes the product in train mode."""
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        config: NetworkConfig,
+        device: torch.device,
+        generator: torch.Generator | None,
+    ):
+        from lycoris.modules.loha import LohaModule
+        from lycoris.modules.lokr import LokrModule
+
+        extra = config.extra
+        options = {
+            "factor": extra.factor,
+            "decompose_both": extra.decompose_both,
+            "full_matrix": extra.full_matrix,
+            "unbalanced_factorization": extra.unbalanced_factorization,
+        }
+        # It reads nothing but sizes from its layer, so it gets one without weights: no copy, no guess about its kind.
+        sizes = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        seed = int(torch.randint(1 << 62, (), generator=generator, device="cpu"))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            if config.kind == "loha":
+                adapter = LohaModule("", sizes, lora_dim=rank, alpha=alpha)
+            else:
+                adapter = LokrModule("", sizes, lora_dim=rank, alpha=alpha, **options)
+        super().__init__(base, rank, adapter.scale * rank, config)
+        self.adapter = adapter.to(device)
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.adapter.named_parameters())
+
+    def branch(self, x: Tensor) -> Tensor:
+        result = self.adapter.bypass_forward_diff(x)
+        if self.rank_dropout:
+            kept = torch.ones(result.shape[-1], device=x.device, dtype=result.dtype)
+            result = result * F.dropout(kept, self.rank_dropout)
+        return result
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Of a weight that FSDP2 has shared out, all of it; every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """What is trained, for the log."""
+
+    kind: str  # of the layers: lora, loha or lokr
+    modules: int  # linear layers of the blocks that are trained
+    excluded: int  # those that are not
+    parameters: int  # trained numbers
+    ranks: tuple[int, ...]  # those that occur
+    alphas: tuple[float, ...]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """`network_dim` and `network_alpha` of the file; kohya's word for several is Dynamic."""
+        values = {"network_dim": self.ranks, "network_alpha": self.alphas}
+        return {key: str(found[0]) if len(found) == 1 else "Dynamic" for key, found in values.items()}
+
+    def __str__(self) -> str:
+        ranks = " to ".join(str(rank) for rank in sorted({self.ranks[0], self.ranks[-1]}))
+        return (
+            f"{self.kind} of rank {ranks} on {self.modules} linear layers of the blocks, {self.excluded} left out, "
+            f"{self.parameters:,} parameters"
+        )
 
 
 class LoRANetwork:
-    """The LoRA layers of a model under their file names; what is trained and saved."""
+    """The trained layers of a model under their file names."""
 
-    def __init__(self, layers: Mapping[str, LoRALinear]):
+    def __init__(self, layers: Mapping[str, AdaptedLinear], kind: str = "lora", excluded: tuple[str, ...] = ()):
         self.layers = dict(layers)  # by dotted name, e.g. `blocks.0.self_attn.q`
+        self.kind, self.excluded = kind, excluded
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for layer in self.layers.values():
-            yield from (layer.lora_down.weight, layer.lora_up.weight)
+            yield from layer.trained.values()
 
     def param_groups(self, lr: float, loraplus_lr_ratio: float = 1.0) -> list[dict]:
-        """Optimizer groups; the up weights learn `loraplus_lr_ratio` times faster (LoRA+, arXiv 2402.12354)."""
-        if loraplus_lr_ratio == 1:
-            return [{"params": list(self.parameters()), "lr": lr}]
+        """Optimizer groups, named for the log; up weights learn `loraplus_lr_ratio` times faster (arXiv 2402.12354)."""
+        groups = {"unet": [], "unet plus": []}
+        for layer in self.layers.values():
+            for name, parameter in layer.trained.items():
+                plus = loraplus_lr_ratio != 1 and name == "lora_up.weight"
+                groups["unet plus" if plus else "unet"].append(parameter)
+        rates = {"unet": lr, "unet plus": lr * loraplus_lr_ratio}
+        return [{"params": group, "lr": rates[name], "name": name} for name, group in groups.items() if group]
+
+    def summary(self) -> NetworkSummary:
+        """What is trained."""
         layers = self.layers.values()
-        return [
-            {"params": [layer.lora_down.weight for layer in layers], "lr": lr},
-            {"params": [layer.lora_up.weight for layer in layers], "lr": lr * loraplus_lr_ratio},
-        ]
+        return NetworkSummary(
+            kind=self.kind,
+            modules=len(self.layers),
+            excluded=len(self.excluded),
+            parameters=sum(parameter.numel() for parameter in self.parameters()),
+            ranks=tuple(sorted({layer.rank for layer in layers})),
+            alphas=tuple(sorted({layer.alpha for layer in layers})),
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within it the model is its base."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    @torch.no_grad()
+    def apply_max_norm(self, limit: float) -> tuple[int, float, float]:
+        """Scale every change of a weight whose norm is above `limit` down to it; to be called after each step.
+
+        Returns how many were scaled, and the mean and the largest norm afterwards.
+        """
+        norms = torch.stack([layer.change_norm() for layer in self.layers.values()])
+        ratios = (limit / norms).clamp(max=1)
+        for layer, ratio in zip(self.layers.values(), ratios, strict=True):
+            matrices = layer.trained.values()
+            for matrix in matrices:
+                matrix.mul_(ratio ** (1 / len(matrices)))
+        norms = norms * ratios
+        return int((ratios < 1).sum()), norms.mean().item(), norms.max().item()
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Detached tensors as in a file; float32 unless `dtype` is given."""
-        state = {}
+        """Detached tensors as in a file, float32 unless `dtype` is given.
+
+        With sharded weights all processes have to call it.
+        """
+        dtype, state = dtype or torch.float32, {}
         for dotted, layer in self.layers.items():
-            for part, tensor in zip(_PARTS, (layer.lora_down.weight, layer.lora_up.weight, layer.alpha), strict=True):
-                state[f"{lora_name(dotted)}.{part}"] = tensor.detach().to(dtype or torch.float32)
+            for part, tensor in layer.trained.items():
+                state[f"{lora_name(dotted)}.{part}"] = _whole(tensor.detach()).to(dtype)
+            state[f"{lora_name(dotted)}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
         return state
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], source: str = "LoRA weights") -> None:
         """Take over tensors named as `state_dict` names them; ConfigError as in `load_file`."""
-        self._load(_parse(tensors, source), source)
+        self._load(parse_lora(tensors, source), source)
 
-    def load_file(self, lora: "LoRAFile") -> None:
+    def load_file(self, lora: LoRAFile) -> None:
         """Take over the weights of a file. ConfigError, before any changes, unless modules, shapes and alpha agree."""
         self._load(lora.modules, str(lora.path))
 
-    def _load(self, found: Modules, source: str) -> None:
+    def _load(self, found: Mapping[str, LoRAModule], source: str) -> None:
         wanted = {lora_name(dotted): layer for dotted, layer in self.layers.items()}
         missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
         if missing or extra:
             raise ConfigError(
                 f"{source}: {len(missing)} of {len(wanted)} modules are missing and {len(extra)} are unknown, "
-                f"e.g. {min(missing or extra)}; use a file trained on this model and these modules"
+                f"e.g. {min(missing or extra)}; use a file trained on this model and these modules, "
+                "or --dim_from_weights to train those of the file"
             )
         for name, layer in wanted.items():
             _check_fits(layer, found[name], f"{source}: {name}")
         with torch.no_grad():
             for name, layer in wanted.items():
-                layer.lora_down.weight.copy_(found[name][0])
-                layer.lora_up.weight.copy_(found[name][1])
+                for part, parameter in layer.trained.items():
+                    _assign(parameter, found[name].parts[part])
 
 
-def _check_fits(layer: LoRALinear, module: tuple[Tensor, Tensor, float], place: str) -> None:
-    down, up, alpha = module
-    for found, ours in ((down, layer.lora_down.weight), (up, layer.lora_up.weight)):
-        if found.shape != ours.shape:
-            raise ConfigError(
-                f"{place} is {list(found.shape)} instead of {list(ours.shape)}; "
-                f"use --network_dim {len(down)}, or a file trained on this model"
-            )
-    own = float(layer.alpha)
-    if not math.isclose(alpha, own, rel_tol=2**-8):  # a file in bfloat16 has rounded its alpha
-        raise ConfigError(f"{place}.alpha is {alpha:g} instead of {own:g}; use --network_alpha {alpha:g}")
+def _check_fits(layer: AdaptedLinear, module: LoRAModule, place: str) -> None:
+    ours = {part: list(tensor.shape) for part, tensor in layer.trained.items()}
+    theirs = {part: list(tensor.shape) for part, tensor in module.parts.items()}
+    if theirs != ours:
+        rank = f"use --network_dim {module.rank}, or " if module.rank != layer.rank else "use "
+        raise ConfigError(
+            f"{place} is {theirs} instead of {ours}; {rank}a file trained on this model, kind and settings"
+        )
+    if not math.isclose(module.alpha, layer.alpha, rel_tol=2**-8):  # a file in bfloat16 has rounded its alpha
+        raise ConfigError(
+            f"{place}.alpha is {module.alpha:g} instead of {layer.alpha:g}; use --network_alpha {module.alpha:g}"
+        )
+
+
+def _assign(parameter: nn.Parameter, value: Tensor) -> None:
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
+
+def plan_network(
+    config: NetworkConfig, names: list[str], weights: LoRAFile | None = None
+) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
+    """Rank and alpha of each layer to train, and the names of the others. names: the linear layers of the blocks.
+
+    ConfigError when nothing is left to train, or when patterns or files name layers that are not there.
+    """
+    extra = config.extra
+    excludes, includes = (_EXCLUDED, *extra.exclude_patterns), extra.include_patterns
+    refused = {name for name in names if any(pattern.fullmatch(name) for pattern in excludes)}
+    rescued = {name for name in refused if any(pattern.fullmatch(name) for pattern in includes)}
+    chosen = [name for name in names if name not in refused or name in rescued]
+    for key, patterns, candidates in (
+        ("exclude_patterns", extra.exclude_patterns, names),
+        ("include_patterns", includes, refused),
+    ):
+        for pattern in patterns:
+            if not any(pattern.fullmatch(name) for name in candidates):
+                what = "layer" if candidates is names else "excluded layer"
+                log.warning("--network_args %s: %r matches no %s of the blocks", key, pattern.pattern, what)
+    for key, pairs in (("module_ranks", extra.module_ranks), ("module_alphas", extra.module_alphas)):
+        for pattern, _ in pairs:
+            if not any(pattern.fullmatch(name) for name in chosen):
+                raise ConfigError(
+                    f"--network_args {key}: '{pattern.pattern}' matches no trained layer, e.g. {names[0]}"
+                )
+    if config.dim_from_weights:
+        plan = _plan_from_file(chosen, weights)
+    else:
+        plan = {name: config.rank_and_alpha(name) for name in chosen}
+    if not plan:
+        raise ConfigError(f"--network_args exclude_patterns: leave none of {len(names)} layers to train; exclude fewer")
+    return plan, tuple(name for name in names if name not in plan)
+
+
+def _plan_from_file(chosen: list[str], weights: LoRAFile) -> dict[str, tuple[int, float]]:
+    by_key = {lora_name(name): name for name in chosen}
+    unknown = weights.modules.keys() - by_key.keys()
+    if unknown:
+        raise ConfigError(
+            f"--dim_from_weights {weights.path}: {len(unknown)} of its {len(weights.modules)} modules are not among "
+            f"the layers to train, e.g. {min(unknown)}; use a LoRA of this model, and exclude fewer layers"
+        )
+    found = {name: weights.modules[key] for key, name in by_key.items() if key in weights.modules}
+    left = len(chosen) - len(found)
+    log.info("--dim_from_weights: %d layers are in the file, %d are not and stay as they are", len(found), left)
+    return {name: (module.rank or 1, module.alpha) for name, module in found.items()}
 
 
 def inject_lora_(
-    model: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, generator: torch.Generator | None = None
+    model: nn.Module,
+    config: NetworkConfig,
+    *,
+    weights: LoRAFile | None = None,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
 ) -> LoRANetwork:
-    """Freeze `model` and put a LoRALinear in place of every linear layer of `model.blocks` but norms and heads.
+    """Freeze `model` and put a trained layer in place of each linear layer of `model.blocks` that `config` asks for.
 
-    12 layers per block in i2v and flf2v, 10 in t2v. dropout: share of the low-rank values set to 0 in train mode.
-    generator: CPU generator of the initial down weights. ConfigError for impossible settings.
+    By default all but norms and heads: 12 per block in i2v and flf2v, 10 in t2v. weights: the file to start from,
+    which has to fit exactly. device: of the trained matrices; default that of the weights beside them. generator: CPU
+    generator of the initial values. ConfigError for settings or files that do not fit the model; a model on the meta
+    device, which costs nothing, is enough to find out.
     """
-    if rank < 1:
-        raise ConfigError(f"--network_dim {rank}: must be at least 1; try 16")
-    if not 0 < alpha < math.inf:
-        raise ConfigError(f"--network_alpha {alpha}: must be above 0; try {rank}, which gives scale 1")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"--network_dropout {dropout}: must be at least 0 and below 1; try 0.1")
-    model.requires_grad_(False)
-    layers = {}
-    for name, module in list(model.blocks.named_modules(prefix="blocks")):
-        if isinstance(module, nn.Linear) and not _EXCLUDED.fullmatch(name):
-            parent, _, child = name.rpartition(".")
-            layers[name] = LoRALinear(module, rank, alpha, dropout, generator).train(module.training)
-            setattr(model.get_submodule(parent), child, layers[name])
-    return LoRANetwork(layers)
-
-
-@dataclass(frozen=True)
-class LoRAFile:
-    """The content of a LoRA file."""
-
-    path: Path
-    modules: Modules
-    metadata: dict[str, str]
-
-
-def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
-    """Read a file of musubi-tuner's or kohya's dialect; ConfigError for every other, and for damaged files."""
-    path = require_file(path, flag)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{flag} {path}: is no readable safetensors file ({error}); check or fetch it again"
-        ) from None
-    return LoRAFile(path, _parse(tensors, f"{flag} {path}"), metadata)
-
-
-def _parse(tensors: Mapping[str, Tensor], source: str) -> Modules:
-    """Keys -> modules, each complete and of matching shapes."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        for mark, dialect in _OTHER_DIALECTS:
-            if mark in key:
-                raise ConfigError(f"{source}: dialect {dialect} is not supported yet; convert it to {_PREFIX}...")
-        name, _, part = key.partition(".")
-        if not name.startswith(_PREFIX) or part not in _PARTS:
-            raise ConfigError(f"{source}: '{key}' is no key of a Wan LoRA; convert it to {_PREFIX}<module>.{_PARTS[0]}")
-        parts.setdefault(name, {})[part] = tensor
-    if not parts:
-        raise ConfigError(f"{source}: holds no tensors; use a LoRA file")
-    return {name: _module(found, f"{source}: {name}") for name, found in parts.items()}
-
-
-def _module(found: Mapping[str, Tensor], place: str) -> tuple[Tensor, Tensor, float]:
-    shapes = {part: tuple(tensor.shape) for part, tensor in found.items()}
-    match [shapes.get(part, ()) for part in _PARTS]:
-        case [(rank, _), (_, width), () | (1,)] if rank == width > 0:
-            alpha = float(found["alpha"]) if "alpha" in found else 0.0
-            return found[_PARTS[0]], found[_PARTS[1]], alpha or float(rank)  # missing or 0 means scale 1
-    raise ConfigError(f"{place} is no pair [rank, in], [out, rank] but {shapes}; use another file")
-
-
-@dataclass(frozen=True)
-class LoRAMatch:
-    """Which modules of a LoRA file belong to which weights of a model."""
-
-    weights: dict[str, str]  # `blocks.0.self_attn.q.weight` -> `lora_unet_blocks_0_self_attn_q`
-    unmatched: tuple[str, ...]  # modules of the file that the model lacks
-
-
-def check_lora(lora: LoRAFile, shapes: Mapping[str, Sequence[int]]) -> LoRAMatch:
-    """Match a file with the tensors of a DiT (official names -> shapes), of which a header is enough.
-
-    ConfigError when nothing matches or a shape differs; modules without a counterpart are only reported.
-    """
-    weights = {
-        weight: name
-        for weight in shapes
-        if weight.endswith(".weight") and (name := lora_name(weight.removesuffix(".weight"))) in lora.modules
+    linear = {
+        name: module
+        for name, module in model.blocks.named_modules(prefix="blocks")
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
-    if not weights:
-        raise ConfigError(
-            f"{lora.path}: none of its {len(lora.modules)} modules is in the model, e.g. {min(lora.modules)}; "
-            "use a LoRA trained on this kind of model"
-        )
-    for weight, name in weights.items():
-        down, up, _ = lora.modules[name]
-        if list(shapes[weight]) != [up.shape[0], down.shape[1]]:
-            raise ConfigError(
-                f"{lora.path}: {name} is for a weight {[up.shape[0], down.shape[1]]}, the model has "
-                f"{list(shapes[weight])}; use a LoRA trained on a model of this size"
-            )
-    return LoRAMatch(weights, tuple(sorted(lora.modules.keys() - set(weights.values()))))
-
-
-class Merger:
-    """Merges LoRA files into weights as they are loaded: `merger(name, weight) -> weight`.
-
-    Checked against the tensors of the model at once, before any weights load. Files are added in their order, in
-    float32; the sum is rounded once.
-    """
-
-    def __init__(self, loras: Sequence[tuple[LoRAFile, float]], shapes: Mapping[str, Sequence[int]]):
-        self._loras = [(lora, multiplier, check_lora(lora, shapes)) for lora, multiplier in loras]
-        self._merged: set[str] = set()
-
-    def __call__(self, weight_name: str, weight: Tensor) -> Tensor:
-        """weight: [out, in] under its official name; returned on its device in its dtype."""
-        merged = weight
-        for lora, multiplier, match in self._loras:
-            if weight_name in match.weights:
-                down, up, alpha = lora.modules[match.weights[weight_name]]
-                scale = multiplier * alpha / len(down)
-                merged = merge_weight(merged.float(), down.to(weight.device), up.to(weight.device), scale)
-                self._merged.add(weight_name)
-        return merged.to(weight.dtype)
-
-    def report(self) -> list[str]:
-        """One line per file: how many of its modules were merged so far, and how many the model lacks."""
-        lines = []
-        for lora, multiplier, match in self._loras:
-            done = len(self._merged & match.weights.keys())
-            line = f"{lora.path.name} x {multiplier:g}: merged {done} of {len(lora.modules)} modules"
-            if match.unmatched:
-                line += f"; not in this model: {len(match.unmatched)}, e.g. {match.unmatched[0]}"
-            lines.append(line)
-        return lines
+    plan, excluded = plan_network(config, list(linear), weights)
+    if config.extra.conv_dim or config.extra.conv_alpha is not None:
+        log.info("--network_args conv_dim, conv_alpha: have no effect, the blocks hold no convolutions")
+    model.requires_grad_(False)
+    kind, layers = LoRALinear if config.kind == "lora" else LycorisLinear, {}
+    for name, (rank, alpha) in plan.items():
+        base = linear[name]
+        layer = kind(base, rank, alpha, config, device or base.weight.device, generator).train(base.training)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+        layers[name] = layer
+        if config.extra.verbose:
+            log.info("%s: rank %d, alpha %g", name, rank, layer.alpha)
+    network = LoRANetwork(layers, config.kind, excluded)
+    if weights is not None:
+        network.load_file(weights)
+    return network
 
 
 def save_lora(
-    path: str | Path, network: LoRANetwork, metadata: Mapping[str, str], dtype: torch.dtype | None = None
+    path: str | Path,
+    network: LoRANetwork,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    *,
+    write: bool = True,
 ) -> None:
-    """Write the network, whole or not at all, with `metadata` and the two hashes that WebUIs look files up by."""
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in network.state_dict(dtype).items()}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, dict(metadata) | _hashes(tensors, metadata))
+    """Write the network, whole or not at all. Raises OSError when it can't be written.
 
-
-def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of the file with its `ss_` metadata alone, so that editing a title keeps them (spec formats.md section 4.3)."""
-    content = memoryview(save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
-    header = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
+    With sharded weights all processes call it, and only that with `write` writes.
+    """
+    tensors = network.state_dict(dtype)
+    if write:
+        write_lora(path, tensors, metadata)

@@ -1,15 +1,181 @@
-"""Ways to fit a finished model into less memory; each wraps it from outside."""
+"""Options that make a DiT fit into less memory or run faster. Each wraps the finished model from outside.
 
+`prepare_` applies them, and shows the order; only fp8 comes earlier, because weights are quantised while they load.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.cli import option
+from utils.errors import ConfigError, suggest
+from wan.block_swap import swap_blocks_
+from wan.config import DiTSpec
+from wan.fp8 import FP8Kind
 
-def checkpoint_blocks_(model: nn.Module) -> None:
-    """Recompute the activations of each of `model.blocks` in the backward pass instead of keeping them.
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_DYNAMIC = {"true": True, "false": False, "auto": None, None: None}
+_FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which inductor compiles to, knows float8_e4m3fn
 
-    Gradients are the same; a training step takes about a third more time and keeps one tensor per block.
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """memory and speed"""
+
+    fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
+    blocks_to_swap: int = option(0, help="DiT blocks whose weights wait in host memory until they are needed")
+    use_pinned_memory_for_block_swap: bool = option(False, help="page-locked host memory for them: faster copies")
+    compile: bool = option(False, help="torch.compile each block")
+    compile_backend: str = option("inductor", help="compiler of --compile")
+    compile_mode: str = option("default", help="what inductor optimises for", choices=_COMPILE_MODES)
+    compile_dynamic: str | None = option(None, help="one program for all sizes", choices=("true", "false", "auto"))
+    compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
+    compile_cache_size_limit: int | None = option(None, help="programs kept per block; default: torch's, 8")
+    cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
+    cuda_cudnn_benchmark: bool = option(False, help="let cuDNN try its convolutions and keep the fastest")
+
+    gradient_checkpointing: ClassVar[bool] = False  # of training only
+    gradient_checkpointing_cpu_offload: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.blocks_to_swap < 0:
+            raise ConfigError(f"--blocks_to_swap {self.blocks_to_swap}: must be at least 0")
+        if self.compile_cache_size_limit is not None and self.compile_cache_size_limit < 1:
+            raise ConfigError(f"--compile_cache_size_limit {self.compile_cache_size_limit}: must be at least 1")
+        if self.compile_mode != "default" and self.compile_backend != "inductor":
+            raise ConfigError(
+                f"--compile_mode {self.compile_mode}: only inductor has modes; leave out --compile_backend"
+            )
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        """How the weights of the blocks are kept in fp8, if at all."""
+        return "scaled" if self.fp8_scaled else None
+
+    def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
+        """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
+        if self.blocks_to_swap >= spec.num_layers:
+            raise ConfigError(
+                f"--blocks_to_swap {self.blocks_to_swap}: the DiT has {spec.num_layers} blocks; "
+                f"use at most {spec.num_layers - 1}"
+            )
+        if self.fp8_scaled and stored.itemsize == 1:
+            raise ConfigError("--fp8_scaled: the file of --dit is already in fp8; leave it out or use a bf16 file")
+        if self.compile:
+            self._check_compiler(device)
+
+    def _check_compiler(self, device: torch.device) -> None:
+        from torch._dynamo import list_backends  # importing it takes seconds
+
+        backends = list_backends(exclude_tags=())
+        if self.compile_backend not in backends:
+            hint = suggest(self.compile_backend, backends) or "; use inductor"
+            raise ConfigError(f"--compile_backend {self.compile_backend}: unknown{hint}")
+        if self.compile_backend == "inductor" and device.type == "cuda":
+            if find_spec("triton") is None:
+                raise ConfigError("--compile needs the package triton (triton-windows on Windows); install it")
+            if self.fp8_kind and torch.cuda.get_device_capability(device) < _FP8_IN_TRITON:
+                raise ConfigError("--compile: this GPU's compiler does not know fp8; leave out --compile or fp8")
+
+
+@dataclass(frozen=True)
+class TrainingMemoryConfig(MemoryConfig):
+    """memory and speed"""
+
+    fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
+    gradient_checkpointing: bool = option(False, help="recompute block activations to save memory")
+    gradient_checkpointing_cpu_offload: bool = option(False, help="keep what they start from in host memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8_scaled and not self.fp8_base:
+            raise ConfigError("--fp8_scaled needs --fp8_base; give both")
+        for flag in ("blocks_to_swap", "gradient_checkpointing_cpu_offload"):
+            if getattr(self, flag) and not self.gradient_checkpointing:
+                raise ConfigError(f"--{flag} needs --gradient_checkpointing; give both")
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        return super().fp8_kind or ("cast" if self.fp8_base else None)
+
+
+@dataclass(frozen=True)
+class GenerationMemoryConfig(MemoryConfig):
+    """memory and speed"""
+
+    fp8: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        return super().fp8_kind or ("cast" if self.fp8 else None)
+
+
+def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
+    """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
+
+    From the inside out: a block is compiled; its weights are fetched around the compiled program; all of that is
+    recomputed in the backward pass.
     """
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if config.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    if config.compile:
+        compile_blocks_(dit, config)
+    if config.blocks_to_swap:
+        swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
+    if config.gradient_checkpointing:
+        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload)
+
+
+def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
+    """Compile the forward pass of each of `dit.blocks`, on its first call and anew for each kind of input.
+
+    The blocks are alike, so that all of them run the program of the first.
+    """
+    if config.compile_cache_size_limit is not None:
+        torch._dynamo.config.cache_size_limit = config.compile_cache_size_limit
+    for block in dit.blocks:
+        block.forward = torch.compile(
+            block.forward,
+            backend=config.compile_backend,
+            mode=config.compile_mode,
+            dynamic=_DYNAMIC[config.compile_dynamic],
+            fullgraph=config.compile_fullgraph,
+        )
+
+
+def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False) -> None:
+    """Recompute the activations of each of `dit.blocks` in the backward pass instead of keeping them.
+
+    Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
+    stream [B, L, dim]. cpu_offload: it waits in host memory.
+    """
+    for block in dit.blocks:
+        forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_offloaded, forward) if cpu_offload else forward
+
+
+def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared: Tensor) -> Tensor:
+    """`forward` of a checkpointed block, with x kept in host memory; the other inputs are the same for all blocks."""
+
+    address = x.data_ptr()  # autograd keeps the hooks: with x in one of them, nothing would be freed
+
+    def pack(tensor: Tensor) -> tuple[Tensor, torch.device] | Tensor:
+        if tensor.data_ptr() != address:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True), tensor.device
+
+    def unpack(packed: tuple[Tensor, torch.device] | Tensor) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[0].to(packed[1], non_blocking=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return forward(x, *shared)

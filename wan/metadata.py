@@ -67,23 +67,26 @@ def lora_metadata(
     task: TaskSpec,
     layouts: Sequence[OneFrameLayout],
     datasets: DatasetsConfig,
+    ranks: dict[str, str],
     progress: dict[str, Any],
 ) -> dict[str, str]:
     """Everything that a LoRA file carries; with `no_metadata` only what loading and sampling need.
 
     `ss_` values are `str()` of the Python value, as the reference writes them. `ss_one_frame` reads as the flag does,
-    and is the first of `ss_one_frame_layouts`. progress: counters and times at the moment of saving.
+    and is the first of `ss_one_frame_layouts`. ranks: `network_dim` and `network_alpha` as trained. progress: counters
+    and times at the moment of saving.
     """
     run, network, noise = options.run, options.network, options.noise
     settings = {
         "base_model_version": "wan",
         "network_module": network.network_module,
-        "network_dim": network.rank,
-        "network_alpha": network.alpha,
+        **ranks,
         "one_frame": layouts[0],
         "one_frame_layouts": json.dumps([str(layout) for layout in layouts]),
         "one_frame_task": task.name,
         "one_frame_legacy_indices": run.one_frame_legacy_indices,
+        "one_frame_loss": run.one_frame_loss,
+        "one_frame_target_range": run.one_frame_target_range,
     }
     if network.network_args:
         settings["network_args"] = json.dumps(network.arguments)
@@ -93,8 +96,8 @@ def lora_metadata(
             "session_id": _SESSION,
             "output_name": options.save.output_name,
             "learning_rate": optimizer.learning_rate,
-            "gradient_checkpointing": run.gradient_checkpointing,
-            "gradient_checkpointing_cpu_offload": False,
+            "gradient_checkpointing": options.memory.gradient_checkpointing,
+            "gradient_checkpointing_cpu_offload": options.memory.gradient_checkpointing_cpu_offload,
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
             "lr_warmup_steps": optimizer.lr_warmup_steps,
             "lr_scheduler": optimizer.lr_scheduler,
@@ -103,7 +106,7 @@ def lora_metadata(
             "training_comment": options.metadata.training_comment,
             "optimizer": f"{optimizer.optimizer_type}({','.join(optimizer.optimizer_args)})",
             "max_grad_norm": optimizer.max_grad_norm,
-            "fp8_base": False,
+            "fp8_base": options.memory.fp8_base,
             "full_fp16": False,
             "full_bf16": False,
             "weighting_scheme": noise.weighting_scheme,
@@ -139,6 +142,7 @@ def dataset_metadata(config: DatasetsConfig) -> str:
                 "image_jsonl_file": _basename(dataset.image_jsonl_file),
                 "control_directory": _basename(dataset.control_directory),
                 "has_control": True,
+                "validation": dataset.validation,
                 "fp_1f_clean_indices": dataset.clean_indices and list(dataset.clean_indices),
                 "fp_1f_target_index": dataset.target_index,
             }

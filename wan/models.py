@@ -19,7 +19,8 @@ from wan import checkpoint
 from wan.attention import Attention, sdpa, select_attention
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
-from wan.lora import Merger, read_lora
+from wan.lora_files import Merger, read_lora
+from wan.memory import MemoryConfig
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,11 @@ class DiTConfig:
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in WanDiT(self.spec).state_dict().items()}
 
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the file."""
+        return checkpoint.dit_dtype(self.dit)
+
     def check(self) -> TaskSpec:
         """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
         task = resolve_task(self.task, self.spec)
@@ -99,10 +105,12 @@ class DiTConfig:
         dtype: torch.dtype | None = None,
         merger: Merger | None = None,
         attention: Attention = sdpa,
+        memory: MemoryConfig | None = None,
     ) -> WanDiT:
         """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's."""
         dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
-        dit = checkpoint.load_dit(self.dit, dtype, device, merger, attention)
+        fp8, on_host = (memory.fp8_kind, memory.blocks_to_swap) if memory else (None, 0)
+        dit = checkpoint.load_dit(self.dit, dtype, device, merger, attention, fp8=fp8, blocks_on_host=on_host)
         for line in merger.report() if merger else ():
             log.info("LoRA %s", line)
         return dit
@@ -128,6 +136,10 @@ class AttentionSwitches:
     """attention"""
 
     sdpa: bool = option(False, help="torch's scaled dot product attention; the default and the only one so far")
+
+    @property
+    def function(self):
+        return sdpa
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,21 @@ def natural_indices(frame_indices: Tensor) -> Tensor:
     return torch.arange(frame_indices.shape[1], device=frame_indices.device).expand_as(frame_indices)
 
 
+def target_mask(layouts: Sequence[OneFrameLayout]) -> Tensor:
+    """[B, F] float32: 1 for the generated frame of each item, 0 for its control images."""
+    frames = len(layouts[0].order)
+    return torch.eye(frames)[[layout.target_slot for layout in layouts]]
+
+
+def random_target(layout: OneFrameLayout, indices: range, generator: torch.Generator) -> OneFrameLayout:
+    """The layout with its target at an index drawn evenly from those of `indices` that no control has."""
+    free = [index for index in indices if index not in layout.control_indices]
+    if not free:
+        raise ConfigError(f"no index of {indices[0]}-{indices[-1]} is free beside {layout}; give a wider range")
+    drawn = torch.randint(len(free), (), generator=generator).item()
+    return OneFrameLayout(layout.control_indices, free[drawn])
+
+
 def clip_controls(layout: OneFrameLayout, images: int) -> list[int]:
     """Which control images give the CLIP features of a model that takes 1 (i2v) or 2 (flf2v) of them: earliest, latest.
 

@@ -1,82 +1,355 @@
-"""LoRA training: the loss, and the loop around it."""
+"""LoRA training: what is prepared, the loop, and going on from a state."""
 
-import hashlib
 import logging
 import math
 import random
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.config import DatasetsConfig
-from dataset.loader import BatchLoader, TrainingBatch, TrainingSet, clip_for, share
+from dataset.loader import BatchLoader, BatchPlan, TrainingBatch, TrainingSet, share
+from utils.cli import Stopped
+from utils.dtypes import dtype_name
 from utils.errors import ConfigError
+from wan.attention import Attention
+from wan.checkpoints import Checkpoints
 from wan.config import TaskSpec
-from wan.dit import WanDiT, pad_text
-from wan.lora import LoRANetwork, Merger, inject_lora_, read_lora, save_lora
-from wan.memory import checkpoint_blocks_
+from wan.dit import WanDiT
+from wan.flow_matching import seeded
+from wan.lora import LoRANetwork, inject_lora_
+from wan.lora_files import LoRAFile, Merger, read_lora, write_lora
+from wan.memory import prepare_
 from wan.metadata import lora_metadata
 from wan.models import DiTConfig, build_merger
-from wan.one_frame import natural_indices
+from wan.network_options import NetworkConfig
 from wan.optimizers import build_optimizer, build_scheduler
+from wan.report import dataset_rows, expected_memory, start_table
 from wan.samples import Sampler
-from wan.timesteps import add_noise, loss_weight, network_timestep, sample_noise_levels, velocity_target
-from wan.training_options import NetworkConfig, TrainingOptions
+from wan.signals import StopRequest
+from wan.state import Progress, State, load_state, newest_state, save_state
+from wan.tracking import Tracker
+from wan.training_options import SaveConfig, TrainingOptions
+from wan.training_step import StepResult, TrainingStep
+from wan.validation import Validator, validate
 
 log = logging.getLogger(__name__)
 
 _LOSS_WINDOW = 100  # steps that the shown loss is averaged over
 
 
-def seeded(*address: object) -> torch.Generator:
-    """A CPU generator whose numbers depend on nothing but the address, e.g. (seed, epoch, item)."""
-    digest = hashlib.sha256(repr(address).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained on what: checked and loaded. Without sample prompts `sampler` is None."""
+
+    task: TaskSpec
+    options: TrainingOptions
+    datasets: DatasetsConfig
+    training_set: TrainingSet
+    dit: WanDiT  # carries the layers of `network` and is otherwise frozen
+    network: LoRANetwork
+    sampler: Sampler | None
+    tracker: Tracker
 
 
-def flow_matching_loss(
-    dit: nn.Module,
-    *,
-    latents: Tensor,
-    condition: Tensor,
-    text: Tensor,
-    image: Tensor,
-    frame_indices: Tensor,
-    noise: Tensor,
-    t: Tensor,
-    weighting_scheme: str = "none",
-) -> Tensor:
-    """Loss of each item, [B] float32: the weighted mean squared error of the velocity over all frames.
+class Trainer:
+    """One run: `run` trains from the first step, or from a state, to the last and writes files as the options ask."""
 
-    latents, noise [B, 16, F, H, W]; condition [B, 20, F, H, W]; text [B, 512, D]; image [B, 257 n, D];
-    frame_indices [B, F]; t [B] noise levels in 0..1. Spec formats.md section 7.
-    """
-    noisy = add_noise(latents, noise, t)
-    velocity = dit(noisy, condition, network_timestep(t), text, image, frame_indices)
-    error = (velocity.float() - velocity_target(latents, noise)).square().flatten(1).mean(1)
-    return error * loss_weight(weighting_scheme, t)
+    def __init__(self, accelerator: Accelerator, job: TrainingJob, state: State | None = None) -> None:
+        self.accelerator, self.job, self.options = accelerator, job, job.options
+        run = self.options.run
+        self.seed = job.training_set.seed
+        self.batches_per_step = run.gradient_accumulation_steps * accelerator.num_processes
+        self.steps_per_epoch = len(self._epoch(1))
+        epochs = run.max_train_epochs
+        self.total_steps = epochs * self.steps_per_epoch if epochs else run.max_train_steps
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        groups = job.network.param_groups(self.options.optimizer.learning_rate, self.options.network.loraplus_lr_ratio)
+        optimizer = build_optimizer(self.options.optimizer, groups)
+        scheduler = build_scheduler(self.options.optimizer, optimizer, self.total_steps)
+        model, optimizer = accelerator.prepare(job.dit, optimizer)
+        self.step = TrainingStep(
+            accelerator, model, job.network, optimizer, scheduler, job.task, self.options, self.seed
+        )
+        self.loader = BatchLoader(run.max_data_loader_n_workers, run.persistent_data_loader_workers)
+        self.checkpoints = Checkpoints(self.options.save, self._write_lora, self._write_state)
+        self.progress = Progress(started=time.time())
+        self.validator = self._validator() if self.options.validation.wanted else None
+        if state is not None:
+            self._restore(state)
+
+    def run(self) -> Path:
+        """Train to the end and return the path of the final LoRA file.
+
+        Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, or too many steps in a row without a finite loss.
+        """
+        log.info("%s", self._table())
+        self.job.dit.train()
+        if self.progress.step == 0:
+            if self.options.samples.sample_at_first:
+                self._sample("e000000")
+            self._validate()
+        with self._bar(self.progress.step) as bar, StopRequest() as stop:
+            skipped_in_a_row = 0
+            while self.progress.step < self.total_steps:
+                for plans, batches in self._remaining_of_epoch():
+                    result = self._train(plans, batches, stop)
+                    skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                    self._report(result, bar)
+                    self._after_step()
+                    if result.stop:
+                        self._stop(signal.Signals(stop.signal or signal.SIGTERM).name, 128 + (stop.signal or 15))
+                    if skipped_in_a_row == self.options.run.stop_after_skipped_steps:
+                        self._stop(f"{skipped_in_a_row} steps in a row without a finite loss or gradient", 1)
+                    if self.progress.step == self.total_steps:
+                        break
+                self._after_epoch()
+        self.accelerator.wait_for_everyone()
+        path = self.checkpoints.save_final()
+        self.job.tracker.close()
+        return path
+
+    def _table(self) -> str:
+        job, run, options = self.job, self.options.run, self.options
+        summary, spec = job.network.summary(), job.dit.spec
+        return start_table(
+            [
+                ("task", f"{job.task.name}, {spec.num_layers} blocks of width {spec.dim}"),
+                *dataset_rows(job.training_set),
+                ("network", str(summary)),
+                (
+                    "precision",
+                    f"DiT {dtype_name(job.dit.dtype)}, LoRA float32, saved as {dtype_name(options.save.dtype)}",
+                ),
+                ("steps", f"{self.total_steps} in {self.epochs} epochs of {self.steps_per_epoch}"),
+                (
+                    "batches per step",
+                    f"{run.gradient_accumulation_steps} in {self.accelerator.num_processes} processes",
+                ),
+                ("seed", str(self.seed)),
+                (
+                    "expected memory",
+                    expected_memory(job.dit, job.network, spec, job.training_set.buckets, options.memory),
+                ),
+            ]
+        )
+
+    # --- the data of an epoch
+
+    def _epoch(self, epoch: int) -> list[list[BatchPlan]]:
+        """The batches of each step of an epoch (counted from 1), over all processes."""
+        return self.job.training_set.epoch_steps(epoch, self.batches_per_step)
+
+    def _remaining_of_epoch(self) -> Iterator[tuple[list[BatchPlan], list[TrainingBatch]]]:
+        """For each step to come: the batches of all processes as plans, and those of this process, loaded."""
+        steps, seen = self._epoch(self.progress.epoch + 1), 0
+        while steps and seen < self.progress.items:
+            seen += _items(steps.pop(0))
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        own = [share(plans, process, processes) for plans in steps]
+        loaded = self.loader.load([plan for plans in own for plan in plans])
+        for plans, mine in zip(steps, own, strict=True):
+            yield plans, list(islice(loaded, len(mine)))
+
+    # --- a step
+
+    def _train(self, plans: list[BatchPlan], batches: list[TrainingBatch], stop: StopRequest) -> StepResult:
+        processes = self.accelerator.num_processes
+        items = sum(_items(share(plans, process, processes)) for process in range(processes))
+        progress = self.progress
+        result = self.step.run(batches, items, progress.epoch + 1, progress.step + 1, stop.signal is not None)
+        progress.step += 1
+        progress.items += _items(plans)
+        if result.skipped:
+            progress.skipped_steps += 1
+            log.warning("step %d: no finite loss or gradient; nothing was updated", progress.step)
+        else:
+            progress.losses = (*progress.losses[1 - _LOSS_WINDOW :], result.loss)
+        return result
+
+    def _report(self, result: StepResult, bar: tqdm) -> None:
+        losses, rates = self.progress.losses, list(map(float, self.step.scheduler.get_last_lr()))
+        average = sum(losses) / len(losses) if losses else math.nan
+        bar.set_postfix(loss=f"{average:.4f}", lr=f"{rates[0]:.2e}", refresh=False)
+        bar.update()
+        scalars = {"loss/current": result.loss, "loss/average": average, "gradient_norm": result.gradient_norm}
+        names = (group["name"] for group in self.step.optimizer.param_groups)
+        scalars |= {f"lr/{name}": rate for name, rate in zip(names, rates, strict=True)}
+        if result.max_norm is not None:
+            scalars |= dict(zip(("max_norm/scaled", "max_norm/average", "max_norm/max"), result.max_norm, strict=True))
+        self.job.tracker.scalars(self.progress.step, scalars)
+
+    def _after_step(self) -> None:
+        step = self.progress.step
+        due = self.checkpoints.step_due(step)
+        if due:
+            self.checkpoints.save_step(step)
+        if self.options.samples.due_after_step(step):
+            self._sample(f"{step:06d}")
+        if self.options.validation.due_after_step(step):
+            self._validate()
+        if due:
+            self.checkpoints.save_step_state(step)
+
+    def _after_epoch(self) -> None:
+        progress = self.progress
+        epoch, last = progress.epoch + 1, progress.step == self.total_steps
+        if progress.items == sum(map(_items, self._epoch(epoch))):
+            progress.epoch, progress.items = epoch, 0
+        due = self.checkpoints.epoch_due(epoch, last)
+        if due:
+            self.checkpoints.save_epoch(epoch)
+        if self.options.samples.due_after_epoch(epoch) and not self.options.samples.due_after_step(progress.step):
+            self._sample(f"e{epoch:06d}")
+        if self.options.validation.due_after_epoch(epoch) and not self.options.validation.due_after_step(progress.step):
+            self._validate()
+        if due:
+            self.checkpoints.save_epoch_state(epoch)
+
+    def _sample(self, suffix: str) -> None:
+        if self.job.sampler is not None:
+            for path in self.job.sampler.draw(self.job.dit, suffix):
+                self.job.tracker.image(self.progress.step, path.stem, path)
+        self.accelerator.wait_for_everyone()
+
+    def _validator(self) -> Validator:
+        accelerator, job = self.accelerator, self.job
+        measure = partial(
+            validate,
+            self.step.batch_loss,
+            job.training_set.validation,
+            self.options.validation.levels,
+            self.seed,
+            accelerator.device,
+            (accelerator.process_index, accelerator.num_processes),
+            accelerator.reduce,
+        )
+        return Validator(job.dit, job.network.disabled, measure)
+
+    def _validate(self) -> None:
+        if self.validator is not None:
+            self.job.tracker.scalars(self.progress.step, self.validator.scalars())
+
+    def _stop(self, reason: str, exit_code: int) -> None:
+        path = self.checkpoints.save_interrupted(self.progress.step)
+        self.job.tracker.close()
+        how = f"go on with --resume {path}" if path else "no state could be saved; resume from the newest one"
+        raise Stopped(f"stopped after step {self.progress.step} ({reason}): {how}", exit_code)
+
+    # --- files
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _bar(self, done: int) -> tqdm:
+        return tqdm(total=self.total_steps, initial=done, desc="training", unit="step", disable=not self._is_main)
+
+    def _write_lora(self, path: Path) -> None:
+        tensors = self.job.network.state_dict(self.options.save.dtype)
+        if self._is_main:
+            write_lora(path, tensors, self._metadata())
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, path: Path) -> None:
+        step = self.step
+        optimizer = {
+            "optimizer": step.optimizer.state_dict(),
+            "scheduler": step.scheduler.state_dict(),
+            "scaler": step.scaler.state_dict(),
+        }
+        weights = self.job.network.state_dict(torch.float32)
+        if self._is_main:
+            save_state(path, self.progress, self._facts(), weights, optimizer)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: State) -> None:
+        self.progress = state.progress
+        self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
+        try:
+            self.step.optimizer.load_state_dict(state.optimizer["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"--resume {state.path}: its optimizer does not fit ({error}); use the same settings"
+            ) from None
+        self.step.scheduler.load_state_dict(state.optimizer["scheduler"])
+        self.step.scaler.load_state_dict(state.optimizer["scaler"])
+        for name, value in self._facts().items():
+            if state.facts.get(name) != value:
+                log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
+        log.info("going on from %s: step %d of %d", state.path, self.progress.step, self.total_steps)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a resumed run should have in common with the one that wrote the state."""
+        run = self.options.run
+        return {
+            "seed": self.seed,
+            "processes": self.accelerator.num_processes,
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "items": len(self.job.training_set.items),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "precision": run.precision,
+        }
+
+    def _metadata(self) -> dict[str, str]:
+        job, progress = self.job, self.progress
+        counters = {
+            "training_started_at": progress.started,
+            "training_finished_at": time.time(),
+            "num_train_items": len(job.training_set.items),
+            "num_batches_per_epoch": len(job.training_set.epoch_batches(1)),
+            "num_epochs": self.epochs,
+            "epoch": progress.epoch + (progress.items > 0),
+            "steps": progress.step,
+            "max_train_steps": self.total_steps,
+            "seed": self.seed,
+        }
+        ranks = job.network.summary().metadata
+        return lora_metadata(self.options, job.task, job.training_set.layouts, job.datasets, ranks, counters)
+
+
+def _items(plans: list[BatchPlan]) -> int:
+    return sum(len(plan.items) for plan in plans)
+
+
+def network_start(config: DiTConfig, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
+    """The file of --network_weights. Network, file and state are tried on a model without weights first."""
+    weights = read_lora(settings.network_weights, "--network_weights") if settings.network_weights else None
+    with torch.device("meta"):
+        network = inject_lora_(WanDiT(config.spec), settings, weights=weights)
+        if state is not None:
+            network.load_state_dict(state.weights, f"--resume {state.path}")
+    return weights
 
 
 def load_trainable(
-    config: DiTConfig, options: TrainingOptions, device: torch.device, seed: int, merger: Merger | None
+    config: DiTConfig,
+    options: TrainingOptions,
+    device: torch.device,
+    seed: int,
+    merger: Merger | None,
+    weights: LoRAFile | None,
+    attention: Attention,
 ) -> tuple[WanDiT, LoRANetwork]:
-    """The DiT with LoRA layers, of which nothing else is trained. `merger`: LoRA files to merge beforehand."""
-    settings = options.network
-    dit = config.load(device, options.run.compute_dtype(config.dit_dtype), merger)
-    network = inject_lora_(
-        dit, settings.rank, settings.alpha, dropout=settings.network_dropout or 0.0, generator=seeded(seed, "lora")
-    )
-    if settings.network_weights is not None:
-        network.load_file(read_lora(settings.network_weights, "--network_weights"))
-    if options.run.gradient_checkpointing:
-        checkpoint_blocks_(dit)
+    """The DiT with LoRA layers, of which nothing else is trained.
+
+    merger: LoRA files to merge beforehand; weights: the one to start from.
+    """
+    dtype = options.run.compute_dtype(config.dit_dtype)
+    dit = config.load(device, dtype, merger, attention, options.memory)
+    network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
+    prepare_(dit, options.memory, device)
     return dit, network
 
 
@@ -87,161 +360,16 @@ def base_merger(config: DiTConfig, settings: NetworkConfig) -> Merger | None:
     )
 
 
-class Trainer:
-    """One run: `run` trains from the first step to the last and writes files as the options ask.
-
-    `dit` carries the layers of `network` and is otherwise frozen. Without sample prompts `sampler` is None.
-    """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        dit: WanDiT,
-        network: LoRANetwork,
-        datasets: DatasetsConfig,
-        training_set: TrainingSet,
-        task: TaskSpec,
-        options: TrainingOptions,
-        sampler: Sampler | None,
-    ) -> None:
-        self.accelerator, self.dit, self.network, self.sampler = accelerator, dit, network, sampler
-        self.datasets, self.training_set, self.task, self.options = datasets, training_set, task, options
-        run = options.run
-        self.loader = BatchLoader(run.max_data_loader_n_workers, run.persistent_data_loader_workers)
-        self.batches_per_epoch = math.ceil(len(training_set.epoch_batches(1)) / accelerator.num_processes)
-        self.steps_per_epoch = math.ceil(self.batches_per_epoch / run.gradient_accumulation_steps)
-        epochs = run.max_train_epochs
-        self.total_steps = epochs * self.steps_per_epoch if epochs else run.max_train_steps
-        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        self.step, self.epoch, self.started = 0, 0, time.time()
-        groups = network.param_groups(options.optimizer.learning_rate, options.network.loraplus_lr_ratio)
-        optimizer = build_optimizer(options.optimizer, groups)
-        self.scheduler = build_scheduler(options.optimizer, optimizer, self.total_steps)
-        # Not accelerate's mixed precision: the DiT computes in the dtype of its weights, so there is nothing to cast.
-        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=run.precision == "fp16")
-        self.model, self.optimizer = accelerator.prepare(dit, optimizer)
-
-    def run(self) -> Path:
-        """Train to the end and return the path of the final LoRA file."""
-        save, samples = self.options.save, self.options.samples
-        log.info(
-            "%d items in %d batches per epoch and process, %d steps per epoch, %d epochs, %d steps; seed %d",
-            *(len(self.training_set.items), self.batches_per_epoch, self.steps_per_epoch, self.epochs),
-            *(self.total_steps, self.training_set.seed),
-        )
-        if samples.sample_at_first:
-            self._sample("e000000")
-        self.dit.train()
-        with tqdm(total=self.total_steps, desc="training", unit="step", disable=not self._is_main) as bar:
-            losses: list[float] = []
-            while self.step < self.total_steps:
-                self.epoch += 1
-                for group in self._groups():
-                    losses = [*losses[1 - _LOSS_WINDOW :], self._optimize(group)]
-                    self.step += 1
-                    bar.set_postfix(
-                        loss=f"{sum(losses) / len(losses):.4f}", lr=f"{self._learning_rate:.2e}", refresh=False
-                    )
-                    bar.update()
-                    if save.save_every_n_steps and self.step % save.save_every_n_steps == 0:
-                        self._save(f"-step{self.step:08d}")
-                    if samples.due_after_step(self.step):
-                        self._sample(f"{self.step:06d}")
-                    if self.step == self.total_steps:
-                        break
-                if save.save_every_n_epochs and self.epoch % save.save_every_n_epochs == 0 and self.epoch < self.epochs:
-                    self._save(f"-{self.epoch:06d}")
-                if samples.due_after_epoch(self.epoch) and not samples.due_after_step(self.step):
-                    self._sample(f"e{self.epoch:06d}")
-        return self._save("")
-
-    @property
-    def _is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def _learning_rate(self) -> float:
-        return self.scheduler.get_last_lr()[0]
-
-    def _groups(self) -> Iterator[list[TrainingBatch]]:
-        """The batches of each optimizer step of the epoch; the last group may be short."""
-        plans = self.training_set.epoch_batches(self.epoch)
-        group: list[TrainingBatch] = []
-        for batch in self.loader.load(share(plans, self.accelerator.process_index, self.accelerator.num_processes)):
-            group.append(batch)
-            if len(group) == self.options.run.gradient_accumulation_steps:
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def _optimize(self, group: list[TrainingBatch]) -> float:
-        """One optimizer step, as over one batch of all items of all processes. Returns this process's mean loss."""
-        items = sum(len(batch.item_keys) for batch in group)
-        everywhere = self.accelerator.reduce(torch.tensor(float(items), device=self.accelerator.device)).item()
-        total = torch.zeros((), device=self.accelerator.device)
-        for batch in group:
-            with nullcontext() if batch is group[-1] else self.accelerator.no_sync(self.model):
-                losses = self._losses(batch)
-                # Gradients are averaged over processes, while the mean that is wanted is over all items.
-                share_of_mean = losses.sum() * (self.accelerator.num_processes / everywhere)
-                self.accelerator.backward(self.scaler.scale(share_of_mean))
-            total += losses.detach().sum()
-        self.scaler.unscale_(self.optimizer.optimizer)
-        if self.options.optimizer.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.options.optimizer.max_grad_norm)
-        self.scaler.step(self.optimizer.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total.item() / items
-
-    def _losses(self, batch: TrainingBatch) -> Tensor:
-        """Loss of each item; its noise level and noise depend on seed, epoch and item only."""
-        device = self.accelerator.device
-        generators = [seeded(self.training_set.seed, self.epoch, key) for key in batch.item_keys]
-        t = sample_noise_levels(self.options.noise, tuple(batch.latents.shape[3:]), batch.uniform, generators)
-        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
-        frame_indices = batch.frame_indices
-        if self.options.run.one_frame_legacy_indices:
-            frame_indices = natural_indices(frame_indices)
-        return flow_matching_loss(
-            self.model,
-            latents=batch.latents.to(device),
-            condition=batch.condition.to(device),
-            text=pad_text(batch.text).to(device),
-            image=clip_for(batch, self.task.clip_images).to(device),
-            frame_indices=frame_indices.to(device),
-            noise=noise.to(device),
-            t=t.to(device),
-            weighting_scheme=self.options.noise.weighting_scheme,
-        )
-
-    def _sample(self, suffix: str) -> None:
-        if self.sampler is not None:
-            self.sampler.draw(self.dit, suffix)
-        self.accelerator.wait_for_everyone()
-
-    def _save(self, suffix: str) -> Path:
-        save = self.options.save
-        path = save.output_dir / f"{save.output_name}{suffix}.safetensors"
-        if self._is_main:
-            progress = {
-                "training_started_at": self.started,
-                "training_finished_at": time.time(),
-                "num_train_items": len(self.training_set.items),
-                "num_batches_per_epoch": self.batches_per_epoch,
-                "num_epochs": self.epochs,
-                "epoch": self.epoch,
-                "steps": self.step,
-                "max_train_steps": self.total_steps,
-                "seed": self.training_set.seed,
-            }
-            metadata = lora_metadata(self.options, self.task, self.training_set.layouts, self.datasets, progress)
-            save_lora(path, self.network, metadata, save.dtype)
-            log.info("saved %s", path)
-        self.accelerator.wait_for_everyone()
-        return path
+def find_state(save: SaveConfig) -> State | None:
+    """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet."""
+    if save.resume is None:
+        return None
+    if save.resume != "auto":
+        return load_state(Path(save.resume))
+    path = newest_state(save.output_dir, save.output_name)
+    if path is None:
+        log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+    return None if path is None else load_state(path)
 
 
 def build_accelerator(device: str | None) -> Accelerator:
@@ -251,6 +379,10 @@ def build_accelerator(device: str | None) -> Accelerator:
     return Accelerator(mixed_precision="no", cpu=device == "cpu")
 
 
-def shared_seed(seed: int | None) -> int:
-    """The run's seed; without one, a random one that all processes agree on."""
+def shared_seed(seed: int | None, state: State | None) -> int:
+    """The run's seed: that of the state, else the one given, else a random one that all processes agree on."""
+    if state is not None:
+        if seed not in (None, state.facts["seed"]):
+            log.warning("--seed %d: the resumed run goes on with its own seed, %d", seed, state.facts["seed"])
+        return state.facts["seed"]
     return seed if seed is not None else broadcast_object_list([random.SystemRandom().randrange(1 << 31)])[0]

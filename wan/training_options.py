@@ -1,6 +1,5 @@
 """The settings of a training run, one section per subject; each field is a flag of the training script."""
 
-import ast
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,17 @@ import torch
 from utils.cli import option
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
-from utils.files import require_file
+from wan.memory import TrainingMemoryConfig
 from wan.metadata import MetadataConfig
+from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
 from wan.request import SamplingConfig
 from wan.samples import SampleConfig
 from wan.timesteps import NoiseConfig
+from wan.tracking import TrackingConfig
+from wan.validation import ValidationConfig
 
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
-_LORA_MODULES = ("networks.lora_wan", "wan.lora")
 
 
 def _at_least(low: int, section: object, *names: str) -> None:
@@ -39,7 +40,6 @@ class RunConfig:
     mixed_precision: str | None = option(
         None, help="compute dtype of the DiT; default: what accelerate was given, else no", choices=[*_COMPUTE_DTYPES]
     )
-    gradient_checkpointing: bool = option(False, help="recompute block activations to save memory")
     gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
     max_data_loader_n_workers: int = option(8, help="loader processes, at most one per core; 0: none")
     persistent_data_loader_workers: bool = option(False, help="keep the loader processes between epochs")
@@ -47,12 +47,34 @@ class RunConfig:
     one_frame_legacy_indices: bool = option(
         False, help="train at time indices 0 ... F-1 whatever the dataset says, as musubi-tuner does"
     )
+    one_frame_loss: str = option(
+        "all", help="frames that the loss counts: all, or only the target (experiment)", choices=["all", "target"]
+    )
+    one_frame_target_range: str | None = option(
+        None, help="a-b: draw each item's target index from this range, anew in every epoch (experiment)"
+    )
+    stop_after_skipped_steps: int = option(
+        10, help="stop when the loss or gradient was no finite number in so many steps in a row"
+    )
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "stop_after_skipped_steps")
+        if self.target_range is not None and self.one_frame_legacy_indices:
+            raise ConfigError("--one_frame_target_range and --one_frame_legacy_indices exclude each other; give one")
         _at_least(1, self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps")
         _at_least(0, self, "max_data_loader_n_workers", "seed")
         if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
             raise ConfigError("--persistent_data_loader_workers needs --max_data_loader_n_workers 1 or more")
+
+    @property
+    def target_range(self) -> range | None:
+        """The indices that `one_frame_target_range` draws from."""
+        if self.one_frame_target_range is None:
+            return None
+        low, _, high = self.one_frame_target_range.partition("-")
+        if not (low.strip().isdecimal() and high.strip().isdecimal() and int(low) <= int(high)):
+            raise ConfigError(f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, e.g. 1-8")
+        return range(int(low), int(high) + 1)
 
     @property
     def precision(self) -> str:
@@ -82,9 +104,18 @@ class SaveConfig:
     save_every_n_epochs: int | None = option(None, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, help="save after every n steps")
     save_precision: str | None = option(None, help="dtype of the saved LoRA; default float32")
+    save_last_n_epochs: int | None = option(None, help="keep the files of the last n epochs only")
+    save_last_n_steps: int | None = option(None, help="keep the files of the last n steps only")
+    save_state: bool = option(False, help="save a state to resume from with every file, and at the end")
+    save_state_on_train_end: bool = option(False, help="save a state at the end")
+    save_last_n_epochs_state: int | None = option(None, help="like --save_last_n_epochs, for states")
+    save_last_n_steps_state: int | None = option(None, help="like --save_last_n_steps, for states")
+    resume: str | None = option(None, help="state folder to go on from; auto: the newest of this run, if there is one")
 
     def __post_init__(self) -> None:
         _at_least(1, self, "save_every_n_epochs", "save_every_n_steps")
+        _at_least(0, self, "save_last_n_epochs", "save_last_n_steps")
+        _at_least(0, self, "save_last_n_epochs_state", "save_last_n_steps_state")
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise ConfigError(f"--output_name {self.output_name}: must be a file stem without folders")
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
@@ -100,60 +131,6 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
-    """LoRA"""
-
-    network_module: str = option(_LORA_MODULES[0], help="networks.lora_wan, the only one so far")
-    network_dim: int | None = option(None, help="rank; default 4")
-    network_alpha: float = option(1.0, help="scale = alpha / rank")
-    network_dropout: float | None = option(None, help="dropout between the two LoRA matrices")
-    network_args: tuple[str, ...] = option((), help="key=value: loraplus_lr_ratio=16")
-    network_weights: Path | None = option(None, help="LoRA file to start from, of the same rank")
-    base_weights: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT before training")
-    base_weights_multiplier: tuple[float, ...] = option((), help="one per --base_weights file; default 1")
-
-    def __post_init__(self) -> None:
-        if self.network_module not in _LORA_MODULES:
-            raise ConfigError(f"--network_module {self.network_module}: not supported; use networks.lora_wan")
-        _at_least(1, self, "network_dim")
-        if self.network_alpha < 0:
-            raise ConfigError(f"--network_alpha {self.network_alpha}: must be 0 (same as the rank) or above")
-        if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
-            raise ConfigError(f"--network_dropout {self.network_dropout}: must be at least 0 and below 1")
-        for path in (self.network_weights, *self.base_weights):
-            if path is not None:
-                require_file(path, "--network_weights" if path == self.network_weights else "--base_weights")
-        self.arguments  # noqa: B018 checks them
-
-    @property
-    def rank(self) -> int:
-        """`network_dim`, 4 when unset."""
-        return self.network_dim or 4
-
-    @property
-    def alpha(self) -> float:
-        """`network_alpha`; 0 stands for the rank."""
-        return self.network_alpha or float(self.rank)
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """`network_args` by key, each split at its first `=`."""
-        pairs = dict(argument.partition("=")[::2] for argument in self.network_args)
-        for key in pairs.keys() - {"loraplus_lr_ratio"}:
-            raise ConfigError(f"--network_args {key}: not supported; known: loraplus_lr_ratio")
-        return pairs
-
-    @property
-    def loraplus_lr_ratio(self) -> float:
-        """Learning-rate factor of the up weights (LoRA+, Hayou et al. 2024)."""
-        text = self.arguments.get("loraplus_lr_ratio", "1")
-        try:
-            return float(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):
-            raise ConfigError(f"--network_args loraplus_lr_ratio={text}: is no number; try 16") from None
-
-
-@dataclass(frozen=True)
 class TrainingOptions:
     """All sections of a run, and the model files that its metadata names."""
 
@@ -161,9 +138,12 @@ class TrainingOptions:
     network: NetworkConfig
     optimizer: OptimizerConfig
     noise: NoiseConfig
+    memory: TrainingMemoryConfig
     save: SaveConfig
     samples: SampleConfig
     sampling: SamplingConfig
+    validation: ValidationConfig
+    tracking: TrackingConfig
     metadata: MetadataConfig
     dit: Path | None = None
     vae: Path | None = None

@@ -1,0 +1,133 @@
+"""Blocks whose frozen weights wait in host memory and are copied to the device just before they are used."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64  # bytes between the starts of tensors that share a buffer; any dtype can be viewed there
+
+
+def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool = False) -> None:
+    """Keep the frozen parameters of the last `count` of `dit.blocks` in host memory; everything else goes to `device`.
+
+    Two blocks' worth of memory on the device serves all of them in turn, so the device holds the weights of
+    `blocks - count + 2` blocks. On CUDA the next block is copied on a stream of its own while one computes.
+    pinned: page-locked host memory, which is copied faster and without holding up the program; CUDA only.
+
+    Outputs and gradients stay the same. Backward needs recomputed blocks (`memory.checkpoint_blocks_`, applied after
+    this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
+    """
+    blocks = list(dit.blocks)[-count:]
+    swapper = _Swapper([_frozen(block) for block in blocks[:2]], device, pinned)
+    for number, block in enumerate(blocks):
+        swapper.take_over(block)
+        block.forward = partial(swapper.run, number, block.forward)
+    dit.to(device)
+    dit.register_forward_pre_hook(lambda *_: swapper.prefetch(0, after=swapper.now()))
+
+
+def _places(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the frozen parameters of a block are."""
+    return [
+        (module, name)
+        for module in block.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad
+    ]
+
+
+def _frozen(block: nn.Module) -> list[nn.Parameter]:
+    return [module.get_parameter(name) for module, name in _places(block)]
+
+
+@dataclass
+class _Slot:
+    """Device memory for one block: parameters that several blocks share."""
+
+    parameters: list[nn.Parameter]
+    content: int | None = None  # number of the block whose weights are in it
+    ready: torch.cuda.Event | None = None  # when its last copy is done
+
+
+class _Swapper:
+    """The host copies of the swapped blocks, numbered from 0, and the two slots that they take turns in."""
+
+    def __init__(self, templates: list[list[nn.Parameter]], device: torch.device, pinned: bool) -> None:
+        """templates: what the slots have to hold."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinned = pinned and self._stream is not None
+        self._slots = [
+            _Slot([nn.Parameter(torch.empty_like(weight, device=device), requires_grad=False) for weight in weights])
+            for weights in templates
+        ]
+        self._host: list[list[Tensor]] = []
+        self._previous = -1
+
+    def take_over(self, block: nn.Module) -> None:
+        """Move the frozen parameters of the next block to the host and put those of its slot in their place."""
+        weights = [parameter.detach().cpu() for parameter in _frozen(block)]
+        slot = self._slot(len(self._host))
+        self._host.append(_page_locked(weights) if self._pinned else weights)
+        for (module, name), parameter in zip(_places(block), slot.parameters, strict=True):
+            setattr(module, name, parameter)
+
+    def run(self, number: int, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """The forward pass of a block, with its weights on the device; then the next block's are sent for."""
+        free = self.now()  # from here on nothing reads the other slot
+        self.prefetch(number, after=free)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._slot(number).ready)
+        step = -1 if number == self._previous - 1 else 1  # backward recomputes the blocks from the last to the first
+        self._previous = number
+        try:
+            return forward(*args)
+        finally:  # a recomputed forward ends with an exception as soon as it has what backward needs
+            self.prefetch(number + step, after=free)
+
+    def now(self) -> torch.cuda.Event | None:
+        """The end of all work that the device has been given so far."""
+        return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+
+    def prefetch(self, number: int, after: torch.cuda.Event | None) -> None:
+        """Copy a block into its slot unless it is there. `after`: when nothing reads the former content any more."""
+        if not 0 <= number < len(self._host) or self._slot(number).content == number:
+            return
+        slot = self._slot(number)
+        slot.content = None  # in case copying fails
+        if self._stream is None:
+            self._copy(number)
+        else:
+            self._stream.wait_event(after)
+            with torch.cuda.stream(self._stream):
+                self._copy(number)
+                slot.ready = self._stream.record_event()
+        slot.content = number
+
+    def _slot(self, number: int) -> _Slot:
+        return self._slots[number % len(self._slots)]
+
+    @torch.no_grad()
+    def _copy(self, number: int) -> None:
+        for parameter, weight in zip(self._slot(number).parameters, self._host[number], strict=True):
+            parameter.copy_(weight, non_blocking=True)
+            if self._stream is not None:
+                parameter.record_stream(self._stream)  # if the model is dropped meanwhile, its memory waits for this
+
+
+def _page_locked(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in one page-locked buffer, because torch rounds each such allocation up to a power of two."""
+    starts, size = [], 0
+    for tensor in tensors:
+        starts.append(size)
+        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    copies = [
+        buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for start, tensor in zip(starts, tensors, strict=True)
+    ]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor)
+    return copies

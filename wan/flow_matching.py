@@ -1,0 +1,48 @@
+"""The training objective: what one item contributes, and where its random numbers come from."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wan.timesteps import add_noise, loss_weight, network_timestep, velocity_target
+
+
+def seeded(*address: object) -> torch.Generator:
+    """A CPU generator whose numbers depend on nothing but the address, e.g. (seed, epoch, item)."""
+    return torch.Generator().manual_seed(address_seed(*address))
+
+
+def address_seed(*address: object) -> int:
+    """A seed, 0 to 2^63 - 1, that depends on the address alone."""
+    return int.from_bytes(hashlib.sha256(repr(address).encode()).digest()[:8], "little") >> 1
+
+
+def flow_matching_loss(
+    dit: Callable[..., Tensor],
+    *,
+    latents: Tensor,
+    condition: Tensor,
+    text: Tensor,
+    image: Tensor,
+    frame_indices: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    weighting_scheme: str = "none",
+    frame_weights: Tensor | None = None,
+) -> Tensor:
+    """Loss of each item, [B] float32: the weighted mean squared error of the velocity.
+
+    latents, noise [B, 16, F, H, W]; condition [B, 20, F, H, W]; text [B, 512, D]; image [B, 257 n, D];
+    frame_indices [B, F]; t [B] noise levels in 0..1. Spec formats.md section 7.
+    frame_weights: [B, F], how much each frame counts in the mean over frames; None: all the same.
+    """
+    noisy = add_noise(latents, noise, t)
+    velocity = dit(noisy, condition, network_timestep(t), text, image, frame_indices)
+    error = (velocity.float() - velocity_target(latents, noise)).square().mean(dim=(1, 3, 4))
+    if frame_weights is None:
+        error = error.mean(dim=1)
+    else:
+        error = (error * frame_weights).sum(dim=1) / frame_weights.sum(dim=1)
+    return error * loss_weight(weighting_scheme, t)

@@ -1,0 +1,121 @@
+"""Linear layers whose frozen weights are kept in 8 bits (spec formats.md section 8.4).
+
+float8_e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, largest value 448, no infinity (arXiv 2209.05433). Weights are
+turned back into the compute dtype for each call, so this saves memory, not time, and works on any device.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8Kind = Literal["cast", "scaled"]  # a plain cast, or one after a division by scales that are kept
+_MAX = torch.finfo(FP8).max
+_BLOCK = 64  # input columns that share a scale
+_SMALLEST_SCALE = 1e-8
+_NEVER = re.compile(r"norm|patch_embedding|text_embedding|time_embedding|time_projection|head|modulation|img_emb")
+
+
+def quantize(weight: Tensor, kind: FP8Kind) -> tuple[Tensor, Tensor | None]:
+    """weight [out, in] -> (float8 [out, in], scale in the dtype of `weight`, or None for a cast).
+
+    scaled: weight = float8 * scale with one scale per row and 64 columns, [out, in / 64, 1], or per row, [out, 1], when
+    64 does not divide `in`. Values that are beyond 448 nevertheless become 448.
+    """
+    values, scale = weight.float(), None
+    if kind == "scaled":
+        parts = _parts(values)
+        smallest = max(_SMALLEST_SCALE, torch.finfo(weight.dtype).tiny)  # 1e-8 is 0 in float16
+        # Rounded first, so that what is divided by here is what `dequantize` multiplies by
+        scale = (parts.abs().amax(-1, keepdim=True) / _MAX).clamp(min=smallest).to(weight.dtype)
+        values = (parts / scale.float()).reshape(weight.shape)
+    return values.clamp(-_MAX, _MAX).to(FP8), scale
+
+
+def dequantize(quantized: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize`: [out, in] in `dtype`."""
+    weight = quantized.to(dtype)
+    return weight if scale is None else (_parts(weight) * scale).reshape(weight.shape)
+
+
+def _parts(weight: Tensor) -> Tensor:
+    """[out, in] -> [out, in / 64, 64] when that is possible: the last dimension shares a scale."""
+    return weight.unflatten(1, (-1, _BLOCK)) if weight.shape[1] % _BLOCK == 0 else weight
+
+
+class _Fp8Product(torch.autograd.Function):
+    """F.linear whose backward pass dequantises again: what waits for it is 8 bits wide. Only x gets a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantized: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype):
+        ctx.save_for_backward(quantized, scale)
+        ctx.dtype = dtype
+        return F.linear(x, dequantize(quantized, scale, dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient @ dequantize(*ctx.saved_tensors, ctx.dtype), None, None, None, None
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer with a float8 weight, computed in `compute_dtype`; `weight` is made on each access.
+
+    Its parameters are `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
+    """
+
+    def __init__(self, base: nn.Linear, compute_dtype: torch.dtype, kind: FP8Kind) -> None:
+        """Empty, of the shape and on the device of `base`."""
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate a full weight
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.compute_dtype, self.kind = compute_dtype, kind
+
+        def empty(*shape: int, dtype: torch.dtype = compute_dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=base.weight.device), requires_grad=False)
+
+        self.quantized = empty(self.out_features, self.in_features, dtype=FP8)
+        scales = (*_parts(self.quantized).shape[:-1], 1)
+        self.register_parameter("scale_weight", empty(*scales) if kind == "scaled" else None)
+        self.register_parameter("bias", None if base.bias is None else empty(self.out_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] in the compute dtype."""
+        return dequantize(self.quantized, self.scale_weight, self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], both in the compute dtype."""
+        return _Fp8Product.apply(x, self.quantized, self.scale_weight, self.bias, self.compute_dtype)
+
+
+def is_dit_weight(name: str) -> bool:
+    """Whether the DiT keeps the weight of the linear layer `name` in fp8: inside blocks it does, others are small."""
+    return "blocks" in name and not _NEVER.search(name)
+
+
+def use_fp8_(
+    model: nn.Module, dtype: torch.dtype, kind: FP8Kind, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Fp8Linear]:
+    """Put an empty Fp8Linear that computes in `dtype` in place of every linear layer whose name is `wanted`.
+
+    Returns {name of the weight that it replaces: layer}, for `fp8_entries`.
+    """
+    layers = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and wanted(name):
+            parent, _, child = name.rpartition(".")
+            layers[f"{name}.weight"] = layer = Fp8Linear(module, dtype, kind).train(module.training)
+            setattr(model.get_submodule(parent), child, layer)
+    return layers
+
+
+def fp8_entries(layers: Mapping[str, Fp8Linear], key: str, tensor: Tensor) -> dict[str, Tensor]:
+    """An entry of a full state dict -> the entries for the model in which `use_fp8_` put `layers`."""
+    if key not in layers:
+        return {key: tensor}
+    quantized, scale = quantize(tensor, layers[key].kind)
+    name = key.removesuffix("weight")
+    return {f"{name}quantized": quantized} | ({} if scale is None else {f"{name}scale_weight": scale})

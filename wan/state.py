@@ -1,0 +1,116 @@
+"""Training states: folders from which a run goes on as if it had never stopped.
+
+A state is written under a temporary name and renamed when complete, so a folder with the right name can be trusted.
+All randomness of training has an address (seed, epoch, item), so there are no random states to keep.
+"""
+
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from utils.errors import ConfigError
+from utils.files import temporary_prefix, umask
+
+log = logging.getLogger(__name__)
+
+_SUFFIXES = r"(-\d{6}|-step\d{8})?(-state)?"  # of all files and folders that a run writes beside its samples
+_WEIGHTS, _OPTIMIZER, _PROGRESS = "model.safetensors", "optimizer.bin", "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `epoch` counts finished epochs, `items` those seen in the one after, over all processes."""
+
+    step: int = 0
+    epoch: int = 0
+    items: int = 0
+    skipped_steps: int = 0  # for a loss or gradient that was no number
+    losses: tuple[float, ...] = ()  # the latest, for the shown average
+    started: float = 0.0  # Unix time of the first start
+
+
+@dataclass(frozen=True)
+class State:
+    """What a state folder holds."""
+
+    path: Path
+    progress: Progress
+    facts: dict[str, Any]  # settings of the run that wrote it, to tell what differs
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]  # state dicts: optimizer, scheduler, scaler
+
+
+def save_state(
+    path: Path, progress: Progress, facts: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Any]
+) -> None:
+    """Write the folder, whole or not at all; one of that name is replaced. Raises OSError when it can't be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
+    replaced = temporary.with_name(temporary.name + "-old")
+    try:
+        # Through bytes, so that a full disk is an OSError, whichever library would have written.
+        (temporary / _WEIGHTS).write_bytes(save({key: tensor.contiguous() for key, tensor in weights.items()}))
+        buffer = io.BytesIO()
+        torch.save(optimizer, buffer)
+        (temporary / _OPTIMIZER).write_bytes(buffer.getbuffer())
+        (temporary / _PROGRESS).write_text(json.dumps({"progress": asdict(progress), "facts": facts}, indent=1))
+        temporary.chmod(0o777 & ~umask())
+        if path.exists():
+            path.replace(replaced)
+        temporary.replace(path)
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def load_state(path: Path) -> State:
+    """Read a state folder to the CPU. Raises ConfigError, starting with `--resume`, when it is none or damaged."""
+    if not (path / _PROGRESS).is_file():
+        raise ConfigError(f"--resume {path}: is no state folder of this trainer; give one that --save_state wrote")
+    try:
+        written = json.loads((path / _PROGRESS).read_text())
+        known = {field.name for field in fields(Progress)}
+        progress = Progress(**{key: value for key, value in written["progress"].items() if key in known})
+        progress.losses = tuple(progress.losses)
+        weights = load_file(path / _WEIGHTS)
+        optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers of damaged files raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"--resume {path}: is damaged ({reason}); resume from an earlier state") from None
+    return State(path, progress, written["facts"], weights, optimizer)
+
+
+def newest_state(folder: Path, name: str) -> Path | None:
+    """The complete state of the run `name` in `folder` that has come furthest, or None."""
+    found = []
+    pattern = re.compile(re.escape(name) + _SUFFIXES)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(path.name) and (path / _PROGRESS).is_file():
+            try:
+                progress = json.loads((path / _PROGRESS).read_text())["progress"]
+                found.append((progress["step"], progress["epoch"], path))
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s is damaged and is passed over", path)
+    return max(found)[2] if found else None
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Delete what a killed run `name` left half-written in its output folder."""
+    prefix = re.escape(temporary_prefix(Path(name)).removesuffix("-"))
+    pattern = re.compile(prefix + _SUFFIXES + r"(\.\w+)?-\w+(-old)?(\.\w+)?")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

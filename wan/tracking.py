@@ -1,0 +1,258 @@
+"""What a run tells while it trains: a file of metrics always, TensorBoard and Weights & Biases when asked for."""
+
+import importlib.util
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path, PurePath
+from typing import Any, Protocol, TextIO
+
+import numpy as np
+from PIL import Image
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import read_toml, require_writable_dir, written_whole
+
+log = logging.getLogger(__name__)
+
+_TRACKERS = ("tensorboard", "wandb")
+_DEFAULT_NAME = "network_train"  # musubi-tuner's
+_SECRET = re.compile(r"token(?!izer)|api_?key|password|secret", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """logging"""
+
+    logging_dir: Path | None = option(None, help="folder for TensorBoard logs, a new one inside for each run")
+    log_with: str | None = option(
+        None, help="further logs; default: tensorboard if there is a --logging_dir", choices=(*_TRACKERS, "all")
+    )
+    log_prefix: str | None = option(None, help="start of the run's folder name in --logging_dir")
+    log_tracker_name: str | None = option(None, help=f"wandb project and TensorBoard folder; default {_DEFAULT_NAME}")
+    log_tracker_config: Path | None = option(None, help="TOML with tables [tensorboard], [wandb]: further arguments")
+    wandb_run_name: str | None = option(None, help="name of the run in wandb")
+    wandb_api_key: str | None = option(None, help="logs in to wandb; better: run `wandb login` once")
+    log_config: bool = option(False, help="send the settings of the run to the logs, without keys and folders")
+
+    def __post_init__(self) -> None:
+        if "tensorboard" in self.trackers and self.logging_dir is None:
+            raise ConfigError(f"--log_with {self.log_with} needs --logging_dir FOLDER")
+        for name in ("log_prefix", "log_tracker_name"):
+            value = getattr(self, name)
+            if value is not None and PurePath(value).name != value:
+                raise ConfigError(f"--{name} {value}: must be a name without folders")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """`tensorboard`, `wandb`, both or none."""
+        if self.log_with is None:
+            return () if self.logging_dir is None else ("tensorboard",)
+        return _TRACKERS if self.log_with == "all" else (self.log_with,)
+
+    @property
+    def name(self) -> str:
+        """`log_tracker_name` or its default."""
+        return self.log_tracker_name or _DEFAULT_NAME
+
+    def check(self) -> None:
+        """Raise ConfigError unless packages, folder and file are there. Cheap: for before anything loads."""
+        for package in self.trackers:
+            spec = importlib.util.find_spec(package)
+            if spec is None or spec.origin is None:  # a folder of runs named "wandb" is no package
+                cause = "--logging_dir" if self.log_with is None else f"--log_with {self.log_with}"
+                raise ConfigError(f'{cause} needs the package {package}; run: pip install ".[{package}]"')
+        if self.logging_dir is not None:
+            require_writable_dir(self.logging_dir, "--logging_dir")
+        self.arguments()
+
+    def arguments(self) -> dict[str, dict[str, Any]]:
+        """`log_tracker_config`: tracker -> further arguments of its constructor."""
+        if self.log_tracker_config is None:
+            return {}
+        tables = read_toml(self.log_tracker_config, "--log_tracker_config")
+        for key, table in tables.items():
+            if key not in _TRACKERS or not isinstance(table, dict):
+                place = f"--log_tracker_config {self.log_tracker_config}: {key}"
+                raise ConfigError(f"{place}: is no table of a tracker; write [tensorboard] or [wandb]")
+        return tables
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON can hold them, without keys and tokens, and paths without their folders."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return [plain(part) for part in value]
+        if isinstance(value, PurePath):
+            return value.name
+        return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+    return {key: plain(value) for key, value in settings.items() if not _SECRET.search(key)}
+
+
+class _Log(Protocol):
+    """A tracker. Steps are optimizer steps, counted from 1."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, path: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Tracker:
+    """Writes what it is told to every log; made by `open`.
+
+    `<output_dir>/<output_name>-metrics.jsonl` gets a line per call of `scalars`, {"step": 3, "loss/current": 0.1, ...},
+    and no times, so that equal runs write equal files; a number that is not finite becomes null.
+    A tracker that fails during training is reported and left out from then on.
+    """
+
+    def __init__(self, metrics: TextIO | None, logs: list[_Log]) -> None:
+        self._metrics, self._logs = metrics, logs
+
+    @classmethod
+    def open(
+        cls,
+        config: TrackingConfig,
+        output_dir: Path,
+        output_name: str,
+        settings: Mapping[str, Any],
+        resume_step: int = 0,
+        *,
+        main: bool = True,
+    ) -> "Tracker":
+        """Raises ConfigError when a log can't be started.
+
+        settings: sent with `log_config`, see `public_settings`. resume_step: 0 for a fresh run, which replaces an
+        older file of metrics; a run resumed after that step goes on with the file, without what it says on later
+        steps. main: False in the other processes of a run, where nothing is written.
+        """
+        if not main:
+            return cls(None, [])
+        config.check()
+        path = require_writable_dir(output_dir, "--output_dir") / f"{output_name}-metrics.jsonl"
+        arguments = config.arguments()
+        shown = public_settings(settings) if config.log_config else {}
+        openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
+        logs = [openers[name](config, shown, output_dir, arguments.get(name, {})) for name in config.trackers]
+        _rewind(path, resume_step)
+        return cls(path.open("a", encoding="utf-8", newline="\n"), logs)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers by name. `step`: optimizer steps so far; not lower than in earlier calls."""
+        if self._metrics is not None:
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
+            self._metrics.flush()
+        self._tell(lambda tracker: tracker.scalars(step, values))
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Show the picture in `path`. The file of metrics doesn't mention it."""
+        self._tell(lambda tracker: tracker.image(step, name, path))
+
+    def close(self) -> None:
+        """Finish all logs."""
+        self._tell(lambda tracker: tracker.close())
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _tell(self, call: Callable[[_Log], None]) -> None:
+        for tracker in list(self._logs):
+            try:
+                call(tracker)
+            except Exception:
+                log.exception("%s failed and is left out from now on", type(tracker).__name__.strip("_"))
+                self._logs.remove(tracker)
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Leave the lines up to this step in the file of metrics; none after step 0."""
+    if not path.is_file():
+        if step:
+            log.warning("%s does not exist: the metrics up to step %d are lacking", path, step)
+        return
+    if step == 0:
+        log.info("%s is of an earlier run and is replaced", path)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if step else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8", newline="\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinite when it is damaged, as the last one is after a crash."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class _TensorBoard:
+    """Event files in `<logging_dir>/<log_prefix><time>/<log_tracker_name>`."""
+
+    def __init__(
+        self, config: TrackingConfig, settings: dict[str, Any], output_dir: Path, arguments: dict[str, Any]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = config.logging_dir / f"{config.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}" / config.name
+        try:
+            self._writer = SummaryWriter(str(folder), **arguments)
+        except (TypeError, OSError) as error:
+            raise ConfigError(f"--log_with tensorboard cannot write to {folder} ({error})") from None
+        if settings:
+            rows = [f"| {key} | {json.dumps(value, ensure_ascii=False)} |" for key, value in settings.items()]
+            self._writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(
+        self, config: TrackingConfig, settings: dict[str, Any], output_dir: Path, arguments: dict[str, Any]
+    ) -> None:
+        import wandb
+
+        self._wandb = wandb
+        named = {} if config.wandb_run_name is None else {"name": config.wandb_run_name}
+        defaults = {"project": config.name, "dir": str(config.logging_dir or output_dir), "config": settings or None}
+        try:
+            if config.wandb_api_key is not None:
+                wandb.login(key=config.wandb_api_key)
+            self._run = wandb.init(**{**defaults, **arguments, **named})
+        except Exception as error:  # its own kinds differ between versions
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"--log_with {config.log_with}: wandb does not start ({reason})") from None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

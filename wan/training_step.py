@@ -1,0 +1,137 @@
+"""One optimizer step over the batches of all processes."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from dataset.loader import TrainingBatch, clip_for
+from wan import one_frame
+from wan.config import TaskSpec
+from wan.dit import pad_text
+from wan.flow_matching import address_seed, flow_matching_loss, seeded
+from wan.lora import LoRANetwork
+from wan.timesteps import sample_noise_levels
+from wan.training_options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; the same in all processes."""
+
+    loss: float  # mean over all items, before the update
+    gradient_norm: float  # before clipping
+    max_norm: tuple[int, float, float] | None  # LoRANetwork.apply_max_norm, if asked for
+    skipped: bool  # nothing was updated, because loss or gradient was no finite number
+    stop: bool  # some process was asked to stop
+
+
+class TrainingStep:
+    """Updates the LoRA of `model`. `model` is what accelerate made of the DiT.
+
+    Noise levels, noise and dropout depend on (seed, epoch, item) and (seed, step, process) alone, so that a resumed run
+    repeats an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        network: LoRANetwork,
+        optimizer: AcceleratedOptimizer,
+        scheduler: LRScheduler,
+        task: TaskSpec,
+        options: TrainingOptions,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.model, self.network = accelerator, model, network
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.task, self.options, self.seed = task, options, seed
+        # Not accelerate's mixed precision: the DiT computes in the dtype of its weights, so there is nothing to cast.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=options.run.precision == "fp16")
+
+    def run(self, batches: list[TrainingBatch], items: int, epoch: int, step: int, stop: bool) -> StepResult:
+        """Forward and backward over this process's batches, then one update, as over one batch of all `items`.
+
+        items: those of all processes. epoch and step count from 1. stop: this process was asked to stop.
+        """
+        accelerator, scaler = self.accelerator, self.scaler
+        torch.manual_seed(address_seed(self.seed, "dropout", step, accelerator.process_index))
+        total = torch.zeros((), device=accelerator.device)
+        for batch in batches:
+            with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
+                losses = self._losses(batch, epoch)
+                # Gradients are averaged over processes, while the mean that is wanted is over all items.
+                mean = losses.sum() * (accelerator.num_processes / items)
+                accelerator.backward(scaler.scale(mean))
+            total += losses.detach().sum()
+        everywhere = accelerator.reduce(torch.stack([total, torch.tensor(float(stop), device=total.device)]))
+        loss, stops = everywhere.tolist()
+        norm = self._clipped_norm()
+        # A scaled gradient may overflow now and then; the scaler skips that step and lowers its scale.
+        skipped = not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled())
+        limit, max_norm = self.options.network.scale_weight_norms, None
+        if not skipped:
+            scaler.step(self.optimizer.optimizer)
+            max_norm = self.network.apply_max_norm(limit) if limit else None
+        scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
+
+    def batch_loss(self, batch: TrainingBatch, noise: Tensor, t: Tensor, weighting_scheme: str = "none") -> Tensor:
+        """Loss of each item, [B], at given noise [B, 16, F, H, W] and noise levels t [B]; inputs on any device."""
+        device, run = self.accelerator.device, self.options.run
+        frame_indices = batch.frame_indices
+        if run.one_frame_legacy_indices:
+            frame_indices = one_frame.natural_indices(frame_indices)
+        return flow_matching_loss(
+            self.model,
+            latents=batch.latents.to(device),
+            condition=batch.condition.to(device),
+            text=pad_text(batch.text).to(device),
+            image=clip_for(batch, self.task.clip_images).to(device),
+            frame_indices=frame_indices.to(device),
+            noise=noise.to(device),
+            t=t.to(device),
+            weighting_scheme=weighting_scheme,
+            frame_weights=one_frame.target_mask(batch.layouts).to(device) if run.one_frame_loss == "target" else None,
+        )
+
+    def _losses(self, batch: TrainingBatch, epoch: int) -> Tensor:
+        noise_config, target_range = self.options.noise, self.options.run.target_range
+        if target_range is not None:
+            batch = with_random_targets(batch, target_range, self.seed, epoch)
+        generators = [seeded(self.seed, epoch, key) for key in batch.item_keys]
+        t = sample_noise_levels(noise_config, tuple(batch.latents.shape[3:]), batch.uniform, generators)
+        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
+        return self.batch_loss(batch, noise, t, noise_config.weighting_scheme)
+
+    def _clipped_norm(self) -> float:
+        self.scaler.unscale_(self.optimizer.optimizer)
+        limit = self.options.optimizer.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+
+
+def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:
+    """The batch with each item's target at an index drawn from `indices`, controls excepted; frames are moved along."""
+    layouts = tuple(
+        one_frame.random_target(layout, indices, seeded(seed, "target", epoch, key))
+        for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
+    )
+    moved = {
+        name: torch.stack(
+            [
+                one_frame.relayout(frames, old, new)
+                for frames, old, new in zip(getattr(batch, name), batch.layouts, layouts, strict=True)
+            ]
+        )
+        for name in ("latents", "condition")
+    }
+    frame_indices = torch.tensor([layout.frame_indices for layout in layouts])
+    return replace(batch, layouts=layouts, frame_indices=frame_indices, **moved)
