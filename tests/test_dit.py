@@ -10,8 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
-from utils.errors import ConfigError
-from wan.attention import sdpa, select_attention
+from wan.attention import sdpa
 from wan.config import DiTSpec
 from wan.dit import WanDiT, pad_text
 
@@ -252,15 +251,6 @@ def test_sdpa_is_softmax_attention():
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 7, 3, 8)
     weights = (torch.einsum("blnd,bmnd->bnlm", q, k) / 8**0.5).softmax(-1)
     assert_close(sdpa(q, k, v), torch.einsum("bnlm,bmnd->blnd", weights, v))
-
-
-def test_attention_is_chosen_by_name():
-    assert select_attention("sdpa") is select_attention("torch") is sdpa
-    for name in ("flash", "flash2", "flash3", "sageattn", "xformers"):
-        with pytest.raises(ConfigError, match=f"--attn_mode {name}: not supported yet; use --attn_mode sdpa"):
-            select_attention(name)
-    with pytest.raises(ConfigError, match="did you mean 'sdpa'"):
-        select_attention("spda")
 
 
 @needs_shared

@@ -1,0 +1,144 @@
+"""Speed and memory of LoRA training on random weights of the real size, on any number of processes.
+
+    python benchmarks/training_speed.py --batches 2
+    accelerate launch --num_processes 2 benchmarks/training_speed.py
+
+Runs the real loader and trainer on made-up caches. --size tiny runs on a CPU in seconds.
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import wan_train_network
+from dataset.cache import LatentCache, latent_cache_path, text_cache_path, write_latent_cache, write_text_cache
+from dataset.config import read_config
+from dataset.loader import TrainingSet
+from utils import cli
+from wan.config import TASKS, DiTSpec
+from wan.dit import WanDiT
+from wan.lora import inject_lora_
+from wan.memory import prepare_
+from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
+from wan.report import expected_memory
+from wan.training import Trainer, TrainingJob, build_accelerator
+from wan.training_options import TrainingOptions
+
+SPECS = {
+    "14B": DiTSpec("i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, text_dim=4096, image_dim=1280),
+    "tiny": DiTSpec("i2v", dim=256, ffn_dim=512, num_layers=2, in_dim=36, text_dim=64, image_dim=160),
+}
+LAYOUT = OneFrameLayout((0,), 1)
+WARM_UP = 3
+
+
+def random_dit(spec: DiTSpec, device: torch.device, dtype: torch.dtype) -> WanDiT:
+    """A DiT that computes with numbers of a sensible size, made on the device."""
+    with torch.device("meta"):
+        dit = WanDiT(spec).to(dtype)
+    dit.to_empty(device=device)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim == 1 and name.endswith("weight"):
+            parameter.fill_(1)
+        else:
+            parameter.normal_(std=0.02)
+    return dit
+
+
+def write_caches(folder: Path, spec: DiTSpec, width: int, height: int, items: int) -> None:
+    """Cached items of random numbers, and a dataset file for them."""
+    for i in range(items):
+        control, target, blank = torch.randn(3, 16, 1, height // 8, width // 8, dtype=torch.bfloat16)
+        cache = LatentCache(
+            latents=stack_frames(LAYOUT, [control], target),
+            condition=stack_condition(LAYOUT, [control], blank),
+            clip=torch.randn(1, 257, spec.image_dim, dtype=torch.float16),
+            layout=LAYOUT,
+        )
+        write_latent_cache(latent_cache_path(folder, f"item{i}", (width, height)), cache)
+        write_text_cache(text_cache_path(folder, f"item{i}"), torch.randn(60, spec.text_dim, dtype=torch.bfloat16), "x")
+    (folder / "data.toml").write_text(
+        f'[[datasets]]\nimage_directory = "."\ncache_directory = "{folder.as_posix()}"\n'
+        f'resolution = [{width}, {height}]\ncaption_extension = ".txt"\n'
+    )
+
+
+class Clock:
+    """In place of the tracker: notes when each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if "loss/current" in values:
+            self.times.append(time.perf_counter())
+
+    def image(self, *_args) -> None:
+        """There are no samples."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> Trainer:
+    flags = ["--dataset_config", str(folder / "data.toml"), "--output_dir", str(folder), "--output_name", "x"]
+    flags += ["--network_dim", str(arguments.rank), "--learning_rate", "1e-4", "--seed", "1"]
+    flags += ["--max_train_steps", str(arguments.steps + WARM_UP), "--max_data_loader_n_workers", "2"]
+    flags += ["--gradient_accumulation_steps", str(arguments.batches)]
+    flags += ["--gradient_checkpointing"] if arguments.checkpointing else []
+    parsed = wan_train_network.build_parser().parse_args(flags)
+    options = TrainingOptions(*(cli.build(section, parsed) for section in wan_train_network._OPTIONS))
+    accelerator = build_accelerator("cpu" if arguments.size == "tiny" else None)
+    datasets = read_config(options.run.dataset_config, need_sources=False)
+    dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16
+    dit = random_dit(SPECS[arguments.size], accelerator.device, dtype)
+    network = inject_lora_(dit, options.network)
+    prepare_(dit, options.memory, accelerator.device)
+    job = TrainingJob(TASKS["i2v-14B"], options, datasets, TrainingSet(datasets, 1), dit, network, None, clock)
+    return Trainer(accelerator, job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SPECS, default="14B")
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=1, help="batches of one item per step and process")
+    parser.add_argument("--checkpointing", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    with tempfile.TemporaryDirectory() as name:
+        folder, clock = Path(name), Clock()
+        write_caches(folder, SPECS[arguments.size], arguments.width, arguments.height, items=64)
+        trainer = build_trainer(folder, arguments, clock)
+        if trainer.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.run()
+        if not trainer.accelerator.is_main_process:
+            return
+        seconds = (clock.times[-1] - clock.times[WARM_UP - 1]) / (len(clock.times) - WARM_UP)
+        processes = trainer.accelerator.num_processes
+        job = trainer.job
+        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        expected = expected_memory(job.dit, job.network, job.dit.spec, job.training_set.buckets, job.options.memory)
+        print(
+            f"{arguments.size} {arguments.width}x{arguments.height} rank {arguments.rank}, {processes} processes x "
+            f"{arguments.batches} items per step, {'all' if arguments.checkpointing else 'nothing'} recomputed: "
+            f"{seconds:.3f} s per step, {processes * arguments.batches / seconds:.3f} images per second, "
+            f"peak {peak:.1f} GB (expected {expected})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

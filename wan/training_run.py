@@ -1,0 +1,113 @@
+"""A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+
+from dataset.config import DatasetsConfig, read_config
+from dataset.loader import TrainingSet
+from utils import cli
+from utils.files import require_writable_dir, written_whole
+from wan import training
+from wan.config import TaskSpec
+from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
+from wan.pipeline import Pipeline
+from wan.request import Request
+from wan.samples import Sampler
+from wan.state import remove_leftovers
+from wan.timestep_plot import show
+from wan.tracking import Tracker
+from wan.training_options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class TrainingModels:
+    """The model files of a run, and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionSwitches
+
+
+def run(models: TrainingModels, options: TrainingOptions) -> None:
+    """Train. Whatever can be wrong raises ConfigError before weights load."""
+    save = options.save
+    datasets = read_config(options.run.dataset_config, need_sources=False)
+    require_writable_dir(save.output_dir, "--output_dir")
+    task, requests = _check(models, options)
+    accelerator = training.build_accelerator(models.device.device)
+    cli.quiet_unless(accelerator.is_main_process)
+    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    state = training.find_state(save)
+    seed = training.shared_seed(options.run.seed, state)
+    training_set = _training_set(datasets, options, seed, models.dit)
+    merger = training.base_merger(models.dit, options.network)
+    weights = training.network_start(models.dit, options.network, state)
+    if accelerator.is_main_process:
+        remove_leftovers(save.output_dir, save.output_name)
+        _write_settings(models, options)
+    step = state.progress.step if state else 0
+    settings = {
+        name: value for section in (*_sections(models), *_sections(options)) for name, value in vars(section).items()
+    }
+    with Tracker.open(
+        options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
+    ) as tracker:
+        sampler = _sampler(requests, models, options, accelerator) if requests else None
+        dit, network = training.load_trainable(
+            models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
+        )
+        job = training.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
+        training.Trainer(accelerator, job, state).run()
+
+
+def show_timesteps(options: TrainingOptions, mode: str) -> None:
+    """Draw the noise levels that a run with these options would train at."""
+    width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
+    folder = require_writable_dir(options.save.output_dir, "--output_dir")
+    show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
+
+
+def _check(models: TrainingModels, options: TrainingOptions) -> tuple[TaskSpec, list[Request]]:
+    """The task and the sample requests; headers of all files that will be needed have been looked at."""
+    task = models.dit.check()
+    options.run.compute_dtype(models.dit.dit_dtype)
+    options.tracking.check()
+    requests = options.samples.requests(task, options.sampling)
+    if requests:
+        models.t5.check(models.dit.spec)
+        models.clip.check(models.dit.spec)
+        models.vae.check()
+    return task, requests
+
+
+def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTConfig) -> TrainingSet:
+    split = options.validation.validation_split
+    training_set = TrainingSet(datasets, seed, options.noise.num_timestep_buckets, split)
+    training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)
+    options.validation.check(training_set.validation)
+    return training_set
+
+
+def _sampler(
+    requests: list[Request], models: TrainingModels, options: TrainingOptions, accelerator: Accelerator
+) -> Sampler:
+    pipeline = Pipeline(models.vae, models.t5, models.clip, torch.device(accelerator.device))
+    share = (accelerator.process_index, accelerator.num_processes)
+    return Sampler(requests, pipeline, options.save.output_dir / "sample", options.save.output_name, share)
+
+
+def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:
+    """`<output_name>-settings.toml`, which --config_file reads: the settings of this run without its keys."""
+    tracking = replace(options.tracking, wandb_api_key=None)
+    text = cli.to_toml(*_sections(models), *_sections(replace(options, tracking=tracking)))
+    with written_whole(options.save.output_dir / f"{options.save.output_name}-settings.toml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sections(group: TrainingModels | TrainingOptions) -> list:
+    return [section for section in vars(group).values() if hasattr(section, "__dataclass_fields__")]
