@@ -3,6 +3,7 @@
 from utils import cli
 from wan.caching import LatentCachingConfig, run_latents
 from wan.models import CLIPConfig, DeviceConfig, VAEConfig
+from wan.processes import join
 
 _IGNORED = {
     "--i2v": "one-frame caches always hold the conditioning",
@@ -23,7 +24,9 @@ def build_parser() -> cli.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     run, vae, clip = (cli.build(section, args) for section in (LatentCachingConfig, VAEConfig, CLIPConfig))
-    run_latents(run, vae, clip, cli.build(DeviceConfig, args).torch_device)
+    processes, device = join(cli.build(DeviceConfig, args))
+    cli.quiet_unless(processes.is_main)
+    run_latents(run, vae, clip, device, processes)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
 from utils import cli
 from wan.caching import CachingConfig, run_texts
 from wan.models import DeviceConfig, T5Config
-
-_REFUSED = {"--fp8_t5": "is not supported yet; leave it out"}
+from wan.processes import join
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     cli.add_fields(parser, CachingConfig, T5Config, DeviceConfig)
-    cli.refuse(parser, _REFUSED)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     run, t5 = (cli.build(section, args) for section in (CachingConfig, T5Config))
-    run_texts(run, t5, cli.build(DeviceConfig, args).torch_device)
+    processes, device = join(cli.build(DeviceConfig, args))
+    cli.quiet_unless(processes.is_main)
+    run_texts(run, t5, device, processes)
 
 
 if __name__ == "__main__":

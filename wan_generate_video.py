@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from utils import cli
 from utils.cli import option
 from utils.errors import ConfigError
@@ -12,6 +14,9 @@ from utils.files import require_writable_dir
 from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from utils.prompts import Prompt, parse_line, read_file
 from wan.config import TaskSpec
+from wan.dit import WanDiT
+from wan.guidance import GuidanceConfig
+from wan.memory import GenerationMemoryConfig, prepare_
 from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
 from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
@@ -95,8 +100,11 @@ class PromptConfig:
                     log.error("%s", error)
 
 
-_MODELS = (DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig, AttentionConfig, LoRAConfig)
-_OPTIONS = (PromptConfig, SamplingConfig, OutputConfig)
+_MODELS = (
+    *(DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig),
+    *(AttentionConfig, LoRAConfig, GenerationMemoryConfig),
+)
+_OPTIONS = (PromptConfig, SamplingConfig, GuidanceConfig, OutputConfig)
 
 
 def build_parser() -> cli.Parser:
@@ -109,8 +117,8 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    dit, vae, t5, clip, device, attention, lora = (cli.build(section, args) for section in _MODELS)
-    prompts, sampling, output = (cli.build(section, args) for section in _OPTIONS)
+    dit, vae, t5, clip, device, attention, lora, memory = (cli.build(section, args) for section in _MODELS)
+    prompts, sampling, guidance, output = (cli.build(section, args) for section in _OPTIONS)
     device = device.torch_device
     output.log_substitute()
 
@@ -126,16 +134,21 @@ def main(argv: list[str] | None = None) -> None:
     t5.check(dit.spec)
     clip.check(dit.spec)
     merger = lora.merger(dit)
+    memory.check(dit.spec, dit.stored_dtype, device)
+    guidance.check(dit.spec.num_layers)
 
-    model = Resident(
-        lambda to: dit.load(to, merger=merger, attention=attention.function), device, wanted_again=prompts.interactive
-    )
+    def load(to: torch.device) -> WanDiT:
+        network = dit.load(to, merger=merger, attention=attention.function, memory=memory)
+        prepare_(network, memory, to)
+        return network
+
+    model = Resident(load, device, wanted_again=prompts.interactive)
     groups = prompts.typed(task, sampling) if prompts.interactive else [requests]
     for group in groups:
         encoded = pipeline.encode(group)
         with model.on_device() as network:
             for number, one in enumerate(encoded, start=1):
-                latents = denoise(network, one, device, label=f"image {number}/{len(encoded)}")
+                latents = denoise(network, one, device, f"image {number}/{len(encoded)}", guidance)
                 stem = result_stem(one.request.seed)
                 if output.wants_latent:
                     metadata = None if output.no_metadata else latent_metadata(one.request, task.name, lora.names)

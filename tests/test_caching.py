@@ -23,6 +23,7 @@ from wan.clip import build_clip, clip_shapes, encode_image
 from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
 from wan.models import CLIPConfig, VAEConfig
 from wan.one_frame import OneFrameLayout, stack_condition
+from wan.processes import Processes
 from wan.t5 import encode_text
 from wan.vae import WanVAE
 
@@ -306,14 +307,15 @@ def test_an_interrupted_run_keeps_what_is_finished_and_deletes_nothing(data, mad
     cache.read_latent_cache(data / "cache" / left.pop())
 
 
-def test_processes_share_the_items(data, made):
+def test_processes_share_whole_batches(data, made, monkeypatch):
     run = LatentCachingConfig(dataset_config=Path(toml(data)), one_frame=True)
+    monkeypatch.setattr(Processes, "wait", lambda self: None)  # there is no other process
     parts = []
     for process in (1, 0):
         before = stamps(data) if parts else {}
-        run_latents(run, VAEConfig(made.vae), CLIPConfig(made.clip), torch.device("cpu"), process, 2)
+        run_latents(run, VAEConfig(made.vae), CLIPConfig(made.clip), torch.device("cpu"), Processes(process, 2))
         parts.append(changed(data, before))
-    assert parts == [[LATENT_NAMES[1]], [LATENT_NAMES[0], LATENT_NAMES[2]]]
+    assert parts == [[LATENT_NAMES[0], LATENT_NAMES[2]], [LATENT_NAMES[1]]]
 
 
 def test_equal_captions_of_a_batch_are_encoded_once(data, made, monkeypatch):
@@ -371,6 +373,11 @@ def test_flags_without_a_meaning_here_are_accepted_with_a_warning(data, made, ca
     assert all(f"{flag} has no effect" in caplog.text for flag in ("--i2v", "--vae_cache_cpu", "--console_width"))
 
 
-def test_fp8_text_encoders_are_refused(data, made):
-    with pytest.raises(ConfigError, match="--fp8_t5: is not supported yet"):
-        cache_texts(data, made, "--fp8_t5")
+def test_an_fp8_text_encoder_gives_nearly_the_same_embeddings(data, made):
+    def embeddings():
+        return torch.cat([cache.read_text_cache(path).float() for path in sorted((data / "cache").iterdir())])
+
+    cache_texts(data, made)
+    plain = embeddings()
+    cache_texts(data, made, "--fp8_t5")
+    assert 0 < rel_l2(embeddings(), plain) < 0.1

@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
@@ -206,7 +207,8 @@ def broken_files(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[Path
         "cut.pth": (pickled[: len(pickled) // 2], "damaged"),
         "empty.pth": (b"", "damaged"),
         "noise.pth": (noise, "damaged"),
-        "model.gguf": (noise, "no model file by its name"),
+        "noise.gguf": (noise, "damaged or incomplete" if find_spec("gguf") else "the package gguf"),
+        "model.onnx": (noise, "no model file by its name"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
@@ -260,8 +262,10 @@ NORM = "blocks.1.norm3.bias"
         ({"blocks.0.extra.weight": torch.zeros(2)}, "1 unexpected (blocks.0.extra.weight)"),
         ({NORM: torch.zeros(3)}, f"1 of the wrong shape ({NORM} is [3] instead of [128])"),
         ({NORM: torch.zeros(128, dtype=torch.int8)}, "quantised"),
-        ({"blocks.0.ffn.0.scale_weight": torch.ones(96, 2, 1)}, "pre-scaled fp8"),
-        ({"scaled_fp8": torch.zeros(2)}, "pre-scaled fp8"),
+        ({"blocks.0.ffn.0.scale_weight": torch.ones(2, 96)}, "blocks.0.ffn.0.scale_weight is [2, 96] for a weight"),
+        ({"blocks.0.ffn.0.scale_weight": torch.ones(96, 3, 1)}, "[96, 3, 1] for a weight of [96, 128]"),
+        ({"blocks.0.ffn.0.scale_weight": torch.tensor(1)}, "blocks.0.ffn.0.scale_weight is torch.int64"),
+        ({"blocks.0.ffn.9.scale_weight": torch.ones(())}, "1 unexpected (blocks.0.ffn.9.scale_weight)"),
         ({"line\nbreak\x1b[31m": torch.zeros(2)}, "1 unexpected (line break"),
         ({"patch_embedding.weight": None}, "patch_embedding.weight"),
         ({"patch_embedding.weight": torch.zeros(128, 48, 1, 2, 2)}, "not supported"),

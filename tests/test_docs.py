@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,13 @@ from tests.photos import PHOTOS, photo, write_pairs
 from utils import prompts
 from utils.errors import ConfigError
 from wan.lora_files import read_lora
+from wan.network_options import NetworkArguments
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "one_frame.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "docs/one_frame.md": GUIDE, "docs/training.md": TRAINING}
 
 # A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
 _BLOCK = re.compile(r"(?:^`(?P<name>[\w.]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -58,8 +62,12 @@ def table(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-@pytest.mark.parametrize("command", commands(GUIDE + README), ids=lambda words: words[script_of(words)])
-def test_every_flag_of_a_documented_command_exists(command):
+@pytest.mark.parametrize("command", commands("".join(PAGES.values())), ids=lambda words: words[script_of(words)])
+def test_every_flag_of_a_documented_command_exists(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("output").mkdir()
+    settings = 'dataset_config = "dataset.toml"\noutput_dir = "output"\noutput_name = "my-lora"'
+    Path("output/my-lora-settings.toml").write_text(settings, encoding="utf-8")
     script = script_of(command)
     parser = importlib.import_module(command[script].removesuffix(".py")).build_parser()
     known = {name for action in parser._actions if action.help != "==SUPPRESS==" for name in action.option_strings}
@@ -76,6 +84,15 @@ def test_a_misspelt_flag_would_be_noticed():
 def test_the_readme_shows_commands_of_the_guide():
     assert len(commands(README)) == 4
     assert all(block in blocks(GUIDE, "bash") for block in blocks(README, "bash"))
+
+
+def test_every_option_and_key_that_the_training_page_names_exists():
+    options = {action.dest for action in importlib.import_module("wan_train_network").build_parser()._actions}
+    others = {"d", "num_cpu_threads_per_process"}  # of prompt lines and of accelerate
+    assert set(re.findall(r"--(\w+)", TRAINING)) - others <= options | {"help"}
+    no_effect = {"conv_dim", "conv_alpha"}  # the blocks hold no convolutions
+    keys = {field.name for field in fields(NetworkArguments)} - no_effect
+    assert keys <= set(re.findall(r"[`\"](\w+)[`=]", TRAINING))
 
 
 def test_every_dataset_key_is_in_the_table_and_none_else():
@@ -98,7 +115,7 @@ def test_the_picture_sizes_in_the_text_are_right():
 
 
 def test_links_and_pictures_lead_somewhere():
-    for page, text in ((ROOT / "docs" / "one_frame.md", GUIDE), (ROOT / "README.md", README)):
+    for page, text in ((ROOT / name, text) for name, text in PAGES.items()):
         for link in re.findall(r"\]\(([^)]+)\)", text):
             path, _, anchor = link.partition("#")
             target = (page.parent / path) if path else page

@@ -37,7 +37,8 @@ def test_a_merged_file_gives_the_recorded_output(multiplier):
             torch.tensor([[0, 8]]),
         )
     assert rel_l2(out[0], golden("lora_merge")[f"out0_f_0_8_lora_{multiplier}"]) < 1e-5
-    assert merger.report() == [f"lora_musubi_format.safetensors x {multiplier:g}: merged 36 of 36 modules"]
+    (line,) = merger.report()
+    assert line.startswith(f"lora_musubi_format.safetensors x {multiplier:g}: merged 36 of 36 modules, ||dW||/||W|| = ")
 
 
 def test_the_merge_follows_its_formula_in_float32():
@@ -87,7 +88,7 @@ def test_several_files_add_up_with_their_multipliers(tmp_path):
     assert_close(merger(name, weight).double(), expected, atol=1e-6, rtol=1e-6)
     untouched = base.state_dict()["img_emb.weight"]
     assert torch.equal(merger("img_emb.weight", untouched), untouched)
-    assert merger.report() == [
+    assert [line.split(",")[0] for line in merger.report()] == [
         "a.safetensors x 0.5: merged 1 of 2 modules",
         "b.safetensors x -1: merged 1 of 2 modules",
     ]
@@ -166,17 +167,13 @@ HADAMARD = {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"diffusion_model.blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect ComfyUI is not supported yet"),
-        ({"transformer.blocks.0.ffn.net.0.proj.lora_A.weight": (3, 4)}, "dialect diffusers is not supported yet"),
-        ({"base_model.model.blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect PEFT is not supported yet"),
-        ({"blocks.0.ffn.0.lora_A.weight": (3, 4)}, "dialect PEFT is not supported yet"),
-        ({"lora_unet_blocks_0_ffn_0.dora_scale": (3, 1)}, "dialect DoRA is not supported yet"),
+        ({"lora_unet_blocks_0_ffn_0.dora_scale": (3, 1)}, "DoRA is not supported"),
         ({"lora_te_text_model.lora_up.weight": (3, 4)}, "'lora_te_text_model.lora_up.weight' is no key"),
         ({"blocks.0.ffn.0.weight": (3, 4)}, "'blocks.0.ffn.0.weight' is no key"),
         ({"lora_unet_a.lora_down.weight": (3, 4)}, "lora_unet_a is no LoRA"),
         ({"lora_unet_a.lora_down.weight": (3, 4), "lora_unet_a.lora_up.weight": (5, 2)}, "lora_unet_a is no LoRA"),
         ({"lora_unet_a.lora_down.weight": (0, 4), "lora_unet_a.lora_up.weight": (5, 0)}, "lora_unet_a is no LoRA"),
-        ({f"lora_unet_a.{part}": (*shape, 1, 1) for part, shape in PAIR.items()}, "lora_unet_a is no LoRA"),
+        ({f"lora_unet_a.{part}": (*shape, 2, 2) for part, shape in PAIR.items()}, "lora_unet_a is no LoRA"),
         ({f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.alpha": (2,)}, "is no LoRA"),
         (
             {f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.lokr_w1": (2, 2)},

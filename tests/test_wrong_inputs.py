@@ -172,7 +172,6 @@ CASES = [
     ("text", flags("--t5", "models/none.pth"), ["--t5", "does not exist"]),
     ("text", flags("--t5_tokenizer", "models"), ["--t5_tokenizer models", "tokenizer.json"]),
     ("text", flags("--t5", M["clip"]), ["--t5", "no umT5 encoder"]),
-    ("text", flags("--fp8_t5"), ["--fp8_t5", "not supported"]),
     ("train", flags("--dit", "models/t2v.safetensors"), ["--task i2v-14B", "t2v model"]),
     ("train", flags("--task", "flf2v-14B"), ["--task flf2v-14B", "i2v model"]),
     ("train", flags("--task", "i2v-A14B"), ["--task i2v-A14B", "Wan2.2"]),
@@ -194,6 +193,9 @@ CASES = [
     ("train", flags("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900", "100"]),
     ("train", flags("--mixed_precision", "bf16", "--dit_dtype", "float32"), ["--dit_dtype float32", "bf16"]),
     ("train", flags("--save_precision", "fp8"), ["--save_precision fp8"]),
+    ("train", flags("--blocks_to_swap", "1"), ["--blocks_to_swap", "--gradient_checkpointing"]),
+    ("train", flags("--fp8_scaled"), ["--fp8_scaled", "--fp8_base"]),
+    ("train", flags("--flash_attn"), ["--flash_attn needs", "flash-attn"]),
     ("train", flags("--output_name", "a/b"), ["--output_name a/b"]),
     ("train", flags("--output_dir", "data.toml/out"), ["--output_dir", "cannot write"]),
     ("train", flags("--dit_high_noise", "x"), ["--dit_high_noise", "Wan2.2"]),
@@ -226,7 +228,8 @@ CASES = [
     ("generate", flags("--attn_mode", "flash"), ["--attn_mode flash"]),
     ("generate", flags("--dit", "models/t2v.safetensors"), ["text-to-video", "i2v-14B"]),
     ("generate", flags("--latent_path", M["vae"]), ["--latent_path"]),
-    ("generate", flags("--fp8_scaled"), ["--fp8_scaled", "not supported"]),
+    ("generate", flags("--blocks_to_swap", "2"), ["--blocks_to_swap 2", "at most 1"]),
+    ("generate", flags("--dit_dtype", "fp8"), ["--dit_dtype fp8", "--fp8_scaled"]),
 ]
 
 

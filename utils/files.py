@@ -37,6 +37,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        error.filename = str(path)  # writing names no file at all, or else the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

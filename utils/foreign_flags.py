@@ -5,26 +5,11 @@ _VIDEO = "belongs to video output, which is not supported"
 _WAN22 = "belongs to Wan2.2 models, which are not supported"
 _FUN_CONTROL = "belongs to Fun-Control models, which are not supported"
 _MASK = "masks of control images are not supported yet; leave it out"
-_ATTENTION = "this attention is not supported yet; use --sdpa"
+_HUB = "uploading is not supported; leave it out and upload the finished files with `hf upload`"
 
 _WAN22_FLAGS = dict.fromkeys(
-    (
-        *("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit", "--force_v2_1_time_embedding"),
-        *("--lora_weight_high_noise", "--lora_multiplier_high_noise", "--guidance_scale_high_noise", "--lazy_loading"),
-    ),
-    _WAN22,
+    ("--dit_high_noise", "--timestep_boundary", "--offload_inactive_dit", "--force_v2_1_time_embedding"), _WAN22
 )
-_SHARED_REFUSED = {
-    **_WAN22_FLAGS,
-    **dict.fromkeys(
-        (
-            *("--fp8_scaled", "--fp8_t5", "--blocks_to_swap", "--use_pinned_memory_for_block_swap"),
-            *("--compile", "--compile_backend", "--compile_mode", "--compile_dynamic", "--compile_fullgraph"),
-            *("--compile_cache_size_limit",),
-        ),
-        _NOT_YET,
-    ),
-}
 _SHARED_IGNORED = {
     "--vae_cache_cpu": "the VAE here keeps no feature cache",
     "--disable_numpy_memmap": "numpy's memmap is not used",
@@ -34,13 +19,21 @@ TRAINING_REFUSED = {
     **_WAN22_FLAGS,
     "--sage_attn": "SageAttention has no backward pass; use --sdpa",
     **dict.fromkeys(
+        ("--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
+        "accelerate's compiler is not used; use --compile and its options",
+    ),
+    **dict.fromkeys(
         (
-            *("--block_swap_h2d_only", "--block_swap_ring_size", "--lr_scheduler_type", "--lr_scheduler_args"),
-            *("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
-            *("--dynamo_backend", "--dynamo_mode", "--dynamo_fullgraph", "--dynamo_dynamic"),
             *("--huggingface_repo_id", "--huggingface_repo_type", "--huggingface_path_in_repo", "--huggingface_token"),
-            *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--resume_from_huggingface"),
-            *("--async_upload",),
+            *("--huggingface_repo_visibility", "--save_state_to_huggingface", "--async_upload"),
+        ),
+        _HUB,
+    ),
+    "--resume_from_huggingface": "downloading states is not supported; fetch the folder and give it to --resume",
+    **dict.fromkeys(
+        (
+            *("--lr_scheduler_type", "--lr_scheduler_args"),
+            *("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
         ),
         _NOT_YET,
     ),
@@ -50,23 +43,27 @@ TRAINING_IGNORED = {
     "--split_attn": "items of a batch never attend to each other's padding here",
     "--img_in_txt_in_offloading": "it belongs to HunyuanVideo",
     "--guidance_scale": "it is HunyuanVideo's embedded guidance",
+    "--block_swap_h2d_only": "swapped weights are never copied back here",
+    "--block_swap_ring_size": "swapped blocks always share two buffers",
 }
 GENERATION_REFUSED = {
-    **_SHARED_REFUSED,
+    **_WAN22_FLAGS,
+    **dict.fromkeys(
+        ("--lora_weight_high_noise", "--lora_multiplier_high_noise", "--guidance_scale_high_noise", "--lazy_loading"),
+        _WAN22,
+    ),
     "--control_image_mask_path": _MASK,
     "--control_path": _FUN_CONTROL,
     "--trim_tail_frames": _VIDEO,
     **dict.fromkeys(
-        (
-            *("--ckpt_dir", "--include_patterns", "--exclude_patterns", "--lycoris", "--save_merged_model", "--fp8"),
-            *("--fp8_fast", "--cfg_skip_mode", "--cfg_apply_ratio", "--slg_mode", "--slg_layers", "--slg_scale"),
-            *("--slg_start", "--slg_end", "--compile_args"),
-        ),
+        (*("--ckpt_dir", "--save_merged_model", "--compile_args"),),
         _NOT_YET,
     ),
 }
 GENERATION_IGNORED = {
     **_SHARED_IGNORED,
+    "--lycoris": "LoHa and LoKr files are merged without the package",
+    "--fp8_fast": "products are computed in the dtype of the DiT",
     "--video_length": "one-frame use makes one image",
     "--fps": "one-frame use makes one image",
     "--video_path": "videos are not read",

@@ -40,10 +40,12 @@ from utils.images import open_image
 from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
 from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.one_frame import stack_condition, stack_frames
+from wan.processes import Processes
 from wan.t5 import encode_text
 from wan.vae import WanVAE
 
 log = logging.getLogger(__name__)
+ALONE = Processes()
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
 
@@ -98,8 +100,7 @@ def run_latents(
     vae: VAEConfig,
     clip: CLIPConfig,
     device: torch.device,
-    process_index: int = 0,
-    num_processes: int = 1,
+    processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
     config, items = run.read(need_controls=True)
@@ -112,31 +113,37 @@ def run_latents(
         "vae_dtype": dtype_name(vae.dtype(device)),
         "clip_dtype": dtype_name(clip.dtype(device)),
     }
-    todo = items[process_index::num_processes]
+    todo = items
     if run.skip_existing:
-        todo = _stale(todo, lambda item: latent_stale_reason(latent_path(config, item), _settings(item, models)), run)
+
+        def reason(item: Item) -> str | None:
+            return latent_stale_reason(latent_path(config, item), _settings(item, models))
+
+        todo = _stale(items, reason, run, processes)
+    todo = _share(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
     if todo:
         cache_latents(config, todo, vae.load(device), clip.load(device), models, run)
-    if not run.keep_cache and process_index == 0:
-        _clean(config, items, list_latent_caches, latent_path)
+    _clean(run, config, items, list_latent_caches, latent_path, processes)
 
 
-def run_texts(
-    run: CachingConfig, t5: T5Config, device: torch.device, process_index: int = 0, num_processes: int = 1
-) -> None:
+def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
     config, items = run.read(need_controls=False)
     t5.check()
     settings = TextSettings(t5=fingerprint(t5.t5), dtype=dtype_name(t5.dtype(device)))
-    todo = items[process_index::num_processes]
+    todo = items
     if run.skip_existing:
-        todo = _stale(todo, lambda item: text_stale_reason(text_path(config, item), item.caption, settings), run)
+
+        def reason(item: Item) -> str | None:
+            return text_stale_reason(text_path(config, item), item.caption, settings)
+
+        todo = _stale(items, reason, run, processes)
+    todo = _share(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
         model, tokenizer = t5.load(device)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
-    if not run.keep_cache and process_index == 0:
-        _clean(config, items, list_text_caches, text_path)
+    _clean(run, config, items, list_text_caches, text_path, processes)
 
 
 def latent_path(config: DatasetsConfig, item: Item) -> Path:
@@ -163,10 +170,10 @@ def cache_latents(
     """
     blanks: dict[tuple[int, int], Tensor] = {}
     load = partial(_load, models=models)
-    items = sorted(items, key=lambda item: (item.dataset, item.bucket))
-    sizes = [min(dataset.batch_size, run.batch_size or dataset.batch_size) for dataset in config.datasets]
+    items = sorted(items, key=_size)
+    sizes = _sizes(config, run.batch_size)
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
-        for batch in _batches(_ahead(load, items, run.workers), sizes):
+        for batch in _batches(_ahead(load, items, run.workers), lambda one: _size(one.item), sizes):
             size = batch[0].item.bucket
             if size not in blanks:
                 blanks[size] = encode_blank(vae, *size)
@@ -193,17 +200,12 @@ def cache_texts(
 ) -> None:
     """Encode and write the captions. encode: captions -> [L, D] each; batch_size can lower that of the datasets."""
     with tqdm(total=len(items), desc="caching texts", unit="caption") as bar:
-        for i, dataset in enumerate(config.datasets):
-            # By length, so that a batch holds little padding; equal captions come together and are encoded once.
-            own = [item for item in items if item.dataset == i]
-            own.sort(key=lambda item: (len(item.caption), item.caption))
-            size = min(dataset.batch_size, batch_size or dataset.batch_size)
-            for batch in (own[start : start + size] for start in range(0, len(own), size)):
-                captions = list(dict.fromkeys(item.caption for item in batch))
-                embeddings = dict(zip(captions, encode(captions), strict=True))
-                for item in batch:
-                    write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, settings)
-                bar.update(len(batch))
+        for batch in _batches(sorted(items, key=_length), _dataset, _sizes(config, batch_size)):
+            captions = list(dict.fromkeys(item.caption for item in batch))
+            embeddings = dict(zip(captions, encode(captions), strict=True))
+            for item in batch:
+                write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, settings)
+            bar.update(len(batch))
 
 
 @dataclass(frozen=True)
@@ -220,11 +222,38 @@ class _LoadedItem:
         return (frame_pixels(image, image.size) for image in self.controls)
 
 
-def _batches(items: Iterable[_LoadedItem], sizes: Sequence[int]) -> Iterator[list[_LoadedItem]]:
-    """Neighbours of one dataset and one bucket, at most `sizes[dataset]` at a time."""
-    for (dataset, _), group in groupby(items, lambda one: (one.item.dataset, one.item.bucket)):
-        while batch := list(islice(group, sizes[dataset])):
+def _size(item: Item) -> tuple:
+    """What items whose frames go through the VAE together have in common."""
+    return item.dataset, item.bucket
+
+
+def _dataset(item: Item) -> tuple:
+    """What items whose captions go through T5 together have in common."""
+    return (item.dataset,)
+
+
+def _length(item: Item) -> tuple:
+    """Puts captions into an order in which a batch holds little padding, and equal ones are encoded once."""
+    return item.dataset, len(item.caption), item.caption
+
+
+def _sizes(config: DatasetsConfig, batch_size: int | None) -> list[int]:
+    """The largest batch of each dataset."""
+    return [min(dataset.batch_size, batch_size or dataset.batch_size) for dataset in config.datasets]
+
+
+def _batches(items: Iterable[Job], group: Callable[[Job], tuple], sizes: Sequence[int]) -> Iterator[list[Job]]:
+    """Neighbours with equal `group`, which is (dataset, ...), at most `sizes[dataset]` at a time."""
+    for (dataset, *_), together in groupby(items, group):
+        while batch := list(islice(together, sizes[dataset])):
             yield batch
+
+
+def _share(
+    items: Sequence[Item], group: Callable[[Item], tuple], sizes: Sequence[int], processes: Processes
+) -> list[Item]:
+    """The items of this process. Batches stay whole, so that the rounding of a GPU doesn't depend on the processes."""
+    return [item for batch in processes.share(list(_batches(items, group, sizes))) for item in batch]
 
 
 def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
@@ -251,9 +280,20 @@ def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> 
             yield waiting.popleft().result()
 
 
-def _stale(items: list[Item], reason: Callable[[Item], str | None], run: CachingConfig) -> list[Item]:
+def _stale(
+    items: list[Item], reason: Callable[[Item], str | None], run: CachingConfig, processes: Processes
+) -> list[Item]:
     """The items that have a reason to be cached again; logs how many there are for each reason."""
-    reasons = list(tqdm(_ahead(reason, items, run.workers), total=len(items), desc="checking caches", unit="file"))
+    own = processes.share(range(len(items)))
+    own_reasons = tqdm(
+        _ahead(lambda number: reason(items[number]), own, run.workers),
+        total=len(own),
+        desc="checking caches",
+        unit="file",
+        disable=not processes.is_main,
+    )
+    found = dict(processes.gathered(list(zip(own, own_reasons, strict=True))))
+    reasons = [found[number] for number in range(len(items))]
     counts = Counter(filter(None, reasons))
     log.info("%d of %d caches are up to date", len(items) - counts.total(), len(items))
     for text, count in counts.most_common():
@@ -262,11 +302,17 @@ def _stale(items: list[Item], reason: Callable[[Item], str | None], run: Caching
 
 
 def _clean(
+    run: CachingConfig,
     config: DatasetsConfig,
     items: Sequence[Item],
     list_caches: Callable[[Path], list[Path]],
     path_of: Callable[[DatasetsConfig, Item], Path],
+    processes: Processes,
 ) -> None:
+    """Once all processes are done, delete the caches that belong to no item, unless they are to be kept."""
+    processes.wait()
+    if run.keep_cache or not processes.is_main:
+        return
     kept = {path_of(config, item) for item in items}
     for dataset in config.datasets:
         if removed := remove_except(list_caches(dataset.cache_directory), kept):

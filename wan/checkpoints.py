@@ -18,9 +18,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, config: SaveConfig, write_lora: Callable[[Path], None], write_state: Callable[[Path], None]
+        self,
+        config: SaveConfig,
+        write_lora: Callable[[Path], None],
+        write_state: Callable[[Path], None],
+        deletes: bool = True,
     ) -> None:
+        """deletes: False in the other processes of a run, which leave the folder to the first."""
         self.config, self._write_lora, self._write_state = config, write_lora, write_state
+        self._deletes = deletes
 
     def step_due(self, step: int) -> bool:
         """Whether files are wanted after this step."""
@@ -37,7 +43,7 @@ class Checkpoints:
         config = self.config
         if self._save(self._lora(_step(step)), self._write_lora):
             old = _expired_step(step, config.save_every_n_steps, config.save_last_n_steps)
-            _delete(old and self._lora(_step(old)))
+            self._delete(old and self._lora(_step(old)))
 
     def save_step_state(self, step: int) -> None:
         """The state after `step`, if states are wanted; those of steps long past go."""
@@ -47,14 +53,14 @@ class Checkpoints:
                 config.save_last_n_steps if config.save_last_n_steps_state is None else config.save_last_n_steps_state
             )
             old = _expired_step(step, config.save_every_n_steps, keep)
-            _delete(old and self._state(_step(old)))
+            self._delete(old and self._state(_step(old)))
 
     def save_epoch(self, epoch: int) -> None:
         """The LoRA after `epoch`; those of epochs long past go."""
         config = self.config
         if self._save(self._lora(_epoch(epoch)), self._write_lora):
             old = _expired_epoch(epoch, config.save_every_n_epochs, config.save_last_n_epochs)
-            _delete(old and self._lora(_epoch(old)))
+            self._delete(old and self._lora(_epoch(old)))
 
     def save_epoch_state(self, epoch: int) -> None:
         """The state after `epoch`, if states are wanted; those of epochs long past go."""
@@ -66,7 +72,7 @@ class Checkpoints:
                 else config.save_last_n_epochs_state
             )
             old = _expired_epoch(epoch, config.save_every_n_epochs, keep)
-            _delete(old and self._state(_epoch(old)))
+            self._delete(old and self._state(_epoch(old)))
 
     def save_interrupted(self, step: int) -> Path | None:
         """A state to go on from after a stop, whatever the settings; None when it could not be written."""
@@ -97,6 +103,15 @@ class Checkpoints:
         log.info("saved %s", path)
         return True
 
+    def _delete(self, path: Path | None) -> None:
+        if not self._deletes or path is None or not path.exists():
+            return
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        log.info("deleted %s", path)
+
 
 def _step(step: int) -> str:
     return f"-step{step:08d}"
@@ -118,13 +133,3 @@ def _expired_epoch(epoch: int, every: int | None, keep: int | None) -> int | Non
     if every is None or keep is None:
         return None
     return max(0, epoch - every * max(keep, 1)) or None
-
-
-def _delete(path: Path | None) -> None:
-    if path is None or not path.exists():
-        return
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    log.info("deleted %s", path)

@@ -203,6 +203,7 @@ class WanDiT(nn.Module):
         text: Tensor,
         image: Tensor | None,
         frame_indices: Tensor,
+        skip_blocks: frozenset[int] = frozenset(),
     ) -> Tensor:
         """Velocity of noisy latents.
 
@@ -210,6 +211,7 @@ class WanDiT(nn.Module):
         timesteps: [B] in 0..1000. text: [B, TEXT_LENGTH, text_dim], see `pad_text`.
         image: [B, n * 257, image_dim], CLIP features of n images (flf2v: 2); None for t2v.
         frame_indices: [B, F] integer, the time index of each latent frame.
+        skip_blocks: numbers of blocks that are left out (skip-layer guidance).
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
         self._check(latents, condition, image, frame_indices)
@@ -226,8 +228,9 @@ class WanDiT(nn.Module):
         if image is not None:
             context = torch.cat([self.img_emb(image, self.dtype), context], dim=1)
 
-        for block in self.blocks:
-            x = block(x, modulation, context, cos, sin)
+        for number, block in enumerate(self.blocks):
+            if number not in skip_blocks:
+                x = block(x, modulation, context, cos, sin)
         return self._unpatchify(self.head(x, time), grid)
 
     def _check(self, latents: Tensor, condition: Tensor | None, image: Tensor | None, frame_indices: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from utils.errors import ConfigError
 from wan.lora_files import LoRAFile, LoRAModule, add_change, lora_name, parse_lora, weight_change, write_lora
 from wan.network_options import NetworkConfig
+from wan.sharding import shared_like, whole
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class AdaptedLinear(nn.Module):
 
     def change_norm(self) -> Tensor:
         """Frobenius norm of `change()`, a scalar."""
-        return weight_change({name: _whole(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
+        return weight_change({name: whole(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype that the base returns."""
@@ -105,7 +106,7 @@ class LoRALinear(AdaptedLinear):
 
     def change_norm(self) -> Tensor:
         # |up @ down|^2 is the sum of the products of two rank x rank matrices, so that no [out, in] is formed.
-        down, up = (_whole(tensor).float() for tensor in self.trained.values())
+        down, up = (whole(tensor).float() for tensor in self.trained.values())
         return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
 
 
@@ -153,11 +154,6 @@ class LycorisLinear(AdaptedLinear):
             kept = torch.ones(result.shape[-1], device=x.device, dtype=result.dtype)
             result = result * F.dropout(kept, self.rank_dropout)
         return result
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Of a weight that FSDP2 has shared out, all of it; every process has to ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass(frozen=True)
@@ -252,7 +248,7 @@ class LoRANetwork:
         dtype, state = dtype or torch.float32, {}
         for dotted, layer in self.layers.items():
             for part, tensor in layer.trained.items():
-                state[f"{lora_name(dotted)}.{part}"] = _whole(tensor.detach()).to(dtype)
+                state[f"{lora_name(dotted)}.{part}"] = whole(tensor.detach()).to(dtype)
             state[f"{lora_name(dotted)}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
         return state
 
@@ -278,7 +274,7 @@ class LoRANetwork:
         with torch.no_grad():
             for name, layer in wanted.items():
                 for part, parameter in layer.trained.items():
-                    _assign(parameter, found[name].parts[part])
+                    parameter.copy_(shared_like(parameter, found[name].parts[part]))
 
 
 def _check_fits(layer: AdaptedLinear, module: LoRAModule, place: str) -> None:
@@ -293,14 +289,6 @@ def _check_fits(layer: AdaptedLinear, module: LoRAModule, place: str) -> None:
         raise ConfigError(
             f"{place}.alpha is {module.alpha:g} instead of {layer.alpha:g}; use --network_alpha {module.alpha:g}"
         )
-
-
-def _assign(parameter: nn.Parameter, value: Tensor) -> None:
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
 
 
 def plan_network(

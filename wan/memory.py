@@ -3,6 +3,7 @@
 `prepare_` applies them, and shows the order; only fp8 comes earlier, because weights are quantised while they load.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,11 @@ from wan.block_swap import swap_blocks_
 from wan.config import DiTSpec
 from wan.fp8 import FP8Kind
 
+log = logging.getLogger(__name__)
+
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# CUDA graphs write each block's output into the same memory, which the next block and the backward pass still need
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _DYNAMIC = {"true": True, "false": False, "auto": None, None: None}
 _FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which inductor compiles to, knows float8_e4m3fn
 
@@ -36,7 +41,7 @@ class MemoryConfig:
     compile_mode: str = option("default", help="what inductor optimises for", choices=_COMPILE_MODES)
     compile_dynamic: str | None = option(None, help="one program for all sizes", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
-    compile_cache_size_limit: int | None = option(None, help="programs kept per block; default: torch's, 8")
+    compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
     cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
     cuda_cudnn_benchmark: bool = option(False, help="let cuDNN try its convolutions and keep the fastest")
 
@@ -46,7 +51,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.blocks_to_swap < 0:
             raise ConfigError(f"--blocks_to_swap {self.blocks_to_swap}: must be at least 0")
-        if self.compile_cache_size_limit is not None and self.compile_cache_size_limit < 1:
+        if self.compile_cache_size_limit < 1:
             raise ConfigError(f"--compile_cache_size_limit {self.compile_cache_size_limit}: must be at least 1")
         if self.compile_mode != "default" and self.compile_backend != "inductor":
             raise ConfigError(
@@ -140,13 +145,15 @@ def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
 
     The blocks are alike, so that all of them run the program of the first.
     """
-    if config.compile_cache_size_limit is not None:
-        torch._dynamo.config.cache_size_limit = config.compile_cache_size_limit
+    mode = _WITHOUT_CUDA_GRAPHS.get(config.compile_mode, config.compile_mode)
+    if mode != config.compile_mode:
+        log.warning("--compile_mode %s: used as %s, blocks can't have CUDA graphs", config.compile_mode, mode)
+    torch._dynamo.config.cache_size_limit = config.compile_cache_size_limit
     for block in dit.blocks:
         block.forward = torch.compile(
             block.forward,
             backend=config.compile_backend,
-            mode=config.compile_mode,
+            mode=mode,
             dynamic=_DYNAMIC[config.compile_dynamic],
             fullgraph=config.compile_fullgraph,
         )
@@ -165,7 +172,6 @@ def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False) -> None:
 
 def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared: Tensor) -> Tensor:
     """`forward` of a checkpointed block, with x kept in host memory; the other inputs are the same for all blocks."""
-
     address = x.data_ptr()  # autograd keeps the hooks: with x in one of them, nothing would be freed
 
     def pack(tensor: Tensor) -> tuple[Tensor, torch.device] | Tensor:

@@ -5,9 +5,13 @@ called before any weights load; `load()` reads the weights.
 """
 
 import logging
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,12 +21,14 @@ from utils.errors import ConfigError
 from utils.files import require_file
 from wan import checkpoint
 from wan.attention import Attention, sdpa, select_attention
+from wan.checkpoint_layouts import release_files
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
-from wan.lora_files import Merger, read_lora
+from wan.lora_files import LoRAFile, Merger, choose_modules, read_lora
 from wan.memory import MemoryConfig
 
 log = logging.getLogger(__name__)
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,37 @@ def _required(path: Path | None, flag: str, what: str) -> Path:
 
 
 @dataclass(frozen=True)
+class ReleaseConfig:
+    """models"""
+
+    ckpt_dir: Path | None = option(
+        None, help="folder of an official or diffusers release: its files serve for model options that are left out"
+    )
+
+    def __post_init__(self) -> None:
+        self._files  # noqa: B018 checks that it is one
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        if self.ckpt_dir is None:
+            return {}
+        if not self.ckpt_dir.is_dir():
+            raise ConfigError(f"--ckpt_dir {self.ckpt_dir}: is no folder; check the path")
+        files = release_files(self.ckpt_dir)
+        if not files:
+            raise ConfigError(
+                f"--ckpt_dir {self.ckpt_dir}: holds no file under its official name, nor folders as diffusers has "
+                "them; give --dit, --vae, --t5 and --clip"
+            )
+        return files
+
+    def fill(self, section: Section) -> Section:
+        """`section` with the paths that were not given taken from the folder, as far as they are there."""
+        names = {field.name for field in fields(section)} & self._files.keys()
+        return replace(section, **{name: self._files[name] for name in names if getattr(section, name) is None})
+
+
+@dataclass(frozen=True)
 class DiTConfig:
     """DiT"""
 
@@ -74,7 +111,9 @@ class DiTConfig:
             raise ConfigError(f"--task {self.task}: {UNSUPPORTED_TASKS[self.task]}")
         if self.task is not None and self.task not in TASKS:
             raise ConfigError(f"--task {self.task}: unknown; use one of {', '.join(TASKS)}")
-        _dtype(self.dit_dtype, "--dit_dtype")
+        dtype = _dtype(self.dit_dtype, "--dit_dtype")
+        if dtype is not None and dtype.itemsize == 1:
+            raise ConfigError(f"--dit_dtype {self.dit_dtype}: nothing can be computed in fp8; see --fp8_scaled")
 
     @cached_property
     def spec(self) -> DiTSpec:
@@ -89,8 +128,8 @@ class DiTConfig:
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of the file."""
-        return checkpoint.dit_dtype(self.dit)
+        """The dtype of the checkpoint, read from its header."""
+        return checkpoint.dit_dtype(_required(self.dit, "--dit", "DiT checkpoint"))
 
     def check(self) -> TaskSpec:
         """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
@@ -107,7 +146,10 @@ class DiTConfig:
         attention: Attention = sdpa,
         memory: MemoryConfig | None = None,
     ) -> WanDiT:
-        """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's."""
+        """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's.
+
+        memory: what it says of fp8 and of blocks in host memory is done while loading; `memory.prepare_` does the rest.
+        """
         dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
         fp8, on_host = (memory.fp8_kind, memory.blocks_to_swap) if memory else (None, 0)
         dit = checkpoint.load_dit(self.dit, dtype, device, merger, attention, fp8=fp8, blocks_on_host=on_host)
@@ -120,7 +162,7 @@ class DiTConfig:
 class AttentionConfig:
     """attention"""
 
-    attn_mode: str = option("torch", help="attention backend: torch (or sdpa), the only one so far")
+    attn_mode: str = option("torch", help="torch (or sdpa), flash (or flash2), flash3, xformers or sageattn")
 
     def __post_init__(self) -> None:
         select_attention(self.attn_mode)
@@ -135,11 +177,20 @@ class AttentionConfig:
 class AttentionSwitches:
     """attention"""
 
-    sdpa: bool = option(False, help="torch's scaled dot product attention; the default and the only one so far")
+    sdpa: bool = option(False, help="torch's scaled dot product attention; the default, and wins over the others")
+    flash_attn: bool = option(False, help="FlashAttention 2; needs the package flash-attn")
+    xformers: bool = option(False, help="memory-efficient attention of the package xformers")
+    flash3: bool = option(False, help="FlashAttention 3, for Hopper GPUs")
+
+    def __post_init__(self) -> None:
+        self.function  # noqa: B018 checks that its package is there
 
     @property
-    def function(self):
-        return sdpa
+    def function(self) -> Attention:
+        """The attention of the first switch that is on, in the order of the fields."""
+        names = {"sdpa": "sdpa", "flash_attn": "flash2", "xformers": "xformers", "flash3": "flash3"}
+        flag = next((flag for flag in names if getattr(self, flag)), "sdpa")
+        return select_attention(names[flag], f"--{flag}")
 
 
 @dataclass(frozen=True)
@@ -148,6 +199,23 @@ class LoRAConfig:
 
     lora_weight: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT")
     lora_multiplier: tuple[float, ...] = option((), help="one per --lora_weight file; default 1")
+    include_patterns: tuple[str, ...] = option(
+        (), help="one regular expression per file: only modules whose name in the file it is found in are merged"
+    )
+    exclude_patterns: tuple[str, ...] = option((), help="one per file: modules that it is found in are left out")
+
+    def __post_init__(self) -> None:
+        for flag in ("include_patterns", "exclude_patterns"):
+            patterns = getattr(self, flag)
+            if len(patterns) > len(self.lora_weight):
+                raise ConfigError(
+                    f"--{flag}: {len(patterns)} patterns for {len(self.lora_weight)} files; give one per --lora_weight"
+                )
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"--{flag} {pattern}: is no regular expression ({error})") from None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,19 +224,24 @@ class LoRAConfig:
 
     def merger(self, dit: DiTConfig) -> Merger | None:
         """Reads and checks the files."""
-        return build_merger(self.lora_weight, self.lora_multiplier, dit, "--lora_weight", "--lora_multiplier")
+        files = [read_lora(path, "--lora_weight") for path in self.lora_weight]
+        chosen = [
+            choose_modules(file, include, exclude)
+            for file, include, exclude in zip_longest(files, self.include_patterns, self.exclude_patterns)
+        ]
+        return build_merger(chosen, self.lora_multiplier, dit, "--lora_weight", "--lora_multiplier")
 
 
 def build_merger(
-    paths: tuple[Path, ...], multipliers: tuple[float, ...], dit: DiTConfig, flag: str, multiplier_flag: str
+    files: Sequence[LoRAFile], multipliers: tuple[float, ...], dit: DiTConfig, flag: str, multiplier_flag: str
 ) -> Merger | None:
     """Merger of LoRA files, checked against the DiT's header; None without files. Missing multipliers are 1."""
-    if len(multipliers) > len(paths):
-        raise ConfigError(f"{multiplier_flag}: {len(multipliers)} numbers for {len(paths)} files; give one per {flag}")
-    if not paths:
+    if len(multipliers) > len(files):
+        raise ConfigError(f"{multiplier_flag}: {len(multipliers)} numbers for {len(files)} files; give one per {flag}")
+    if not files:
         return None
-    multipliers = (*multipliers, *[1.0] * (len(paths) - len(multipliers)))
-    return Merger([(read_lora(path, flag), by) for path, by in zip(paths, multipliers, strict=True)], dit.shapes)
+    multipliers = (*multipliers, *[1.0] * (len(files) - len(multipliers)))
+    return Merger(list(zip(files, multipliers, strict=True)), dit.shapes)
 
 
 @dataclass(frozen=True)
@@ -200,6 +273,7 @@ class T5Config:
 
     t5: Path | None = option(None, help="umT5-XXL encoder checkpoint (models_t5_umt5-xxl-enc-bf16.pth)")
     t5_dtype: str | None = option(None, help="T5 dtype; default bfloat16, float32 on a CPU")
+    fp8_t5: bool = option(False, help="keep the T5's linear layers in fp8: 6 GB instead of 11")
     t5_tokenizer: Path | None = option(None, help="folder of the tokenizer; default: google/umt5-xxl from the hub")
 
     def __post_init__(self) -> None:
@@ -221,7 +295,8 @@ class T5Config:
     def load(self, device: torch.device):
         """(T5 encoder, tokenizer)."""
         tokenizer = checkpoint.load_tokenizer(self.t5_tokenizer)
-        return checkpoint.load_t5(self.t5, self.dtype(device), device), tokenizer
+        fp8 = "cast" if self.fp8_t5 else None
+        return checkpoint.load_t5(self.t5, self.dtype(device), device, fp8), tokenizer
 
 
 @dataclass(frozen=True)

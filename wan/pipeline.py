@@ -15,6 +15,7 @@ from utils.images import from_pixels, open_image, to_pixels
 from wan import one_frame, sampling
 from wan.dit import WanDiT, pad_text
 from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
+from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.request import Request
 from wan.t5 import encode_text
@@ -142,10 +143,16 @@ class Pipeline:
         )
 
 
-@torch.inference_mode()
-def denoise(dit: WanDiT, encoded: Encoded, device: torch.device, label: str = "denoising") -> Tensor:
+@torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors
+def denoise(
+    dit: WanDiT,
+    encoded: Encoded,
+    device: torch.device,
+    label: str = "denoising",
+    guidance: GuidanceConfig | None = None,
+) -> Tensor:
     """The latents of the generated frame, [16, 1, H, W] float32 on the CPU. Draws nothing but the seeded noise."""
-    request = encoded.request
+    request, guidance = encoded.request, guidance or GuidanceConfig()
     condition = encoded.condition[None].to(device)
     text = pad_text([encoded.text]).to(device)
     negative = None if encoded.negative is None else pad_text([encoded.negative]).to(device)
@@ -153,14 +160,23 @@ def denoise(dit: WanDiT, encoded: Encoded, device: torch.device, label: str = "d
     frame_indices = torch.tensor([request.layout.frame_indices], device=device)
     frames, height, width = condition.shape[2:]
     noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise)
+    guided_steps = guidance.guided_steps(request.steps)
 
     def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
-        timesteps = timestep.reshape(1).to(device)
-        conditional = dit(x[None], condition, timesteps, text, image, frame_indices)[0]
-        if negative is None:
+        def run(context: Tensor, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
+            timesteps = timestep.reshape(1).to(device)
+            return dit(x[None], condition, timesteps, context, image, frame_indices, skip_blocks)[0]
+
+        conditional = run(text)
+        if negative is None or not guided_steps[step]:
             return conditional
-        unconditional = dit(x[None], condition, timesteps, negative, image, frame_indices)[0]
-        return sampling.guided(conditional, unconditional, request.guidance)
+        if not guidance.skips_layers(step, request.steps):
+            return sampling.guided(conditional, run(negative), request.guidance)
+        skipped = run(negative, guidance.skipped_blocks)
+        if guidance.slg_mode == "uncond":
+            return sampling.guided(conditional, skipped, request.guidance)
+        guided = sampling.guided(conditional, run(negative), request.guidance)
+        return guided + guidance.slg_scale * (conditional - skipped)
 
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
     with tqdm(total=request.steps, desc=label, unit="step") as bar:

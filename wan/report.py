@@ -11,7 +11,7 @@ from wan.lora import LoRANetwork
 from wan.memory import TrainingMemoryConfig
 
 _TRAINED_BYTES = 16  # per number: weight, gradient and the two moments of AdamW, float32
-_ACTIVATION_BYTES = 40  # per token and channel of a block whose activations are kept (docs/performance.md)
+_ACTIVATION_BYTES = 64  # per token and channel of a block whose activations are kept (docs/performance.md)
 _CHECKPOINT_BYTES = 4  # per token and channel of a recomputed block: its float32 input
 
 
@@ -39,10 +39,7 @@ def expected_memory(
     dit: nn.Module, network: LoRANetwork, spec: DiTSpec, buckets: Sequence[BucketCount], memory: TrainingMemoryConfig
 ) -> str:
     """An estimate of the peak of a training step: weights, what is trained, activations of the largest batch."""
-    swapped = {
-        id(tensor) for block in dit.blocks[len(dit.blocks) - memory.blocks_to_swap :] for tensor in block.parameters()
-    }
-    frozen = [tensor for tensor in dit.parameters() if not tensor.requires_grad and id(tensor) not in swapped]
+    frozen = [tensor for tensor in dit.parameters() if not tensor.requires_grad]  # of swapped blocks: the two buffers
     weights = sum(tensor.numel() * tensor.itemsize for tensor in frozen)
     trained = sum(parameter.numel() for parameter in network.parameters()) * _TRAINED_BYTES
     tokens = max(

@@ -1,6 +1,7 @@
 """Sample images during training: the pipeline of generation, fed with the model in training."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -66,17 +67,26 @@ class Sampler:
     def __init__(self, requests: list[Request], pipeline: Pipeline, folder: Path, name: str, share=(0, 1)) -> None:
         self._pipeline, self._folder, self._name = pipeline, folder, name
         process, processes = share
+        self._writes = True
         numbers = range(process, len(requests), processes)
         encoded = pipeline.encode([requests[number] for number in numbers]) if numbers else []
         self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
 
+    def draw_together(self, gather: Callable[[list], list], writes: bool) -> None:
+        """From now on all processes draw every prompt, in step: a DiT that FSDP2 has shared out needs all of them.
+
+        All have to call it. gather: a list -> those of all processes in a row; writes: whether this one writes files.
+        """
+        self._encoded = sorted(gather(self._encoded), key=lambda pair: pair[0])
+        self._writes = writes
+
     def draw(self, dit: nn.Module, suffix: str) -> list[Path]:
-        """Write one PNG per prompt; the model is in eval mode meanwhile, and no random state is touched."""
+        """Write one PNG per prompt of this process, in eval mode; no random state is touched."""
         was_training, paths = dit.training, []
         dit.eval()
         for number, encoded in self._encoded:
             try:
-                paths.append(self._draw_one(dit, number, encoded, suffix))
+                paths += self._draw_one(dit, number, encoded, suffix)
             except Exception:
                 log.exception("sample %d could not be made; training goes on", number)
                 if torch.cuda.is_available():
@@ -84,12 +94,14 @@ class Sampler:
         dit.train(was_training)
         return paths
 
-    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> Path:
+    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> list[Path]:
         latents = denoise(dit, encoded, self._pipeline.device, label=f"sample {number}")
+        if not self._writes:
+            return []
         image = self._pipeline.decode(latents)
         self._folder.mkdir(parents=True, exist_ok=True)
         time = datetime.now().strftime("%Y%m%d%H%M%S")
         name = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}_000.png"
         with written_whole(self._folder / name) as temporary:
             image.save(temporary)
-        return self._folder / name
+        return [self._folder / name]

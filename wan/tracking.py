@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -111,10 +111,11 @@ class Tracker:
 
     `<output_dir>/<output_name>-metrics.jsonl` gets a line per call of `scalars`, {"step": 3, "loss/current": 0.1, ...},
     and no times, so that equal runs write equal files; a number that is not finite becomes null.
-    A tracker that fails during training is reported and left out from then on.
+    A tracker that fails during training is reported and left out from then on; lines that a full disk does not take
+    are written when it has space again.
     """
 
-    def __init__(self, metrics: TextIO | None, logs: list[_Log]) -> None:
+    def __init__(self, metrics: "_Metrics | None", logs: list[_Log]) -> None:
         self._metrics, self._logs = metrics, logs
 
     @classmethod
@@ -143,14 +144,13 @@ class Tracker:
         openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
         logs = [openers[name](config, shown, output_dir, arguments.get(name, {})) for name in config.trackers]
         _rewind(path, resume_step)
-        return cls(path.open("a", encoding="utf-8", newline="\n"), logs)
+        return cls(_Metrics(path), logs)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name. `step`: optimizer steps so far; not lower than in earlier calls."""
         if self._metrics is not None:
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            self._metrics.write(json.dumps({"step": step, **finite}) + "\n")
-            self._metrics.flush()
+            self._metrics.add(json.dumps({"step": step, **finite}) + "\n")
         self._tell(lambda tracker: tracker.scalars(step, values))
 
     def image(self, step: int, name: str, path: Path) -> None:
@@ -176,6 +176,27 @@ class Tracker:
             except Exception:
                 log.exception("%s failed and is left out from now on", type(tracker).__name__.strip("_"))
                 self._logs.remove(tracker)
+
+
+class _Metrics:
+    """The file of metrics; unbuffered, so that what is not on the disk is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file, self._waiting = path, path.open("ab", buffering=0), b""
+
+    def add(self, line: str) -> None:
+        """Append the line. What can't be written is kept for the next call; the first time is reported."""
+        first = not self._waiting
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if first:
+                log.warning("%s can't be written (%s); its lines wait, training goes on", self._path, error.strerror)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _rewind(path: Path, step: int) -> None:

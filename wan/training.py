@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset.config import DatasetsConfig
@@ -33,9 +35,11 @@ from wan.memory import prepare_
 from wan.metadata import lora_metadata
 from wan.models import DiTConfig, build_merger
 from wan.network_options import NetworkConfig
-from wan.optimizers import build_optimizer, build_scheduler
+from wan.optimizers import build_optimizer, build_scheduler, optimizer_class
+from wan.processes import write_on_main
 from wan.report import dataset_rows, expected_memory, start_table
 from wan.samples import Sampler
+from wan.sharding import load_optimizer_state, optimizer_state
 from wan.signals import StopRequest
 from wan.state import Progress, State, load_state, newest_state, save_state
 from wan.tracking import Tracker
@@ -77,14 +81,19 @@ class Trainer:
         groups = job.network.param_groups(self.options.optimizer.learning_rate, self.options.network.loraplus_lr_ratio)
         optimizer = build_optimizer(self.options.optimizer, groups)
         scheduler = build_scheduler(self.options.optimizer, optimizer, self.total_steps)
+        # All processes read the same file: only what is trained is worth sending around at the start.
+        frozen = [name for name, parameter in job.dit.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(job.dit, frozen)
         model, optimizer = accelerator.prepare(job.dit, optimizer)
         self.step = TrainingStep(
             accelerator, model, job.network, optimizer, scheduler, job.task, self.options, self.seed
         )
         self.loader = BatchLoader(run.max_data_loader_n_workers, run.persistent_data_loader_workers)
-        self.checkpoints = Checkpoints(self.options.save, self._write_lora, self._write_state)
+        self.checkpoints = Checkpoints(self.options.save, self._write_lora, self._write_state, deletes=self._is_main)
         self.progress = Progress(started=time.time())
         self.validator = self._validator() if self.options.validation.wanted else None
+        if job.sampler is not None and accelerator.is_fsdp2:
+            job.sampler.draw_together(gather_object, self._is_main)
         if state is not None:
             self._restore(state)
 
@@ -122,6 +131,7 @@ class Trainer:
     def _table(self) -> str:
         job, run, options = self.job, self.options.run, self.options
         summary, spec = job.network.summary(), job.dit.spec
+        memory = expected_memory(job.dit, job.network, spec, job.training_set.buckets, options.memory)
         return start_table(
             [
                 ("task", f"{job.task.name}, {spec.num_layers} blocks of width {spec.dim}"),
@@ -137,10 +147,7 @@ class Trainer:
                     f"{run.gradient_accumulation_steps} in {self.accelerator.num_processes} processes",
                 ),
                 ("seed", str(self.seed)),
-                (
-                    "expected memory",
-                    expected_memory(job.dit, job.network, spec, job.training_set.buckets, options.memory),
-                ),
+                ("expected memory", memory + " (FSDP2 shares out weights)" * self.accelerator.is_fsdp2),
             ]
         )
 
@@ -218,9 +225,9 @@ class Trainer:
 
     def _sample(self, suffix: str) -> None:
         if self.job.sampler is not None:
-            for path in self.job.sampler.draw(self.job.dit, suffix):
-                self.job.tracker.image(self.progress.step, path.stem, path)
-        self.accelerator.wait_for_everyone()
+            for path in sorted(gather_object(self.job.sampler.draw(self.job.dit, suffix))):
+                if path.is_file():  # not when another machine has drawn it into a folder of its own
+                    self.job.tracker.image(self.progress.step, path.stem, path)
 
     def _validator(self) -> Validator:
         accelerator, job = self.accelerator, self.job
@@ -243,6 +250,7 @@ class Trainer:
     def _stop(self, reason: str, exit_code: int) -> None:
         path = self.checkpoints.save_interrupted(self.progress.step)
         self.job.tracker.close()
+        self.accelerator.wait_for_everyone()  # as soon as one has ended, the launcher kills the others
         how = f"go on with --resume {path}" if path else "no state could be saved; resume from the newest one"
         raise Stopped(f"stopped after step {self.progress.step} ({reason}): {how}", exit_code)
 
@@ -257,27 +265,23 @@ class Trainer:
 
     def _write_lora(self, path: Path) -> None:
         tensors = self.job.network.state_dict(self.options.save.dtype)
-        if self._is_main:
-            write_lora(path, tensors, self._metadata())
-        self.accelerator.wait_for_everyone()
+        write_on_main(lambda: write_lora(path, tensors, self._metadata()))
 
     def _write_state(self, path: Path) -> None:
         step = self.step
         optimizer = {
-            "optimizer": step.optimizer.state_dict(),
+            "optimizer": optimizer_state(step.optimizer),
             "scheduler": step.scheduler.state_dict(),
             "scaler": step.scaler.state_dict(),
         }
         weights = self.job.network.state_dict(torch.float32)
-        if self._is_main:
-            save_state(path, self.progress, self._facts(), weights, optimizer)
-        self.accelerator.wait_for_everyone()
+        write_on_main(lambda: save_state(path, self.progress, self._facts(), weights, optimizer))
 
     def _restore(self, state: State) -> None:
         self.progress = state.progress
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         try:
-            self.step.optimizer.load_state_dict(state.optimizer["optimizer"])
+            load_optimizer_state(self.step.optimizer, state.optimizer["optimizer"])
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"--resume {state.path}: its optimizer does not fit ({error}); use the same settings"
@@ -300,6 +304,9 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
             "precision": run.precision,
+            "optimizer_type": self.options.optimizer.optimizer_type,
+            "learning_rate": self.options.optimizer.learning_rate,  # that of the state goes on
+            "lr_scheduler": self.options.optimizer.lr_scheduler,
         }
 
     def _metadata(self) -> dict[str, str]:
@@ -344,8 +351,11 @@ def load_trainable(
 ) -> tuple[WanDiT, LoRANetwork]:
     """The DiT with LoRA layers, of which nothing else is trained.
 
-    merger: LoRA files to merge beforehand; weights: the one to start from.
+    merger: LoRA files to merge beforehand; weights: the one to start from. Under FSDP2 all stays in host memory.
     """
+    if AcceleratorState().is_fsdp2:
+        _check_sharding(options)
+        device = torch.device("cpu")  # from where each block is shared out on its own: no GPU has to hold all of them
     dtype = options.run.compute_dtype(config.dit_dtype)
     dit = config.load(device, dtype, merger, attention, options.memory)
     network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
@@ -353,11 +363,21 @@ def load_trainable(
     return dit, network
 
 
+def _check_sharding(options: TrainingOptions) -> None:
+    if options.memory.blocks_to_swap:
+        raise ConfigError(
+            f"--blocks_to_swap {options.memory.blocks_to_swap}: does not go with FSDP2, which shares the blocks out; "
+            "leave it out, or set fsdp_offload_params: true in accelerate's file"
+        )
+    name = options.optimizer.optimizer_type
+    if not optimizer_class(name).__module__.startswith("torch.optim"):
+        raise ConfigError(f"--optimizer_type {name}: FSDP2 takes the optimizers of torch.optim; use AdamW")
+
+
 def base_merger(config: DiTConfig, settings: NetworkConfig) -> Merger | None:
     """The LoRA files that training starts on top of, read and checked."""
-    return build_merger(
-        settings.base_weights, settings.base_weights_multiplier, config, "--base_weights", "--base_weights_multiplier"
-    )
+    files = [read_lora(path, "--base_weights") for path in settings.base_weights]
+    return build_merger(files, settings.base_weights_multiplier, config, "--base_weights", "--base_weights_multiplier")
 
 
 def find_state(save: SaveConfig) -> State | None:
@@ -376,7 +396,13 @@ def build_accelerator(device: str | None) -> Accelerator:
     """Processes and devices as `accelerate launch` or plain `python` set them up; `--device cpu` forces the CPU."""
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
-    return Accelerator(mixed_precision="no", cpu=device == "cpu")
+    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate is set to FSDP 1; use docs/accelerate_fsdp2.yaml")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise ConfigError(f"accelerate is set to {kind.value}, which is not supported; use docs/accelerate_ddp.yaml")
+    return accelerator
 
 
 def shared_seed(seed: int | None, state: State | None) -> int:

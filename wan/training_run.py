@@ -1,6 +1,6 @@
 """A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,10 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         _write_settings(models, options)
     step = state.progress.step if state else 0
     settings = {
-        name: value for section in (*_sections(models), *_sections(options)) for name, value in vars(section).items()
+        field.name: getattr(section, field.name)
+        for section in (*_sections(models), *_sections(options))
+        for field in fields(section)
+        if "help" in field.metadata
     }
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process

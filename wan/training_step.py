@@ -16,6 +16,7 @@ from wan.config import TaskSpec
 from wan.dit import pad_text
 from wan.flow_matching import address_seed, flow_matching_loss, seeded
 from wan.lora import LoRANetwork
+from wan.sharding import whole
 from wan.timesteps import sample_noise_levels
 from wan.training_options import TrainingOptions
 
@@ -115,7 +116,7 @@ class TrainingStep:
     def _clipped_norm(self) -> float:
         self.scaler.unscale_(self.optimizer.optimizer)
         limit = self.options.optimizer.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)))
 
 
 def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:

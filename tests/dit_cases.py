@@ -1,0 +1,68 @@
+"""A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
+
+import torch
+from torch import Tensor
+
+from wan.config import DiTSpec
+from wan.dit import WanDiT, pad_text
+from wan.lora import LoRANetwork, inject_lora_
+from wan.network_options import NetworkConfig
+
+SPEC = DiTSpec("i2v", dim=128, ffn_dim=192, num_layers=4, in_dim=36, text_dim=32, image_dim=48)
+CPU = torch.device("cpu")
+DEVICES = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention, [B, L, N, D], that repeats to the bit: on a GPU the backward pass of torch's own does not."""
+    weights = (torch.einsum("blnd,bmnd->bnlm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("bnlm,bmnd->blnd", weights, v)
+
+
+@torch.no_grad()
+def random_dit(spec: DiTSpec = SPEC) -> WanDiT:
+    """Every parameter random, frozen, in eval mode; weights are of the size that those of the published models have."""
+    generator = torch.Generator().manual_seed(0)
+    model = WanDiT(spec, attention)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03 + ("norm" in name))
+    return model.eval().requires_grad_(False)
+
+
+def with_lora(model: WanDiT) -> LoRANetwork:
+    """LoRA layers, in train mode, whose product is not zero."""
+    settings = NetworkConfig(network_dim=4, network_alpha=4.0)
+    network = inject_lora_(model, settings, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for layer in network.layers.values():
+            layer.lora_up.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(2))
+    model.train()
+    return network
+
+
+def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) -> tuple[Tensor, ...]:
+    """Inputs of WanDiT.forward: two frames at times 0 and 3."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    inputs = (
+        *(draw(16, 2, 4, 6), draw(20, 2, 4, 6), torch.linspace(900, 400, batch)),
+        *(pad_text(list(draw(7, spec.text_dim))), draw(257, spec.image_dim), torch.tensor([[0, 3]] * batch)),
+    )
+    return tuple(tensor.to(device) for tensor in inputs)
+
+
+def velocity(model: WanDiT, **options) -> Tensor:
+    """Without gradients, on the CPU."""
+    with torch.inference_mode():
+        return model(*arguments(model.patch_embedding.weight.device, **options)).cpu()
+
+
+def lora_gradients(model: WanDiT, network: LoRANetwork, **options) -> Tensor:
+    """Gradients of a loss by all LoRA weights, in one vector on the CPU."""
+    for parameter in network.parameters():
+        parameter.grad = None
+    model(*arguments(model.patch_embedding.weight.device, **options)).square().mean().backward()
+    return torch.cat([parameter.grad.flatten().cpu() for parameter in network.parameters()])

@@ -1,0 +1,124 @@
+"""Every flag of musubi-tuner is known to each script: as an option, or refused or ignored with a reason."""
+
+import argparse
+import re
+
+import pytest
+
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_generate_video
+import wan_train_network
+from tests.helpers import SHARED
+from utils import cli
+
+SCRIPTS = {
+    "wan_cache_latents": wan_cache_latents,
+    "wan_cache_text_encoder_outputs": wan_cache_text_encoder_outputs,
+    "wan_train_network": wan_train_network,
+    "wan_generate_video": wan_generate_video,
+}
+
+# script -> its flags: `works` and `ours` are options, of which musubi-tuner has the former; those of `refused` raise an
+# error and those of `ignored` a warning, each with its reason.
+FLAGS = {
+    "wan_cache_latents": {
+        "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
+        "disable_cudnn_backend",
+        "ours": "clip_dtype",
+        "refused": "debug_mode",
+        "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
+    },
+    "wan_cache_text_encoder_outputs": {
+        "works": "dataset_config t5 device batch_size num_workers skip_existing keep_cache fp8_t5",
+        "ours": "t5_dtype t5_tokenizer",
+        "refused": "",
+        "ignored": "",
+    },
+    "wan_train_network": {
+        "works": "config_file dataset_config task dit vae vae_dtype t5 clip one_frame fp8_base fp8_scaled sdpa compile "
+        "compile_backend compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit cuda_allow_tf32 "
+        "cuda_cudnn_benchmark max_train_steps max_train_epochs seed mixed_precision gradient_checkpointing "
+        "gradient_checkpointing_cpu_offload gradient_accumulation_steps max_data_loader_n_workers "
+        "persistent_data_loader_workers save_precision blocks_to_swap use_pinned_memory_for_block_swap optimizer_type "
+        "optimizer_args learning_rate max_grad_norm lr_scheduler lr_warmup_steps lr_decay_steps "
+        "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale lr_scheduler_min_lr_ratio "
+        "timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean logit_std mode_scale "
+        "min_timestep max_timestep preserve_distribution_shape num_timestep_buckets show_timesteps network_module "
+        "network_dim network_alpha network_args network_dropout network_weights dim_from_weights scale_weight_norms "
+        "base_weights base_weights_multiplier training_comment no_metadata output_dir output_name save_every_n_epochs "
+        "save_every_n_steps save_last_n_epochs save_last_n_steps save_last_n_epochs_state save_last_n_steps_state "
+        "save_state save_state_on_train_end resume metadata_title metadata_author metadata_description "
+        "metadata_license metadata_tags metadata_reso metadata_arch sample_prompts sample_at_first "
+        "sample_every_n_epochs sample_every_n_steps logging_dir log_with log_prefix log_tracker_name "
+        "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
+        "ours": "dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
+        "one_frame_target_range stop_after_skipped_steps sample_solver cpu_noise exact_size validation_split "
+        "validate_every_n_steps validate_every_n_epochs validation_levels",
+        "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
+        "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
+        "ddp_gradient_as_bucket_view ddp_static_graph lr_scheduler_type lr_scheduler_args huggingface_repo_id "
+        "huggingface_repo_type huggingface_path_in_repo huggingface_token huggingface_repo_visibility "
+        "save_state_to_huggingface resume_from_huggingface async_upload",
+        "ignored": "vae_cache_cpu split_attn block_swap_h2d_only block_swap_ring_size disable_numpy_memmap "
+        "img_in_txt_in_offloading guidance_scale",
+    },
+    "wan_generate_video": {
+        "works": "task dit vae t5 clip lora_weight lora_multiplier prompt negative_prompt video_size infer_steps "
+        "flow_shift guidance_scale seed cpu_noise sample_solver image_path end_image_path one_frame_inference "
+        "control_image_path save_path output_type latent_path no_metadata from_file interactive device attn_mode "
+        "vae_dtype include_patterns exclude_patterns fp8 fp8_scaled fp8_t5 blocks_to_swap "
+        "use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale slg_start "
+        "slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit",
+        "ours": "cuda_allow_tf32 cuda_cudnn_benchmark exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
+        "refused": "ckpt_dir save_merged_model guidance_scale_high_noise "
+        "control_image_mask_path compile_args trim_tail_frames "
+        "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "
+        "offload_inactive_dit lazy_loading force_v2_1_time_embedding",
+        "ignored": "lycoris fp8_fast video_length fps vae_cache_cpu disable_numpy_memmap video_path",
+    },
+}
+
+
+def names(script: str, *kinds: str) -> list[str]:
+    return " ".join(FLAGS[script][kind] for kind in kinds).split()
+
+
+def visible(script: str) -> dict[str, argparse.Action]:
+    """The options that --help shows, by name."""
+    actions = SCRIPTS[script].build_parser()._actions
+    return {action.dest: action for action in actions if action.help != argparse.SUPPRESS and action.dest != "help"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_has_the_options_of_the_table_and_no_others(script):
+    assert sorted(visible(script)) == sorted(names(script, "works", "ours"))
+    for kind, expected in ((cli._Refuse, "refused"), (cli._Ignore, "ignored")):
+        actions = [action for action in SCRIPTS[script].build_parser()._actions if type(action) is kind]
+        assert sorted(action.option_strings[0] for action in actions) == sorted(
+            f"--{n}" for n in names(script, expected)
+        )
+        assert all(len(action.const.split()) >= 4 for action in actions)  # a reason
+
+
+@pytest.mark.skipif(not (SHARED / "spec/cli.md").is_file(), reason="the spec is not beside this checkout")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_table_holds_every_flag_of_the_spec_and_tier_1_works(script):
+    section = re.search(
+        rf"^## \d {script}\.py$(.*?)^## ", (SHARED / "spec/cli.md").read_text(encoding="utf-8"), re.M | re.S
+    )[1]
+    found = {}
+    for cells in (line.split("|") for line in section.splitlines() if line.startswith("| `--")):
+        found |= dict.fromkeys(re.findall(r"--(\w+)", cells[1]), int(cells[-2]))
+    assert set(found) == set(names(script, "works", "refused", "ignored"))
+    assert {name for name, tier in found.items() if tier == 1} <= set(names(script, "works"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_grouped_and_explains_every_option(script):
+    parser = SCRIPTS[script].build_parser()
+    assert all(action.help and len(action.help) > 4 for action in visible(script).values())
+    ungrouped = {action.dest for action in parser._optionals._group_actions if action.help != argparse.SUPPRESS}
+    assert ungrouped <= {"help", "config_file"}
+    groups = [group for group in parser._action_groups if group._group_actions]
+    assert all(f"\n{group.title}:\n" in parser.format_help() for group in groups)

@@ -1,0 +1,80 @@
+"""The processes that `accelerate launch` or torchrun start together for one run; each of them runs the whole script."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from utils.errors import ConfigError
+from wan.models import DeviceConfig
+
+Item = TypeVar("Item")
+
+_PATIENCE = timedelta(days=1)  # shares take differently long; a process that died is noticed by the launcher
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is. By default it is alone."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process does what is done once."""
+        return self.index == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This process's part of a list that is the same in all of them."""
+        return list(items[self.index :: self.count])
+
+    def gathered(self, items: list[Item]) -> list[Item]:
+        """The lists of all processes in a row, the same everywhere; all have to call it."""
+        if self.count == 1:
+            return items
+        from accelerate.utils import gather_object
+
+        return gather_object(items)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+def join(config: DeviceConfig) -> tuple[Processes, torch.device]:
+    """Meet the other processes, if a launcher has started several, and find this one's device.
+
+    ConfigError for a device that they can't all have.
+    """
+    launched = "LOCAL_RANK" in os.environ  # by either; WORLD_SIZE alone is set in some containers
+    if not launched or int(os.environ["WORLD_SIZE"]) < 2:
+        return Processes(), config.torch_device
+    if config.device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {config.device}: several processes take cpu or cuda; each finds a GPU of its own")
+    from accelerate import PartialState  # imported only where there is someone to meet
+
+    state = PartialState(cpu=config.torch_device.type == "cpu", timeout=_PATIENCE)
+    return Processes(state.process_index, state.num_processes), state.device
+
+
+def write_on_main(write: Callable[[], None]) -> None:
+    """Let the first process write while the others wait. Its OSError is raised in all, which so stay in step."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    failure = None
+    if PartialState().is_main_process:
+        try:
+            write()
+        except OSError as error:
+            failure = error
+    failure = broadcast_object_list([failure])[0]
+    if failure is not None:
+        raise failure
