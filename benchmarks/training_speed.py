@@ -18,12 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import wan_train_network
+from benchmarks.random_model import SPECS, random_checkpoint
 from dataset.cache import LatentCache, latent_cache_path, text_cache_path, write_latent_cache, write_text_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet
 from utils import cli
+from wan.checkpoint import load_dit
 from wan.config import TASKS, DiTSpec
-from wan.dit import WanDiT
 from wan.lora import inject_lora_
 from wan.memory import prepare_
 from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
@@ -31,26 +32,8 @@ from wan.report import expected_memory
 from wan.training import Trainer, TrainingJob, build_accelerator
 from wan.training_options import TrainingOptions
 
-SPECS = {
-    "14B": DiTSpec("i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, text_dim=4096, image_dim=1280),
-    "tiny": DiTSpec("i2v", dim=256, ffn_dim=512, num_layers=2, in_dim=36, text_dim=64, image_dim=160),
-}
 LAYOUT = OneFrameLayout((0,), 1)
 WARM_UP = 3
-
-
-def random_dit(spec: DiTSpec, device: torch.device, dtype: torch.dtype) -> WanDiT:
-    """A DiT that computes with numbers of a sensible size, made on the device."""
-    with torch.device("meta"):
-        dit = WanDiT(spec).to(dtype)
-    dit.to_empty(device=device)
-    for name, parameter in dit.named_parameters():
-        parameter.requires_grad_(False)
-        if parameter.ndim == 1 and name.endswith("weight"):
-            parameter.fill_(1)
-        else:
-            parameter.normal_(std=0.02)
-    return dit
 
 
 def write_caches(folder: Path, spec: DiTSpec, width: int, height: int, items: int) -> None:
@@ -99,7 +82,8 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     accelerator = build_accelerator("cpu" if arguments.size == "tiny" else None)
     datasets = read_config(options.run.dataset_config, need_sources=False)
     dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16
-    dit = random_dit(SPECS[arguments.size], accelerator.device, dtype)
+    with random_checkpoint(SPECS[arguments.size], accelerator.device):
+        dit = load_dit("dit.safetensors", dtype, accelerator.device)
     network = inject_lora_(dit, options.network)
     prepare_(dit, options.memory, accelerator.device)
     job = TrainingJob(TASKS["i2v-14B"], options, datasets, TrainingSet(datasets, 1), dit, network, None, clock)

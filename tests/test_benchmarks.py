@@ -1,0 +1,21 @@
+"""The benchmarks run: on a CPU with a tiny model, so that they still do when a GPU is there."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *flags: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--size", "tiny", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_table_of_memory_options_has_a_row_for_each():
+    rows = [line for line in run("memory_options.py", "--repeat", "1").splitlines() if line.startswith("| ")]
+    assert len(rows) == 8 and all(row.count("|") == 5 for row in rows) and "does not fit" not in "".join(rows)
+
+
+def test_training_speed_prints_images_per_second():
+    assert "images per second" in run("training_speed.py", "--steps", "1", "--width", "64", "--height", "64")
