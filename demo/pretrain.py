@@ -1,0 +1,354 @@
+"""Train the miniature family from nothing, on one GPU:
+
+    python -m demo.pretrain --out demo/miniature --minutes 4 5 2
+
+The minutes of the VAE, of i2v (with T5) and of flf2v. A stage with 0 minutes is left out and its file is read from
+--out; `--continue` starts all from the files there. The seeds are fixed; learning rates follow the share of the time
+that has passed, so another machine trains more or fewer steps and gets slightly other weights.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, UMT5EncoderModel
+
+from demo import miniature
+from demo.recordings import Recordings, as_video, given_frames, record, video_mask
+from wan.checkpoint import load_clip, load_dit, load_t5, load_vae
+from wan.clip import encode_image
+from wan.dit import WanDiT
+from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
+from wan.vae import VAE_MEAN, VAE_STD, Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
+
+HELD_OUT_SEED, HELD_OUT_CLIPS, SEED = 900_000_000, 60, 200_000_000
+TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
+LATENT_NOISE = 0.08  # share of the latents' spread that the decoder must bear: what a DiT leaves behind
+VAE_RATE, DIT_RATE = 2.5e-3, 1.5e-3
+TEXT_DROPOUT = 0.1
+NOISE_SHIFT = 2.0
+
+
+def clock(seconds: float, peak: float, warmup: int = 100) -> Iterator[tuple[int, float]]:
+    """(step, learning rate) until the time is over: `warmup` rising steps, then half a cosine over the time down to 0.
+
+    The rise is counted in steps, because the first ones on a GPU take many seconds.
+    """
+    start, step = time.monotonic(), 0
+    while (share := (time.monotonic() - start) / seconds) < 1:
+        yield step, peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * share))
+        step += 1
+
+
+def optimise(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    seconds: float,
+    peak: float,
+    loss_of: Callable[[int], Tensor],
+    label: str,
+) -> None:
+    """AdamW with gradient clipping until the time is over; prints the mean loss now and then."""
+    on_gpu = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu)
+    shown, total, steps = time.monotonic(), torch.zeros((), device=parameters[0].device), 0
+    for step, rate in clock(seconds, peak):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        total, steps = total + loss.detach(), steps + 1
+        if time.monotonic() - shown > 20:
+            print(f"{label}: step {step} loss {float(total) / steps:.4f}", flush=True)
+            shown, total, steps = time.monotonic(), torch.zeros_like(total), 0
+    print(f"{label}: {step + 1} steps", flush=True)
+
+
+# --- VAE -------------------------------------------------------------------------------------------------------------
+
+
+def new_vae() -> WanVAE:
+    """Weights drawn so that the signal passes: residual branches start at zero, convolutions see one frame only.
+
+    With torch's own initialisation a narrow VAE stands still for a long time (measured: 16.2 dB against 21.8 dB after
+    150 seconds of training on a CPU).
+    """
+    vae = WanVAE(miniature.VAE_DIM)
+    for name, layer in vae.named_modules():
+        if isinstance(layer, nn.Conv3d | nn.Conv2d):
+            nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Conv3d) and "time_conv" not in name:
+                spatial = layer.weight.data[:, :, -1]  # the present frame
+                layer.weight.data[:, :, :-1] = 0
+                nn.init.orthogonal_(spatial) if spatial.shape[-1] == 1 else nn.init.kaiming_normal_(spatial)
+        if isinstance(layer, ResidualBlock):
+            nn.init.zeros_(layer.residual[6].weight)
+        elif isinstance(layer, FrameAttention):
+            nn.init.zeros_(layer.proj.weight)
+        elif isinstance(layer, Downsample | Upsample):
+            nn.init.kaiming_normal_(layer.resample[1].weight, nonlinearity="linear")
+    for layer in (vae.encoder.conv1, vae.encoder.head[2], vae.decoder.conv1, vae.decoder.head[2]):
+        nn.init.kaiming_normal_(layer.weight.data[:, :, -1], nonlinearity="linear")
+    return vae
+
+
+def train_vae(vae: WanVAE, sets: list[Recordings], seconds: float, batch: int) -> None:
+    """First half of the time on stills only, then stills and clips in turn; at last the latents get the official
+    statistics. L1 and L2 on pixels, noise on latents, so that the decoder bears what a DiT leaves behind.
+
+    Each latent frame after the first must also decode alone, to the last of its four frames: one-frame inference
+    decodes single latent frames, and the published VAE can do it.
+    """
+    device = next(vae.parameters()).device
+    for layer in vae.modules() if device.type == "cuda" else ():  # faster there
+        if isinstance(layer, nn.Conv3d):
+            layer.to(memory_format=torch.channels_last_3d)
+    chooser = torch.Generator().manual_seed(1)
+    start = time.monotonic()
+
+    def loss_of(step: int) -> Tensor:
+        frames = sets[step % len(sets)].frames
+        is_clip = step // len(sets) % 2 == 1 and time.monotonic() - start > seconds / 2
+        rows = torch.randint(len(frames), (batch // 4 if is_clip else batch,), generator=chooser).to(device)
+        moments = torch.randint(frames.shape[1], (len(rows),), generator=chooser).to(device)
+        video = as_video(frames[rows, :: 1 + step % 2][:, :5] if is_clip else frames[rows, moments][:, None])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            latents = vae.encode(video)
+            spread = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+            noisy = latents + LATENT_NOISE * spread * torch.randn_like(latents)
+            loss = _pixel_loss(decode(vae, noisy), video)
+            if is_clip:
+                loss = loss + 0.5 * _pixel_loss(decode(vae, noisy[:, :, 1:]), video[:, :, -1:])
+        return loss + 1e-4 * latents.square().mean()
+
+    vae.train().requires_grad_(True)
+    optimise(vae, list(vae.parameters()), seconds, VAE_RATE, loss_of, "vae")
+    vae.eval().requires_grad_(False)
+    sample = [latents_of(vae, part.frames[:200, :5]).transpose(0, 1).flatten(1) for part in sets]
+    normalise_latents_(vae, torch.cat(sample, dim=1))
+
+
+def decode(vae: WanVAE, latents: Tensor) -> Tensor:
+    """As WanVAE.decode, without clamping, which has no gradient outside."""
+    mean, std = (torch.tensor(values, device=latents.device).view(-1, 1, 1, 1) for values in (VAE_MEAN, VAE_STD))
+    return vae.decoder(vae.conv2(latents * std + mean)).float()
+
+
+def _pixel_loss(output: Tensor, video: Tensor) -> Tensor:
+    return F.l1_loss(output, video) + 2 * F.mse_loss(output, video)
+
+
+@torch.no_grad()
+def latents_of(vae: WanVAE, frames: Tensor) -> Tensor:
+    """[N, T, 3, height, width] uint8 -> [N, 16, F, H, W] float32, in portions"""
+    return torch.cat([vae.encode(as_video(part)) for part in frames.split(32)])
+
+
+@torch.no_grad()
+def normalise_latents_(vae: WanVAE, latents: Tensor) -> None:
+    """Make each channel of the normalised latents have mean 0 and spread 1, by changing conv1 and, inversely, conv2.
+
+    latents: [16, L], of the VAE as it is.
+    """
+    mean, std = latents.mean(dim=1), latents.std(dim=1)
+    official_mean, official_std = (torch.tensor(values, device=mean.device) for values in (VAE_MEAN, VAE_STD))
+    # raw = official_std * z + official_mean, wanted: official_std * (z - mean) / std + official_mean
+    factor, offset = 1 / std, official_mean - (official_std * mean + official_mean) / std
+    channels = len(factor)
+    vae.conv1.weight[:channels] *= factor.view(-1, 1, 1, 1, 1)
+    vae.conv1.bias[:channels] = vae.conv1.bias[:channels] * factor + offset
+    vae.conv2.bias -= vae.conv2.weight[:, :, 0, 0, 0] @ (offset * std)
+    vae.conv2.weight *= std.view(1, -1, 1, 1, 1)
+
+
+# --- DiT -------------------------------------------------------------------------------------------------------------
+
+
+class Lessons:
+    """What a video model learns from, encoded once: latents, conditions, CLIP features and tokens of the clips."""
+
+    def __init__(self, vae: WanVAE, clip: CLIPVisionModel, part: Recordings, last_frames: tuple[int, ...]) -> None:
+        tokenizer = miniature.build_tokenizer()
+        tokenizer.enable_padding(length=TEXT_LENGTH_IN_TRAINING)
+        tokens = tokenizer.encode_batch(part.captions)
+        device = part.frames.device
+        self.tokens = torch.tensor([one.ids for one in tokens], device=device)
+        self.mask = torch.tensor([one.attention_mask for one in tokens], device=device)
+        latents, conditions, features = [], {last: [] for last in last_frames or (0,)}, []
+        with torch.no_grad():
+            for frames in part.frames.split(64):
+                video = as_video(frames)
+                latents.append(vae.encode(video).bfloat16())
+                for last, made in conditions.items():
+                    seen = video[:, :, : last + 1] if last else video
+                    given = vae.encode(given_frames(seen, with_last=bool(last)))
+                    made.append(torch.cat([video_mask(given, bool(last)), given], dim=1).bfloat16())
+                pictures = [video[:, :, moment] for moment in (0, *last_frames)]
+                features.append(torch.stack([encode_image(clip, one).bfloat16() for one in pictures], dim=1))
+        self.latents = torch.cat(latents)  # [N, 16, 3, H, W]
+        self.conditions = {last: torch.cat(made) for last, made in conditions.items()}  # [N, 20, F, H, W]
+        self.features = torch.cat(features)  # [N, images, 257, D]
+        self.last_frames = last_frames
+
+    def batch(self, rows: Tensor, latent_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, condition and CLIP features of clips with 2 or 3 latent frames."""
+        latents = self.latents[rows, :, :latent_frames]
+        if not self.last_frames:
+            return latents, self.conditions[0][rows, :, :latent_frames], self.features[rows, 0]
+        last = 4 * (latent_frames - 1)
+        ends = self.features[rows][:, [0, 1 + self.last_frames.index(last)]]
+        return latents, self.conditions[last][rows], ends.flatten(1, 2)
+
+
+def embed_text(t5: UMT5EncoderModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """[B, L] -> [B, 512, D], zeros after the end, as `pad_text`"""
+    hidden = t5(input_ids=tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+    return F.pad(hidden, (0, 0, 0, 512 - hidden.shape[1]))
+
+
+def train_dit(
+    dit: WanDiT, t5: UMT5EncoderModel, lessons: list[Lessons], seconds: float, peak: float, batch: int, text: bool
+) -> None:
+    """Flow matching on clips of 5 and of 9 frames. `text`: train T5 as well."""
+    device = lessons[0].latents.device
+    chooser = torch.Generator().manual_seed(2)
+    dit.requires_grad_(True)
+    t5.requires_grad_(text)
+    sizes = torch.tensor([float(len(part.latents)) for part in lessons])
+
+    def loss_of(step: int) -> Tensor:
+        part = lessons[int(torch.multinomial(sizes, 1, generator=chooser))]
+        rows = torch.randint(len(part.latents), (batch,), generator=chooser).to(device)
+        latents, condition, features = part.batch(rows, latent_frames=2 if step % 2 else 3)
+        tokens, mask = part.tokens[rows].clone(), part.mask[rows].clone()
+        empty = (torch.rand(batch, generator=chooser) < TEXT_DROPOUT).to(device)
+        tokens[empty], mask[empty] = 0, 0
+        tokens[empty, 0], mask[empty, 0] = 1, 1  # </s> alone
+        t = shifted(torch.sigmoid(1.2 * torch.randn(batch, generator=chooser)), NOISE_SHIFT).to(device)
+        noise = torch.randn(latents.shape, device=device)
+        indices = torch.arange(latents.shape[2], device=device).expand(batch, -1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            context = embed_text(t5, tokens, mask)
+            noisy = add_noise(latents, noise, t)
+            velocity = dit(noisy, condition.float(), network_timestep(t), context, features.float(), indices)
+        return F.mse_loss(velocity.float(), velocity_target(latents, noise))
+
+    parameters = [*dit.parameters(), *(t5.parameters() if text else ())]
+    optimise(dit, parameters, seconds, peak, loss_of, dit.spec.model_type)
+    dit.requires_grad_(False)
+
+
+def new_dit(kind: str, generator: torch.Generator) -> WanDiT:
+    """Random weights; what opens and closes the residual stream starts at zero."""
+    dit = WanDiT(miniature.dit_spec(kind))
+    with torch.no_grad():
+        for name, tensor in dit.named_parameters():
+            if name.endswith("bias") or name.startswith("head.head") or "emb_pos" in name:
+                tensor.zero_()
+            elif name.endswith("modulation"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+            elif tensor.ndim > 1:
+                spread = 0.02 if "time" in name else 1 / math.sqrt(math.prod(tensor.shape[1:]))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+            else:
+                tensor.fill_(1.0)
+    return dit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=miniature.FOLDER)
+    parser.add_argument("--minutes", type=float, nargs=3, default=(4, 5, 2), metavar=("VAE", "I2V", "FLF2V"))
+    parser.add_argument("--continue", dest="resume", action="store_true", help="start from the files in --out")
+    parser.add_argument("--clips", type=int, default=20_000)
+    parser.add_argument("--batch", type=int, default=256, help="clips per step of a DiT; the VAE takes an eighth")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    vae_time, i2v_time, flf2v_time = (60 * minutes for minutes in args.minutes)
+    sets = record(args.clips, SEED, device)
+    report("clips drawn")
+    vae = get_vae(args.out, device, sets, vae_time, args.resume, max(4, args.batch // 8))
+    t5, clip, i2v = get_rest(args.out, device, args.resume or not i2v_time)
+    if i2v_time:
+        lessons = [Lessons(vae, clip, part, ()) for part in sets]
+        report("clips encoded")
+        train_dit(i2v, t5, lessons, i2v_time, 3e-4 if args.resume else DIT_RATE, args.batch, text=not args.resume)
+        del lessons
+        miniature.write_dit(args.out, "i2v", i2v)
+        miniature.write_t5(args.out, t5)
+        report("i2v written")
+    if flf2v_time:
+        lessons = [Lessons(vae, clip, part.half(), (4, 8)) for part in sets]
+        report("clips encoded")
+        file = args.out / miniature.FILES["flf2v"]
+        if args.resume and file.exists():
+            flf2v = load_dit(file, torch.float32, device)
+        else:
+            flf2v = new_dit("flf2v", torch.Generator().manual_seed(3)).to(device)
+            flf2v.load_state_dict(i2v.state_dict(), strict=False)
+        train_dit(flf2v, t5, lessons, flf2v_time, 3e-4 if args.resume else 5e-4, args.batch, text=False)
+        miniature.write_dit(args.out, "flf2v", flf2v)
+        report("flf2v written")
+
+
+def get_vae(
+    folder: Path, device: torch.device, sets: list[Recordings], seconds: float, resume: bool, batch: int
+) -> WanVAE:
+    """The VAE, trained if there is time for it; as the loaders of the scripts see it."""
+    if resume or not seconds:
+        vae = load_vae(folder / miniature.FILES["vae"], torch.float32, device)
+    else:
+        torch.manual_seed(4)
+        vae = new_vae().to(device)
+    if seconds:
+        train_vae(vae, sets, seconds, batch)
+        miniature.write_vae(folder, vae)
+        vae = load_vae(folder / miniature.FILES["vae"], torch.float32, device)
+    held_out = record(HELD_OUT_CLIPS, HELD_OUT_SEED, device, held_out=True)
+    for name, frames in (("stills", slice(0, 1)), ("5-frame clips", slice(0, 5)), ("9-frame clips", slice(0, 9))):
+        errors = [reconstruction_psnr(vae, part.frames[:, frames]) for part in held_out]
+        report(f"held-out {name}: {torch.cat(errors).mean():.2f} dB")
+    return vae
+
+
+def get_rest(folder: Path, device: torch.device, resume: bool) -> tuple[UMT5EncoderModel, CLIPVisionModel, WanDiT]:
+    """T5, CLIP and i2v, new or from their files."""
+    if resume:
+        t5 = load_t5(folder / miniature.FILES["t5"], torch.float32, device)
+        clip = load_clip(folder / miniature.FILES["clip"], torch.float32, device)
+        return t5, clip, load_dit(folder / miniature.FILES["i2v"], torch.float32, device)
+    generator = torch.Generator().manual_seed(5)
+    t5, clip = miniature.new_t5(generator), miniature.new_clip(generator)
+    miniature.write_tokenizer(folder)
+    miniature.write_clip(folder, clip)
+    clip = load_clip(folder / miniature.FILES["clip"], torch.float32, device)
+    return t5.to(device), clip, new_dit("i2v", generator).to(device)
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: WanVAE, frames: Tensor) -> Tensor:
+    """[N] dB of clips [N, T, 3, height, width] uint8 that were encoded and decoded."""
+    video = as_video(frames)
+    output = torch.cat([vae.decode(vae.encode(part)) for part in video.split(16)])
+    return -10 * torch.log10((output - video).div(2).square().flatten(1).mean(1))
+
+
+def report(text: str) -> None:
+    print(f"[{time.monotonic() - _STARTED:6.1f} s] {text}", flush=True)
+
+
+_STARTED = time.monotonic()
+
+if __name__ == "__main__":
+    main()

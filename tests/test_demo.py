@@ -1,0 +1,235 @@
+"""The miniature family's files, what its models are shown, and how the demo judges."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import wan_cache_latents
+import wan_cache_text_encoder_outputs
+import wan_generate_video
+import wan_train_network
+from demo import edit, judge, miniature
+from demo.edit import FULL, SHORT, Limits, example
+from demo.judge import Score
+from demo.page import Row, sheet, write_page
+from demo.pretrain import clock, decode, embed_text, new_dit, new_vae, normalise_latents_
+from demo.recordings import given_frames, record, video_mask
+from utils.prompts import parse_line
+from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
+from wan.dit import pad_text
+from wan.one_frame import parse
+from wan.t5 import encode_text
+
+CPU = torch.device("cpu")
+SCRIPTS = (wan_cache_latents, wan_cache_text_encoder_outputs, wan_train_network, wan_generate_video)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Random weights in the sizes of the miniature, and the modules they came from."""
+    folder = tmp_path_factory.mktemp("miniature")
+    modules = {"vae": new_vae(), "t5": miniature.new_t5(generator()), "clip": miniature.new_clip(generator())}
+    modules |= {kind: new_dit(kind, generator()) for kind in ("i2v", "flf2v")}
+    for kind in ("i2v", "flf2v"):
+        miniature.write_dit(folder, kind, modules[kind])
+    miniature.write_vae(folder, modules["vae"])
+    miniature.write_t5(folder, modules["t5"])
+    miniature.write_clip(folder, modules["clip"])
+    miniature.write_tokenizer(folder)
+    return folder, modules
+
+
+def test_the_loaders_of_the_scripts_read_back_every_weight(family):
+    folder, modules = family
+    loaders = {"vae": load_vae, "t5": load_t5, "clip": load_clip, "i2v": load_dit, "flf2v": load_dit}
+    for kind, load in loaders.items():
+        loaded = load(folder / miniature.FILES[kind], torch.float32, CPU).state_dict()
+        written = modules[kind].state_dict()
+        rounding = 2**-8 if kind in ("t5", "i2v", "flf2v") else 2**-10
+        for name, tensor in loaded.items():
+            assert_close(tensor, written[name].to(tensor), rtol=rounding, atol=1e-6)
+
+
+def test_the_family_is_small_and_fits_together(family):
+    folder, _ = family
+    assert sum(path.stat().st_size for path in folder.rglob("*")) < 30e6
+    for kind in ("i2v", "flf2v"):
+        spec = inspect_dit(folder / miniature.FILES[kind])
+        assert spec == miniature.dit_spec(kind) and spec.model_type == kind
+        assert spec.image_dim == inspect_clip(folder / miniature.FILES["clip"])
+
+
+def test_text_in_pretraining_is_embedded_as_in_the_scripts(family):
+    folder, _ = family
+    t5 = load_t5(folder / miniature.FILES["t5"], torch.float32, CPU)
+    captions = ["she waves", "a girl with long red hair, on a beach. she jumps", ""]
+    tokenizer = miniature.build_tokenizer()
+    tokenizer.enable_padding(length=48)
+    tokens = tokenizer.encode_batch(captions)
+    ids, mask = (torch.tensor([getattr(one, name) for one in tokens]) for name in ("ids", "attention_mask"))
+    expected = pad_text(encode_text(t5, load_tokenizer(folder / miniature.FILES["tokenizer"]), captions, CPU))
+    assert_close(embed_text(t5, ids, mask), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_untrained_models_tell_captions_and_pictures_apart(family):
+    _, modules = family
+    ids = miniature.build_tokenizer().encode("the shirt turns red").ids
+    other = miniature.build_tokenizer().encode("the shirt turns blue").ids
+    with torch.no_grad():
+        one, two = (modules["t5"](input_ids=torch.tensor([tokens])).last_hidden_state for tokens in (ids, other))
+    assert float((one - two)[0, 3].norm() / one[0, 3].norm()) > 0.3
+
+
+def test_normalising_latents_gives_them_mean_0_and_spread_1_and_changes_no_picture():
+    torch.manual_seed(0)
+    vae = new_vae().requires_grad_(False)
+    for layer in (vae.conv1, vae.conv2):
+        layer.bias.normal_()
+    pixels = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    before = decode(vae, vae.encode(pixels))
+    normalise_latents_(vae, vae.encode(pixels).transpose(0, 1).flatten(1))
+    latents = vae.encode(pixels).transpose(0, 1).flatten(1)
+    assert_close(latents.mean(1), torch.zeros(16), atol=1e-4, rtol=0)
+    assert_close(latents.std(1), torch.ones(16), atol=1e-4, rtol=0)
+    assert_close(decode(vae, vae.encode(pixels)), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_vae_treats_the_frames_of_a_clip_as_stills_until_it_is_trained():
+    torch.manual_seed(0)
+    vae = new_vae().requires_grad_(False)
+    still = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    assert_close(vae.encode(still.repeat(1, 1, 5, 1, 1))[:, :, :1], vae.encode(still))
+    assert vae.encode(still).std() > 0.05 and vae.decode(vae.encode(still)).std() > 0.05
+
+
+@pytest.mark.parametrize("with_last", [False, True])
+def test_the_video_mask_is_the_official_one(with_last):
+    """Compared with the steps of image2video.py and first_last_frame2video.py of Wan2.1, frame by frame."""
+    frames, height, width = 9, 4, 6
+    given = torch.zeros(1, frames, height, width)
+    given[:, 0] = 1
+    if with_last:
+        given[:, -1] = 1
+    filled = torch.cat([given[:, :1].repeat_interleave(4, dim=1), given[:, 1:]], dim=1)
+    official = filled.view(1, filled.shape[1] // 4, 4, height, width).transpose(1, 2)
+    assert torch.equal(video_mask(torch.randn(1, 16, 3, height, width), with_last), official)
+
+
+def test_the_condition_of_a_short_clip_is_the_beginning_of_that_of_a_long_one():
+    torch.manual_seed(0)
+    vae = new_vae().requires_grad_(False)
+    for parameter in vae.parameters():
+        parameter.add_(0.02 * torch.randn_like(parameter))
+    video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    long, short = (vae.encode(given_frames(video[:, :, :length], with_last=False)) for length in (9, 5))
+    assert_close(long[:, :, :2], short)
+
+
+def test_given_frames_are_grey_but_for_the_first_and_last():
+    video = torch.rand(1, 3, 5, 4, 4) + 0.1
+    given = given_frames(video, with_last=True)
+    assert torch.equal(given[:, :, [0, 4]], video[:, :, [0, 4]]) and not given[:, :, 1:4].any()
+
+
+def test_recordings_hold_each_seed_once():
+    sets = record(12, 40, CPU)
+    assert sum(len(part.captions) for part in sets) == sum(len(part.frames) for part in sets) == 12
+    assert sum(len(part.half().captions) for part in sets) in range(6, 10)
+
+
+def test_the_learning_rate_rises_in_steps_and_falls_with_the_time(monkeypatch):
+    now = iter([0.0, *[share / 10 for share in range(20)]])
+    monkeypatch.setattr("demo.pretrain.time.monotonic", lambda: next(now))
+    rates = [rate for _, rate in clock(1.0, 2.0, warmup=2)]
+    assert len(rates) == 10 and rates[0] == pytest.approx(1.0) and rates[5] == pytest.approx(1.0)
+    assert rates[1] == max(rates) and rates[-1] < 0.06
+
+
+@pytest.mark.parametrize("lesson", [*FULL, *SHORT], ids=lambda lesson: f"{lesson.name}-{lesson.pairs}")
+def test_the_scripts_accept_the_commands_of_the_demo(lesson, tmp_path):
+    known = {f"{script.__name__}.py": script.build_parser() for script in SCRIPTS}
+    for script, *arguments in edit.commands(lesson, tmp_path):
+        known[script].parse_args(arguments)
+
+
+def test_without_the_family_the_demo_says_what_is_missing_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(edit, "OUT", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    assert edit.main(["--models", str(tmp_path / "nowhere")]) == 1
+    assert "is missing" in capsys.readouterr().err and (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("lesson", FULL, ids=lambda lesson: lesson.name)
+def test_the_data_of_a_lesson_is_what_the_scripts_read(lesson, tmp_path, monkeypatch):
+    from dataset.config import read_config
+
+    monkeypatch.setattr(edit, "OUT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    edit.write_data(replace(lesson, pairs=3, tests=2))
+    read_config(f"{lesson.name}/dataset.toml", need_sources=True)
+    lines = (tmp_path / lesson.name / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        prompt = parse_line(line, "prompts.txt", training=False)
+        assert prompt.seed == number and "uniform" in prompt.prompt
+        assert parse(prompt.one_frame).control_indices == tuple(lesson.controls)
+        starts = [edit.load(tmp_path / path) for path in prompt.control_image_path]
+        for start, expected in zip(starts, example(lesson, number, held_out=True).starts, strict=True):
+            assert torch.equal(start, expected)
+        assert (prompt.height, prompt.width) == tuple(starts[0].shape[1:])
+
+
+@pytest.mark.parametrize("lesson", FULL, ids=lambda lesson: lesson.name)
+def test_the_truth_scores_full_marks_and_the_unedited_picture_wears_no_uniform(lesson):
+    for number in range(16):
+        test = example(lesson, number, held_out=True)
+        best = judge.score(test.scene, test.plain, test.truth, test.truth)
+        assert best.attribute and best.drift < 1e-5 and best.psnr > 70
+        assert not judge.score(test.scene, test.plain, test.truth, test.plain).attribute
+
+
+def test_a_change_outside_the_edit_is_drift_and_one_inside_is_not():
+    test = example(FULL[0], 0, held_out=True)
+    outside, inside = test.truth.clone(), test.truth.clone()
+    outside[:, :8] = 255 - outside[:, :8]
+    edited = (test.truth.int() - test.plain.int()).abs().amax(0) > 8
+    inside[:, edited] = 128
+    assert judge.score(test.scene, test.plain, test.truth, outside).drift > 0.005
+    wrong = judge.score(test.scene, test.plain, test.truth, inside)
+    assert wrong.drift == 0 and not wrong.attribute and wrong.edited_psnr < 20
+
+
+def test_psnr_of_a_known_error():
+    one = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert judge.psnr(one, one + 51) == pytest.approx(13.9794, abs=1e-3)  # 20 log10(255 / 51)
+
+
+@pytest.mark.parametrize(
+    ("base", "lora", "missed"),
+    [
+        (Score(15, 10, 0.1, False), Score(24, 25, 0.02, True), set()),
+        (Score(18, 10, 0.1, False), Score(24, 25, 0.02, True), {0}),
+        (Score(15, 10, 0.1, False), Score(24, 23, 0.04, False), {1, 2, 3}),
+    ],
+)
+def test_each_figure_has_its_limit(base, lora, missed):
+    reached = [good for *_, good in edit.figures([(base, lora)], Limits())]
+    assert {number for number, good in enumerate(reached) if not good} == missed
+
+
+def test_the_page_shows_every_test_and_says_what_was_missed(tmp_path):
+    test = example(FULL[0], 0, held_out=True)
+    rows = [Row([*test.starts, test.plain, test.truth, test.truth], "<note>")] * 3
+    table = edit.figures([(Score(15, 10, 0.1, False), Score(24, 23, 0.02, True))], Limits())
+    write_page(tmp_path, {"i2v": (rows, table)}, [FULL[0]], 60)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("&lt;note&gt;") == 3 and page.count("missed") == 1 and 'src="i2v.png"' in page
+    picture = edit.load(tmp_path / "sheet.png")
+    assert torch.equal(picture, edit.load(tmp_path / "i2v.png"))
+    one = sheet(rows[:1], ["start", "base model", "LoRA", "truth"])
+    assert one.width == picture.shape[2] // 2

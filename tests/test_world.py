@@ -1,0 +1,151 @@
+"""The demo's world: shapes against exact areas, scenes, captions and the school uniform."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from demo.drawing import Canvas, rasterise, stack_shapes
+from demo.figures import clip, moment_at, picture
+from demo.miniature import build_tokenizer, write_tokenizer
+from demo.tiny_models import FILES
+from demo.world import ACTIONS, FRAMES, PLACES, SIZES, in_uniform, is_held_out, sample_scene
+from utils.images import STEP
+from wan.checkpoint import load_tokenizer
+
+WHITE = (1.0, 1.0, 1.0)
+
+
+def covered(draw) -> float:
+    """How many pixels of 64 x 64 the shape covers; the origin is the middle."""
+    canvas = Canvas(32, 32)
+    draw(canvas)
+    return float(rasterise(canvas.shapes()[None], (64, 64))[0, 0].double().sum() / 255)
+
+
+@pytest.mark.parametrize("turn", [0.0, 0.4, math.pi / 2])
+@pytest.mark.parametrize(
+    ("draw", "area"),
+    [
+        (lambda c, t: c.block(0, 0, (10, 10), 6, WHITE, turn=t, shade=0), 20 * 12),
+        (lambda c, t: c.block(0, 0, (10, 4), 6, WHITE, turn=t, shade=0), 14 * 12),
+        (lambda c, t: c.block(0, 0, (8, 8), 5, WHITE, turn=t, corner=3, shade=0), 16 * 10 + 52 * 3 + math.pi * 9),
+        (lambda c, t: c.ellipse(0, 0, (14, 9), WHITE, turn=t, shade=0), math.pi * 14 * 9),
+        (lambda c, t: c.ellipse(0, 0, (14, 9), WHITE, turn=t, cut=0, shade=0), math.pi * 14 * 9 / 2),
+        (lambda c, t: c.limb((0, 0), (20 * math.sin(t), 20 * math.cos(t)), 3, WHITE), 120 + math.pi * 9),
+    ],
+)
+def test_a_shape_covers_its_area_whichever_way_it_is_turned(draw, area, turn):
+    assert covered(lambda canvas: draw(canvas, turn)) == pytest.approx(area, rel=0.04)
+
+
+def test_a_block_on_whole_pixels_has_sharp_edges():
+    canvas = Canvas(8, 8)
+    canvas.block(2, 1, (3, 3), 2, WHITE, shade=0)  # columns 7..12, rows 5..8
+    expected = torch.zeros(16, 16, dtype=torch.uint8)
+    expected[5:9, 7:13] = 255
+    assert torch.equal(rasterise(canvas.shapes()[None], (16, 16))[0, 1], expected)
+
+
+def test_later_shapes_hide_earlier_ones_and_take_the_light():
+    canvas = Canvas(8, 8, light=(0.5, 1.0, 1.0))
+    canvas.block(0, 0, (9, 9), 9, (1, 0, 0), shade=0)
+    canvas.block(0, 0, (2, 2), 2, (1, 1, 0), shade=0)
+    drawn = rasterise(canvas.shapes()[None], (16, 16))[0]
+    assert drawn[:, 0, 0].tolist() == [128, 0, 0] and drawn[:, 8, 8].tolist() == [128, 255, 0]
+
+
+def test_pictures_of_different_numbers_of_shapes_stack_without_a_trace():
+    scenes = [sample_scene(seed) for seed in range(6)]
+    scenes = [replace(scene, size=SIZES[0]) for scene in scenes]
+    from demo.figures import shapes
+
+    alone = [rasterise(shapes(scene, 0)[None], SIZES[0])[0] for scene in scenes]
+    together = rasterise(stack_shapes([shapes(scene, 0) for scene in scenes]), SIZES[0])
+    assert torch.equal(torch.stack(alone), together)
+
+
+def test_a_nested_place_keeps_scale_and_tilt():
+    outer = Canvas(10, 20, scale=2.0)
+    inner = outer.at(3, 4, scale=5.0, tilt=math.pi / 2)
+    inner.ellipse(1, 0, (0.5, 0.5), WHITE)
+    # one unit (10 pixels) along an x axis that now points up, from (10 + 6, 20 - 8)
+    assert_close(outer.shapes()[0, :2], torch.tensor([16.0, 2.0]))
+
+
+def test_a_seed_gives_one_scene_and_other_seeds_give_others():
+    assert sample_scene(5) == sample_scene(5)
+    assert torch.equal(clip(sample_scene(5)), clip(sample_scene(5)))
+    assert len({sample_scene(seed).look for seed in range(300)}) > 270
+    assert len({sample_scene(seed).caption for seed in range(300)}) > 250
+
+
+def test_held_out_characters_look_like_no_training_character():
+    training = {sample_scene(seed).look for seed in range(400)}
+    held_out = {sample_scene(seed, held_out=True).look for seed in range(400)}
+    assert not training & held_out and len(held_out) > 200
+    assert all(map(is_held_out, held_out)) and not any(map(is_held_out, training))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_fills_the_picture_in_every_size(place):
+    for size in SIZES:
+        assert not size[0] % STEP and not size[1] % STEP
+        drawn = picture(replace(sample_scene(3), place=place, size=size, light=(1.0, 1.0, 1.0)))
+        assert tuple(drawn.shape) == (3, size[1], size[0])
+        assert drawn.amax(0).min() > 20  # black shows through nowhere; eyes and shoes are lighter than that
+
+
+@pytest.mark.parametrize("action", [action for action in ACTIONS if action != "stand"])
+def test_every_action_starts_at_the_still_picture_and_changes_it(action):
+    scene = sample_scene(11, action=action)
+    frames = clip(scene)
+    assert len(frames) == FRAMES
+    assert (frames[0].int() - frames[4].int()).abs().amax() > 40
+    still = replace(scene, action="stand")
+    if not action.startswith(("walk", "hat")):  # walkers look where they go, a hat comes from nowhere
+        assert torch.equal(frames[0], picture(still))
+
+
+def test_walking_right_moves_right_and_walking_left_moves_left():
+    right, left = (sample_scene(4, action=f"walk {side}") for side in ("right", "left"))
+    assert moment_at(right, 1.0).x > right.x and moment_at(left, 1.0).x < left.x
+
+
+def test_the_uniform_changes_nothing_but_the_clothes():
+    for seed in range(12):
+        scene = sample_scene(seed)
+        dressed = in_uniform(scene)
+        assert replace(dressed, outfit=scene.outfit) == scene and dressed.outfit.top == "uniform"
+        changed = (picture(scene).int() - picture(dressed).int()).abs().amax(0) > 0
+        rows = changed.any(1).nonzero()
+        height = scene.size[1]
+        figure = scene.height * min(1.0, 1.15 * scene.size[0] / height) * height
+        feet = 0.93 * height
+        # between the soles and the top of the neck, arms raised or not
+        assert rows.min() > feet - 0.64 * figure and rows.max() < feet
+        assert 0.02 < changed.float().mean() < 0.4
+
+
+def test_no_caption_speaks_of_a_uniform_and_all_its_words_are_known(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / FILES["tokenizer"])
+    for seed in range(200):
+        scene = sample_scene(seed)
+        assert "uniform" not in scene.caption and "uniform" in scene.edit_caption
+        for text in (scene.caption, scene.edit_caption):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.unk_token_id not in ids and ids[-1] == tokenizer.eos_token_id
+            assert len(ids) < 48
+
+
+def test_all_words_of_the_grammar_are_known():
+    tokenizer = build_tokenizer()
+    phrases = [phrase for phrases in ACTIONS.values() for phrase in phrases]
+    names = {"one": "they", "person": "girl", "colour": "red", "top": "striped shirt", "hat": "cap", "object": "book"}
+    for phrase in (*phrases, *PLACES.values()):
+        assert 2 not in tokenizer.encode(phrase.format(**names)).ids, phrase
+    assert tokenizer.encode("SHE Waves").ids == tokenizer.encode("she waves").ids
+    assert 2 in tokenizer.encode("a helicopter").ids
