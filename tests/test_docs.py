@@ -88,7 +88,7 @@ def test_the_readme_shows_commands_of_the_guide():
 
 def test_every_option_and_key_that_the_training_page_names_exists():
     options = {action.dest for action in importlib.import_module("wan_train_network").build_parser()._actions}
-    others = {"d", "num_cpu_threads_per_process"}  # of prompt lines and of accelerate
+    others = {"d", "num_cpu_threads_per_process", "num_processes"}  # of prompt lines and of accelerate
     assert set(re.findall(r"--(\w+)", TRAINING)) - others <= options | {"help"}
     no_effect = {"conv_dim", "conv_alpha"}  # the blocks hold no convolutions
     keys = {field.name for field in fields(NetworkArguments)} - no_effect
