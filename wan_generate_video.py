@@ -18,6 +18,7 @@ from wan.dit import WanDiT
 from wan.guidance import GuidanceConfig
 from wan.memory import GenerationMemoryConfig, prepare_
 from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.one_frame import OneFrameLayout
 from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
 from wan.request import Request, SamplingConfig
@@ -34,7 +35,9 @@ class PromptConfig:
     interactive: bool = option(False, help="read prompt lines from the terminal")
     latent_path: tuple[Path, ...] = option((), help="decode latent files instead of generating")
     negative_prompt: str | None = option(None, help="default: that of the task")
-    one_frame_inference: str | None = option(None, help='time indices: "control_index=0,target_index=1"')
+    one_frame_inference: str | None = option(
+        None, help='time indices: "control_index=0,target_index=1"; auto: those of the LoRA'
+    )
     control_image_path: tuple[str, ...] | None = option(None, help="control images, in the order of control_index")
     image_path: str | None = option(None, help="start image: aspect ratio and CLIP feature; default: earliest control")
     end_image_path: str | None = option(None, help="end image of flf2v: CLIP feature; default: the latest control")
@@ -82,7 +85,9 @@ class PromptConfig:
             return [] if self.interactive else [self.base]
         return [prompt.over(self.base) for prompt in read_file(self.from_file, "--from_file", training=False)]
 
-    def typed(self, task: TaskSpec, sampling: SamplingConfig) -> Iterator[list[Request]]:
+    def typed(
+        self, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
+    ) -> Iterator[list[Request]]:
         """One request per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
         while True:
             try:
@@ -95,7 +100,7 @@ class PromptConfig:
             if line.strip():
                 try:
                     prompt = parse_line(line, "line", training=False).over(self.base)
-                    yield [Request.resolve(prompt, task, sampling)]
+                    yield [Request.resolve(prompt, task, sampling, trained)]
                 except ConfigError as error:
                     log.error("%s", error)
 
@@ -130,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         decode_files(prompts.latent_path, pipeline, output)
         return
     task = dit.check()
-    requests = [Request.resolve(prompt, task, sampling) for prompt in prompts.prompts()]
+    trained = lora.trained_layout
+    requests = [Request.resolve(prompt, task, sampling, trained) for prompt in prompts.prompts()]
     t5.check(dit.spec)
     clip.check(dit.spec)
     merger = lora.merger(dit)
@@ -143,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         return network
 
     model = Resident(load, device, wanted_again=prompts.interactive)
-    groups = prompts.typed(task, sampling) if prompts.interactive else [requests]
+    groups = prompts.typed(task, sampling, trained) if prompts.interactive else [requests]
     for group in groups:
         encoded = pipeline.encode(group)
         with model.on_device() as network:

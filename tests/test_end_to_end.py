@@ -17,6 +17,7 @@ from dataset.config import read_config
 from dataset.loader import TrainingSet, clip_for, load_batch
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
+from utils.errors import ConfigError
 from utils.prompts import parse_line
 from wan.config import TASKS
 from wan.models import CLIPConfig, T5Config, VAEConfig
@@ -235,6 +236,20 @@ def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
     monkeypatch.setattr("builtins.input", typed)
     (path,) = generate("i2v", "out", "--interactive")
     assert [path.read_bytes()] == expected
+
+
+def test_auto_takes_the_indices_of_the_lora_and_others_are_warned_about(caplog):
+    config = dataset_toml(
+        "three", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 3", cache="pairs"
+    )
+    flags = ("--lora_weight", str(train("i2v", config, "three")))
+    lines = [I2V.replace("control_index=0,target_index=1", text) for text in ("auto", "control_index=0,target_index=3")]
+    auto, explicit = from_lines("i2v", "out", *lines, flags=flags)
+    assert auto == explicit and "trained at" not in caplog.text
+    assert from_lines("i2v", "out", I2V, flags=flags) != [auto]
+    assert "target_index=1, but the LoRA was trained at control_index=0,target_index=3" in caplog.text
+    with pytest.raises(ConfigError, match="no LoRA file names the indices"):
+        from_lines("i2v", "out", lines[0])
 
 
 def test_a_lora_file_names_its_task_and_indices():

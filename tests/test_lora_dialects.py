@@ -268,11 +268,14 @@ def test_a_folder_in_pefts_form_does_in_peft_what_it_does_here(alpha, tmp_path):
     assert rel_l2(outputs(other), our_output(merged(source))) < 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:.*invalid shape")  # PEFT suspects every bias
+@pytest.mark.filterwarnings("ignore:.*invalid shape", "ignore:.*did not match any")  # biases; the pattern for none
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lora_bias": True}])
 def test_what_peft_saves_does_here_what_it_does_there(options, tmp_path):
     """On our own model, with alphas that only the configuration tells."""
-    patterns = {"rank_pattern": {"cross_attn.q": 3}, "alpha_pattern": {"ffn.0": 7, "blocks.1.self_attn.k": 1}}
+    patterns = {
+        "rank_pattern": {"cross_attn.q": 3},
+        "alpha_pattern": {"ffn.0": 7, "blocks.1.self_attn.k": 1, "attn.v": 9},
+    }  # the last: none
     targets = [name for name in LINEAR if not name.endswith(".o")]
     config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, **patterns, **options)
     model = get_peft_model(random_dit(), config)
@@ -417,6 +420,14 @@ def test_files_that_would_be_misread_are_refused_in_one_line(change, metadata, m
     with pytest.raises(ConfigError, match=rf"--lora_weight .*in.safetensors: .*{message}") as error:
         read_lora(path)
     assert len(str(error.value)) < 600 and str(error.value).isprintable()
+
+
+def test_an_alpha_among_the_tensors_goes_before_that_of_the_configuration(tmp_path):
+    config = {"lora_adapter_metadata": '{"transformer.lora_alpha": 6}'}
+    tensors = {A: torch.ones(2, 4), B: torch.ones(5, 2)}
+    for extra, alpha in (({}, 6.0), ({A.replace("lora_A.weight", "alpha"): torch.tensor(3.0)}, 3.0)):
+        path = saved(tensors | extra, tmp_path / f"{alpha:g}.safetensors", config)
+        assert read_lora(path).modules["lora_unet_blocks_0_ffn_0"].alpha == alpha
 
 
 def test_a_broken_configuration_beside_pefts_weights_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import wan_lora
 from tests.dit_cases import SPEC, random_dit
 from tests.helpers import rel_l2
+from tests.test_lora_dialects import theirs
 from utils.errors import ConfigError
 from wan.lora_files import Merger, read_lora
 from wan.lora_tools import extract, inspect, merge, resize, truncated
@@ -98,9 +99,11 @@ def test_resizing_gives_the_best_approximation_of_the_rank(rank, tmp_path):
 def test_resizing_leaves_smaller_modules_and_differences_as_they_are(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = lora(tmp_path / "a.safetensors", **{f"{Q}.diff_b": torch.randn(12)})
-    resize(path, tmp_path / "b.safetensors", 8)
-    before, after = load_file(path), load_file(tmp_path / "b.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    before = load_file(path)
+    for rank in (3, 8):
+        resize(path, tmp_path / f"{rank}.safetensors", rank)
+        after = load_file(tmp_path / f"{rank}.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     resize(path, tmp_path / "c.safetensors", 2)
     assert torch.equal(load_file(tmp_path / "c.safetensors")[f"{Q}.diff_b"], before[f"{Q}.diff_b"])
     kept = {}
@@ -146,7 +149,7 @@ def test_the_randomised_svd_is_near_the_best_one_and_repeats_itself():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def tuned_pair(folder, prefix=""):
+def tuned_pair(folder, rename=str):
     """A checkpoint, and one with changes of rank 2 in two matrices, and others in a bias, a norm and a modulation."""
     base = {name: tensor.clone() for name, tensor in random_dit().state_dict().items()}
     tuned, draw = dict(base), torch.Generator().manual_seed(1)
@@ -157,13 +160,14 @@ def tuned_pair(folder, prefix=""):
     for name in ("blocks.0.self_attn.q.bias", "blocks.1.norm3.weight", "blocks.2.modulation", "patch_embedding.weight"):
         tuned[name] = base[name] + torch.randn(base[name].shape, generator=draw)
     save_file(base, folder / "base.safetensors")
-    save_file({f"{prefix}{name}": tensor for name, tensor in tuned.items()}, folder / "tuned.safetensors")
+    save_file({rename(name): tensor for name, tensor in tuned.items()}, folder / "tuned.safetensors")
     return base, tuned
 
 
-def test_an_extracted_lora_turns_the_one_checkpoint_into_the_other(tmp_path, caplog):
+@pytest.mark.parametrize("rename", [str, lambda name: f"model.diffusion_model.{name}", theirs])
+def test_an_extracted_lora_turns_the_one_checkpoint_into_the_other(rename, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    base, tuned = tuned_pair(tmp_path, prefix="model.diffusion_model.")
+    base, tuned = tuned_pair(tmp_path, rename)
     extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "lora.safetensors", 2)
     merger = Merger([(read_lora(tmp_path / "lora.safetensors"), 1.0)], {k: tuple(t.shape) for k, t in base.items()})
     for name, tensor in tuned.items():
@@ -179,7 +183,7 @@ def test_an_extracted_lora_turns_the_one_checkpoint_into_the_other(tmp_path, cap
     ("change", "message"),
     [
         (lambda base, tuned: base, "equals BASE"),
-        (lambda base, tuned: {"x.weight": torch.ones(1)}, "no Wan DiT in the original layout"),
+        (lambda base, tuned: {"x.weight": torch.ones(1)}, "is no Wan DiT"),
         (lambda base, tuned: tuned | {"extra": torch.ones(1)}, r"another kind of model than BASE, e.g. in extra"),
         (lambda base, tuned: {k: t.to(torch.float8_e4m3fn) for k, t in tuned.items()}, "in 8 bits"),
         (lambda base, tuned: {k: t * torch.inf for k, t in tuned.items()}, "differs by NaN or infinity"),

@@ -210,7 +210,7 @@ def _gguf_headers(path: Path) -> dict[str, Header]:
         shape = tuple(reversed(stored.shape.tolist()))
         # ComfyUI-GGUF folds shapes that ggml does not take, and notes them (its tools/convert.py)
         if (original := file.get_field(f"comfy.gguf.orig_shape.{stored.name}")) is not None:
-            shape = tuple(original.contents())
+            shape = tuple(int(size) for size in original.contents())
         if prod(shape) != stored.n_elements:
             raise ValueError(f"{stored.name} does not have the size that its shape says")
         packed = kind.name not in _GGUF_DTYPES

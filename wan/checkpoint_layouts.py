@@ -72,10 +72,10 @@ _VAE_PLACES = {
     r"mid_block\.resnets\.0": "middle.0",
     r"mid_block\.attentions\.0": "middle.1",
     r"mid_block\.resnets\.1": "middle.2",
-    r"down_blocks\.(\d+)": "downsamples.{0}",
+    r"down_blocks\.(\d\d?)": "downsamples.{0}",
     # a level of the decoder is three residual blocks and an upsampler, which the official file numbers through
-    r"up_blocks\.(\d+)\.resnets\.(\d+)": "upsamples.{}",
-    r"up_blocks\.(\d+)\.upsamplers\.0": "upsamples.{}",
+    r"up_blocks\.(\d)\.resnets\.(\d)": "upsamples.{}",
+    r"up_blocks\.(\d)\.upsamplers\.0": "upsamples.{}",
 }
 _VAE_IN_BLOCK = {
     "norm1": "residual.0",
@@ -106,17 +106,30 @@ def vae_name(stored: str) -> str:
 
 _T5_MODULES = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5._IN_BLOCK.items()}
 _T5_OUTSIDE = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5._OUTSIDE.items()}
+_T5_OUTSIDE |= {"token_embd": "token_embedding", "enc.output_norm": "norm"}
+_T5_MODULES |= {  # llama.cpp's names (gguf-py, gguf/tensor_mapping.py)
+    "attn_norm": "norm1",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_o": "attn.o",
+    "attn_rel_b": "pos_embedding.embedding",
+    "ffn_norm": "norm2",
+    "ffn_gate": "ffn.gate.0",
+    "ffn_up": "ffn.fc1",
+    "ffn_down": "ffn.fc2",
+}
 
 
 def t5_name(stored: str) -> str | None:
-    """An official name from itself or from transformers' UMT5EncoderModel, as ComfyUI keeps it, too."""
+    """An official name from itself, from transformers' UMT5EncoderModel, as ComfyUI keeps it, too, or llama.cpp's."""
     module, _, leaf = stored.rpartition(".")
     # A tokenizer that ComfyUI puts into the file, and the second name of the embedding
     if stored == "spiece_model" or module == "encoder.embed_tokens":
         return None
     if module in _T5_OUTSIDE:
         return f"{_T5_OUTSIDE[module]}.{leaf}"
-    block = re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", module)
+    block = re.fullmatch(r"(?:encoder\.block|enc\.blk)\.(\d+)\.(.+)", module)
     if block and block[2] in _T5_MODULES:
         return f"blocks.{block[1]}.{_T5_MODULES[block[2]]}.{leaf}"
     return t5.official_name(stored)
@@ -129,7 +142,7 @@ _CLIP_MODULES = {  # transformers' module -> official one, and which of how many
 }
 _CLIP_OUTSIDE = {theirs: ours for ours, theirs in clip._OUTSIDE.items()}
 _CLIP_UNUSED = ("post_layernorm.", "visual_projection.", "text_model.", "text_projection.", "logit_scale")
-_SPLIT = re.compile(r"(?P<before>.+)\[0/(?P<count>\d+)\](?P<after>.+)")
+_SPLIT = re.compile(r"(?P<before>.+)\[0/(?P<count>\d)\](?P<after>.+)")
 
 
 def clip_name(stored: str) -> str | None:
@@ -155,8 +168,8 @@ def clip_layout(checkpoint: Checkpoint) -> Checkpoint:
         count = int(split["count"])
         names = [f"{split['before']}[{i}/{count}]{split['after']}" for i in range(count)]
         infos = {checkpoint.tensors.get(name) for name in names}
-        if len(infos) == 1 and (info := infos.pop()).shape:
-            whole = split["before"] + split["after"]
+        whole = split["before"] + split["after"]
+        if len(infos) == 1 and (info := infos.pop()).shape and whole not in tensors:
             tensors[whole] = replace(info, shape=(count * info.shape[0], *info.shape[1:]))
             readers[whole] = partial(_concatenated, [readers[name] for name in names])
             for name in names:

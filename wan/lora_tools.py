@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
-from wan.checkpoint import Checkpoint, open_checkpoint
+from wan import checkpoint_layouts as layouts
+from wan.checkpoint_files import Checkpoint, open_checkpoint
 from wan.lora_dialects import CONFIG_KEY, DIFFERENCES, LOHA, LOKR, LORA, dotted_name, lora_name, shown, write_keys
 from wan.lora_files import ADAPTER, LoRAModule, layout_from_metadata, read_lora, write_lora
 
@@ -229,11 +230,13 @@ def _values(numbers: Iterable[float]) -> str:
 
 
 def _open(path: Path, flag: str) -> Checkpoint:
-    checkpoint = open_checkpoint(path, flag, lambda name: name.removeprefix("model.diffusion_model."))
+    checkpoint = layouts.dit_layout(open_checkpoint(path, flag, layouts.dit_name))
     if "patch_embedding.weight" not in checkpoint.shapes:
-        raise ConfigError(f"{flag} {path}: is no Wan DiT in the original layout; use a DiT checkpoint")
-    if any(info.dtype.itemsize == 1 for info in checkpoint.tensors.values()):
-        raise ConfigError(f"{flag} {path}: is in 8 bits, whose rounding would be extracted; use a bf16 or fp16 file")
+        raise ConfigError(f"{flag} {path}: is no Wan DiT; use a DiT checkpoint")
+    if any(info.packed or info.dtype.itemsize == 1 for info in checkpoint.tensors.values()):
+        raise ConfigError(
+            f"{flag} {path}: is in 8 bits or fewer, whose rounding would be extracted; use a bf16 or fp16 file"
+        )
     return checkpoint
 
 
@@ -284,7 +287,7 @@ def _write(out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, 
     if lost:
         what = f"{len(lost)} changes of norms and the like, e.g. {lost[0]}"
         log.warning("the form '%s' cannot carry %s; they are left out", dialect, what)
-    metadata = {key: value for key, value in metadata.items() if key != CONFIG_KEY and not key.startswith("sshs_")}
+    metadata = {key: value for key, value in metadata.items() if key != CONFIG_KEY}
     if dialect == "peft":
         with written_whole(out / ADAPTER[1]) as temporary:  # it gets its name after the weights got theirs
             temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -24,8 +24,9 @@ from wan.attention import Attention, sdpa, select_attention
 from wan.checkpoint_layouts import release_files
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
-from wan.lora_files import LoRAFile, Merger, choose_modules, read_lora
+from wan.lora_files import LoRAFile, Merger, choose_modules, layout_from_metadata, read_lora
 from wan.memory import MemoryConfig
+from wan.one_frame import OneFrameLayout
 
 log = logging.getLogger(__name__)
 Section = TypeVar("Section")
@@ -222,12 +223,30 @@ class LoRAConfig:
         """File names, for metadata."""
         return tuple(path.name for path in self.lora_weight)
 
+    @cached_property
+    def files(self) -> list[LoRAFile]:
+        """The files, read."""
+        return [read_lora(path, "--lora_weight") for path in self.lora_weight]
+
+    @property
+    def trained_layout(self) -> OneFrameLayout | None:
+        """The time indices that the files were trained at, as far as they say; None too when they differ."""
+        layouts = set()
+        for file in self.files:
+            try:
+                layouts.add(layout_from_metadata(file.metadata))
+            except ConfigError as error:
+                raise ConfigError(f"--lora_weight {file.path}: {error}") from None
+        layouts.discard(None)
+        if len(layouts) > 1:
+            log.warning("the LoRA files were trained at different indices: %s", " and ".join(sorted(map(str, layouts))))
+        return layouts.pop() if len(layouts) == 1 else None
+
     def merger(self, dit: DiTConfig) -> Merger | None:
-        """Reads and checks the files."""
-        files = [read_lora(path, "--lora_weight") for path in self.lora_weight]
+        """Checks the files."""
         chosen = [
             choose_modules(file, include, exclude)
-            for file, include, exclude in zip_longest(files, self.include_patterns, self.exclude_patterns)
+            for file, include, exclude in zip_longest(self.files, self.include_patterns, self.exclude_patterns)
         ]
         return build_merger(chosen, self.lora_multiplier, dit, "--lora_weight", "--lora_multiplier")
 

@@ -47,21 +47,26 @@ class Request:
     cpu_noise: bool = False
 
     @classmethod
-    def resolve(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig) -> "Request":
+    def resolve(
+        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None = None
+    ) -> "Request":
         """Fill in the task's defaults and check everything that can be checked before models load.
 
         The requested width and height give the area and the start image the aspect ratio; with `exact_size` they are
         taken as they are, rounded down to multiples of 16. Without a seed one is drawn.
+        trained: the indices that the LoRA was trained at, which `one_frame = auto` stands for.
         Raises ConfigError naming where the prompt stands.
         """
         try:
-            return cls._resolved(prompt, task, sampling)
+            return cls._resolved(prompt, task, sampling, trained)
         except ConfigError as error:
             raise ConfigError(f"{prompt.place}: {error}") from None
 
     @classmethod
-    def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig) -> "Request":
-        layout, controls = _controls(prompt)
+    def _resolved(
+        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
+    ) -> "Request":
+        layout, controls = _controls(prompt, trained)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
         asked = (prompt.width or 256, prompt.height or 256)
         if sampling.exact_size:
@@ -92,11 +97,15 @@ class Request:
         )
 
 
-def _controls(prompt: Prompt) -> tuple[OneFrameLayout, tuple[Path, ...]]:
+def _controls(prompt: Prompt, trained: OneFrameLayout | None) -> tuple[OneFrameLayout, tuple[Path, ...]]:
     if not prompt.one_frame:
         raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
     try:
-        layout = one_frame.parse(prompt.one_frame)
+        if prompt.one_frame.strip() == "auto" and trained is None:
+            raise ConfigError("no LoRA file names the indices that it was trained at; give them")
+        layout = trained if prompt.one_frame.strip() == "auto" else one_frame.parse(prompt.one_frame)
+        if trained not in (None, layout):
+            log.warning("%s: one_frame %s, but the LoRA was trained at %s", prompt.place, layout, trained)
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
         layout.check_controls(len(controls))
     except ConfigError as error:
