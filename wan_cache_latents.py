@@ -2,7 +2,7 @@
 
 from utils import cli
 from wan.caching import LatentCachingConfig, run_latents
-from wan.models import CLIPConfig, DeviceConfig, VAEConfig
+from wan.models import CLIPConfig, DeviceConfig, ReleaseConfig, VAEConfig
 from wan.processes import join
 
 _IGNORED = {
@@ -15,7 +15,7 @@ _REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, LatentCachingConfig, VAEConfig, CLIPConfig, DeviceConfig)
+    cli.add_fields(parser, LatentCachingConfig, ReleaseConfig, VAEConfig, CLIPConfig, DeviceConfig)
     cli.ignore(parser, _IGNORED)
     cli.refuse(parser, _REFUSED)
     return parser
@@ -23,7 +23,9 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    run, vae, clip = (cli.build(section, args) for section in (LatentCachingConfig, VAEConfig, CLIPConfig))
+    files = cli.build(ReleaseConfig, args)
+    run = cli.build(LatentCachingConfig, args)
+    vae, clip = (files.fill(cli.build(section, args)) for section in (VAEConfig, CLIPConfig))
     processes, device = join(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_latents(run, vae, clip, device, processes)

@@ -2,19 +2,20 @@
 
 from utils import cli
 from wan.caching import CachingConfig, run_texts
-from wan.models import DeviceConfig, T5Config
+from wan.models import DeviceConfig, ReleaseConfig, T5Config
 from wan.processes import join
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, CachingConfig, T5Config, DeviceConfig)
+    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    run, t5 = (cli.build(section, args) for section in (CachingConfig, T5Config))
+    run = cli.build(CachingConfig, args)
+    t5 = cli.build(ReleaseConfig, args).fill(cli.build(T5Config, args))
     processes, device = join(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_texts(run, t5, device, processes)

@@ -13,11 +13,21 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from utils.prompts import Prompt, parse_line, read_file
+from wan.checkpoint import save_dit
 from wan.config import TaskSpec
 from wan.dit import WanDiT
 from wan.guidance import GuidanceConfig
 from wan.memory import GenerationMemoryConfig, prepare_
-from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.models import (
+    AttentionConfig,
+    CLIPConfig,
+    DeviceConfig,
+    DiTConfig,
+    LoRAConfig,
+    ReleaseConfig,
+    T5Config,
+    VAEConfig,
+)
 from wan.one_frame import OneFrameLayout
 from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
@@ -105,6 +115,29 @@ class PromptConfig:
                     log.error("%s", error)
 
 
+@dataclass(frozen=True)
+class MergedModelConfig:
+    """merging"""
+
+    save_merged_model: Path | None = option(
+        None, help="write the DiT with the LoRA files merged to this safetensors file, and do nothing else"
+    )
+
+    def __post_init__(self) -> None:
+        path = self.save_merged_model
+        if path is not None and path.suffix != ".safetensors":
+            raise ConfigError(f"--save_merged_model {path}: must end in .safetensors")
+
+    def write(self, dit: DiTConfig, lora: LoRAConfig) -> None:
+        """Merge in the dtype of the DiT, on the CPU. Names are the official ones; the metadata name the LoRA files."""
+        path = self.save_merged_model
+        require_writable_dir(path.parent, "--save_merged_model")
+        dit.check()
+        merger = lora.merger(dit)
+        save_dit(path, dit.load(torch.device("cpu"), merger=merger), {"merged_loras": ", ".join(lora.names)})
+        log.info("saved %s", path)
+
+
 _MODELS = (
     *(DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig),
     *(AttentionConfig, LoRAConfig, GenerationMemoryConfig),
@@ -114,7 +147,7 @@ _OPTIONS = (PromptConfig, SamplingConfig, GuidanceConfig, OutputConfig)
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, *_OPTIONS, *_MODELS)
+    cli.add_fields(parser, *_OPTIONS, MergedModelConfig, ReleaseConfig, *_MODELS)
     cli.refuse(parser, GENERATION_REFUSED)
     cli.ignore(parser, GENERATION_IGNORED)
     return parser
@@ -122,9 +155,15 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    dit, vae, t5, clip, device, attention, lora, memory = (cli.build(section, args) for section in _MODELS)
-    prompts, sampling, guidance, output = (cli.build(section, args) for section in _OPTIONS)
+    files = cli.build(ReleaseConfig, args)
+    models = (files.fill(cli.build(section, args)) for section in _MODELS)
+    dit, vae, t5, clip, device, attention, lora, memory = models
     device = device.torch_device
+    merged = cli.build(MergedModelConfig, args)
+    if merged.save_merged_model is not None:
+        merged.write(dit, lora)
+        return
+    prompts, sampling, guidance, output = (cli.build(section, args) for section in _OPTIONS)
     output.log_substitute()
 
     # Everything that can be wrong is looked at before any weights load.

@@ -4,7 +4,7 @@ from utils import cli
 from utils.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
 from wan.memory import TrainingMemoryConfig
 from wan.metadata import MetadataConfig
-from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
+from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
 from wan.request import SamplingConfig
@@ -25,7 +25,7 @@ _OPTIONS = (
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.read_options_from("--config_file")
-    cli.add_fields(parser, *_MODELS, *_OPTIONS, TimestepPlotConfig)
+    cli.add_fields(parser, ReleaseConfig, *_MODELS, *_OPTIONS, TimestepPlotConfig)
     cli.refuse(parser, TRAINING_REFUSED)
     cli.ignore(parser, TRAINING_IGNORED)
     return parser
@@ -33,15 +33,17 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS), dit=args.dit, vae=args.vae)
+    files = cli.build(ReleaseConfig, args)
+    models = [files.fill(cli.build(section, args)) for section in _MODELS]
+    dit, vae = models[:2]
+    options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS), dit=dit.dit, vae=vae.vae)
 
     from wan import training_run  # late: it imports accelerate, which --help does not need
 
     if args.show_timesteps:
         training_run.show_timesteps(options, args.show_timesteps)
     else:
-        models = training_run.TrainingModels(*(cli.build(section, args) for section in _MODELS))
-        training_run.run(models, options)
+        training_run.run(training_run.TrainingModels(*models), options)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_a_quantisation_that_nothing_reads_is_an_error_with_its_name(state, tmp_
     data = torch.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=torch.uint8).numpy()
     writer.add_tensor("patch_embedding.weight", data[None], raw_dtype=kind)
     finish(writer)
-    assert "Q8_K" in one_line_error(checkpoint.inspect_dit, tmp_path / "dit.gguf")
+    assert "nothing here reads its quantisation Q8_K" in one_line_error(checkpoint.inspect_dit, tmp_path / "dit.gguf")
 
 
 def test_a_gguf_file_that_claims_more_numbers_than_it_holds_is_an_error(state, tmp_path):

@@ -1,11 +1,13 @@
 """Cache, train, sample and generate with small random models in float32 on the CPU, through the scripts themselves."""
 
+import io
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import wan_cache_latents
@@ -214,8 +216,6 @@ def test_every_model_is_loaded_once_for_a_file_of_prompts(monkeypatch):
 
 
 def test_the_size_is_the_area_with_the_start_images_aspect_ratio_unless_exact():
-    from PIL import Image
-
     line = I2V.replace("cat.png", "coffee.png")  # 3:2
     for flags, size in (((), (48, 32)), (("--exact_size",), (48, 48))):
         Path("lines.txt").write_text(line, encoding="utf-8")
@@ -236,6 +236,42 @@ def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
     monkeypatch.setattr("builtins.input", typed)
     (path,) = generate("i2v", "out", "--interactive")
     assert [path.read_bytes()] == expected
+
+
+def test_a_merged_model_generates_what_model_and_lora_do():
+    lora = str(train("i2v", "pairs.toml", "to-merge"))
+    wan_generate_video.main(
+        [
+            *("--dit", f"models/{FILES['i2v']}", *encoder_flags(), "--save_path", "out", "--lora_weight", lora),
+            *("--save_merged_model", "models/merged.safetensors"),
+        ]
+    )
+
+    def picture(*flags: str) -> torch.Tensor:
+        (content,) = from_lines("i2v", "out", I2V, flags=flags)
+        return torch.tensor(list(Image.open(io.BytesIO(content)).tobytes()))
+
+    expected = picture("--lora_weight", lora)
+    # The same weights, but at other places in memory, which changes the rounding of products.
+    assert (picture("--dit", "models/merged.safetensors") - expected).abs().max() <= 1
+    assert (picture() - expected).abs().max() > 1
+
+
+def test_a_release_folder_serves_for_paths_that_are_left_out():
+    Path("release").mkdir()
+    for kind in ("vae", "t5", "clip"):
+        shutil.copy(ENCODERS[kind], "release")
+    Path("lines.txt").write_text(I2V, encoding="utf-8")
+    shutil.rmtree("out", ignore_errors=True)
+    wan_generate_video.main(
+        [
+            *("--ckpt_dir", "release", "--dit", f"models/{FILES['i2v']}"),
+            *("--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu", "--dit_dtype", "float32"),
+            *("--save_path", "out", "--from_file", "lines.txt"),
+        ]
+    )
+    (path,) = Path("out").iterdir()
+    assert [path.read_bytes()] == from_lines("i2v", "out", I2V)
 
 
 def test_auto_takes_the_indices_of_the_lora_and_others_are_warned_about(caplog):

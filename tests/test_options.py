@@ -25,13 +25,13 @@ FLAGS = {
     "wan_cache_latents": {
         "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
         "disable_cudnn_backend",
-        "ours": "clip_dtype",
+        "ours": "clip_dtype ckpt_dir",
         "refused": "debug_mode",
         "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
     },
     "wan_cache_text_encoder_outputs": {
         "works": "dataset_config t5 device batch_size num_workers skip_existing keep_cache fp8_t5",
-        "ours": "t5_dtype t5_tokenizer",
+        "ours": "t5_dtype t5_tokenizer ckpt_dir",
         "refused": "",
         "ignored": "",
     },
@@ -52,7 +52,7 @@ FLAGS = {
         "metadata_license metadata_tags metadata_reso metadata_arch sample_prompts sample_at_first "
         "sample_every_n_epochs sample_every_n_steps logging_dir log_with log_prefix log_tracker_name "
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
-        "ours": "dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
+        "ours": "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
         "one_frame_target_range stop_after_skipped_steps sample_solver cpu_noise exact_size validation_split "
         "validate_every_n_steps validate_every_n_epochs validation_levels",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
@@ -67,11 +67,11 @@ FLAGS = {
         "works": "task dit vae t5 clip lora_weight lora_multiplier prompt negative_prompt video_size infer_steps "
         "flow_shift guidance_scale seed cpu_noise sample_solver image_path end_image_path one_frame_inference "
         "control_image_path save_path output_type latent_path no_metadata from_file interactive device attn_mode "
-        "vae_dtype include_patterns exclude_patterns fp8 fp8_scaled fp8_t5 blocks_to_swap "
+        "vae_dtype ckpt_dir save_merged_model include_patterns exclude_patterns fp8 fp8_scaled fp8_t5 blocks_to_swap "
         "use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale slg_start "
         "slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit",
         "ours": "cuda_allow_tf32 cuda_cudnn_benchmark exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
-        "refused": "ckpt_dir save_merged_model guidance_scale_high_noise "
+        "refused": "guidance_scale_high_noise "
         "control_image_mask_path compile_args trim_tail_frames "
         "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "
         "offload_inactive_dit lazy_loading force_v2_1_time_embedding",

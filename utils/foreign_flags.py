@@ -55,10 +55,7 @@ GENERATION_REFUSED = {
     "--control_image_mask_path": _MASK,
     "--control_path": _FUN_CONTROL,
     "--trim_tail_frames": _VIDEO,
-    **dict.fromkeys(
-        (*("--ckpt_dir", "--save_merged_model", "--compile_args"),),
-        _NOT_YET,
-    ),
+    "--compile_args": "is an old form; use --compile_backend, --compile_mode, --compile_dynamic, --compile_fullgraph",
 }
 GENERATION_IGNORED = {
     **_SHARED_IGNORED,
