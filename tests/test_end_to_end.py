@@ -274,6 +274,21 @@ def test_a_release_folder_serves_for_paths_that_are_left_out():
     assert [path.read_bytes()] == from_lines("i2v", "out", I2V)
 
 
+@pytest.mark.parametrize(
+    ("model", "folder_config", "indices"), [("i2v", "pairs", "[0]"), ("flf2v", "middle", "[0, 2]")]
+)
+def test_a_list_of_files_trains_the_same_lora_as_the_folders(model, folder_config, indices):
+    name = f"{folder_config}_list"
+    Path(f"{name}.toml").write_text(
+        f'[[datasets]]\nresolution = [48, 48]\nbatch_size = 2\nimage_jsonl_file = "data/{folder_config}.jsonl"\n'
+        f'cache_directory = "cache/{name}"\nfp_1f_clean_indices = {indices}\nfp_1f_target_index = 1\n'
+    )
+    cache(f"{name}.toml")
+    loras = [train(model, f"{config}.toml", f"{config}-same") for config in (folder_config, name)]
+    from_folders, from_list = map(load_file, loras)
+    assert all(torch.equal(from_folders[key], from_list[key]) for key in from_folders)
+
+
 def test_auto_takes_the_indices_of_the_lora_and_others_are_warned_about(caplog):
     config = dataset_toml(
         "three", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 3", cache="pairs"
