@@ -10,11 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import toml
-
 from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
-from utils.files import require_file
+from utils.files import parse_toml, require_file
 from utils.images import STEP
 from wan.one_frame import OneFrameLayout, layout_from_toml
 
@@ -157,14 +155,11 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror}); check the file") from None
     try:
-        return toml.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        if path.suffix.lower() == ".toml":
+            return parse_toml(text, "brackets, quotes and [[datasets]]")
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None
-    except toml.TomlDecodeError as error:
-        message = f"line {error.lineno}: {' '.join(error.msg.split()).rstrip('.')}"
-        raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
-        raise ConfigError(f"is not valid TOML ({error}); check brackets, quotes and [[datasets]]") from None
 
 
 def _read_datasets(document: Any, defaults: dict[str, Any], need_sources: bool) -> tuple[ImageDatasetConfig, ...]:

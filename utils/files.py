@@ -83,14 +83,25 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError, starting with the file, when it is missing or no TOML."""
     require_file(path, flag)
     try:
-        return toml.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ConfigError(f"{flag} {path}: is not UTF-8 text; save it as UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(f"{flag} {path}: {error}") from None
+
+
+def parse_toml(text: str, suspects: str = "brackets and quotes") -> dict[str, Any]:
+    """The tables of a TOML text. Raises ConfigError when it is none, with the line if the toml package knows it.
+
+    suspects: what to check where it does not.
+    """
+    try:
+        return toml.loads(text)
     except toml.TomlDecodeError as error:
-        message = " ".join(error.msg.split()).rstrip(".")
-        raise ConfigError(f"{flag} {path}: line {error.lineno}: {message}; correct the TOML there") from None
+        message = f"line {error.lineno}: {' '.join(error.msg.split()).rstrip('.')}"
+        raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
-        raise ConfigError(f"{flag} {path}: is not valid TOML ({error}); check brackets and quotes") from None
+        raise ConfigError(f"is not valid TOML ({error}); check {suspects}") from None
 
 
 def fingerprint(path: str | Path) -> str:
