@@ -9,6 +9,7 @@ from dataset.loader import BucketCount, TrainingSet
 from wan.config import VAE_STRIDE, DiTSpec
 from wan.lora import LoRANetwork
 from wan.memory import TrainingMemoryConfig
+from wan.sharding import held_here
 
 _TRAINED_BYTES = 16  # per number: weight, gradient and the two moments of AdamW, float32
 _ACTIVATION_BYTES = 64  # per token and channel of a block whose activations are kept (docs/performance.md)
@@ -38,10 +39,11 @@ def dataset_rows(training_set: TrainingSet) -> list[tuple[str, str]]:
 def expected_memory(
     dit: nn.Module, network: LoRANetwork, spec: DiTSpec, buckets: Sequence[BucketCount], memory: TrainingMemoryConfig
 ) -> str:
-    """An estimate of the peak of a training step: weights, what is trained, activations of the largest batch."""
+    """An estimate of the peak of a training step in this process: weights, what is trained, activations of the largest
+    batch."""
     frozen = [tensor for tensor in dit.parameters() if not tensor.requires_grad]  # of swapped blocks: the two buffers
-    weights = sum(tensor.numel() * tensor.itemsize for tensor in frozen)
-    trained = sum(parameter.numel() for parameter in network.parameters()) * _TRAINED_BYTES
+    weights = sum(held_here(tensor).numel() * tensor.itemsize for tensor in frozen)
+    trained = sum(held_here(parameter).numel() for parameter in network.parameters()) * _TRAINED_BYTES
     tokens = max(
         min(bucket.batch_size, bucket.items) * bucket.frames * bucket.height * bucket.width // 4 for bucket in buckets
     )

@@ -21,13 +21,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_shared(tensor) else tensor
 
 
+def held_here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: of one that is not shared out, all."""
+    return tensor.to_local() if is_shared(tensor) else tensor
+
+
 def shared_like(example: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, whole and the same in all processes, in the dtype of `example` and shared out like it."""
     if not is_shared(example):
         return tensor.to(example)
     from torch.distributed.tensor import distribute_tensor
 
-    local = example.to_local()
+    local = held_here(example)
     return distribute_tensor(tensor.to(local.device, local.dtype), example.device_mesh, example.placements)
 
 

@@ -147,7 +147,7 @@ class Trainer:
                     f"{run.gradient_accumulation_steps} in {self.accelerator.num_processes} processes",
                 ),
                 ("seed", str(self.seed)),
-                ("expected memory", memory + " (FSDP2 shares out weights)" * self.accelerator.is_fsdp2),
+                ("expected memory", memory),
             ]
         )
 
