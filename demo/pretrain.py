@@ -1,16 +1,16 @@
 """Train the miniature family from nothing, on one GPU:
 
-    python -m demo.pretrain --out demo/miniature --minutes 4 5 2
+    python -m demo.pretrain --out demo/miniature
 
-The minutes of the VAE, of i2v (with T5) and of flf2v. A stage with 0 minutes is left out and its file is read from
---out; `--continue` starts all from the files there. The seeds are fixed; learning rates follow the share of the time
-that has passed, so another machine trains more or fewer steps and gets slightly other weights.
+--steps: of the VAE on stills and on clips, of i2v (with T5) and of flf2v. A model with 0 steps is read from --out. The
+seeds are fixed: the same kind of GPU with the same versions gives the same weights up to the order of its sums.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,57 +19,21 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from demo import miniature
+from demo.optimise import optimise
 from demo.recordings import Recordings, as_video, given_frames, record, video_mask
 from wan.checkpoint import load_clip, load_dit, load_t5, load_vae
 from wan.clip import encode_image
 from wan.dit import WanDiT
 from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
-from wan.vae import VAE_MEAN, VAE_STD, Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
+from wan.vae import VAE_MEAN, VAE_STD, CausalConv3d, Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
 
 HELD_OUT_SEED, HELD_OUT_CLIPS, SEED = 900_000_000, 60, 200_000_000
 TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
 LATENT_NOISE = 0.08  # share of the latents' spread that the decoder must bear: what a DiT leaves behind
+STEPS = (12_000, 4_000, 20_000, 8_000)  # VAE on stills, on clips, i2v, flf2v
 VAE_RATE, DIT_RATE = 2.5e-3, 1.5e-3
 TEXT_DROPOUT = 0.1
 NOISE_SHIFT = 2.0
-
-
-def clock(seconds: float, peak: float, warmup: int = 100) -> Iterator[tuple[int, float]]:
-    """(step, learning rate) until the time is over: `warmup` rising steps, then half a cosine over the time down to 0.
-
-    The rise is counted in steps, because the first ones on a GPU take many seconds.
-    """
-    start, step = time.monotonic(), 0
-    while (share := (time.monotonic() - start) / seconds) < 1:
-        yield step, peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * share))
-        step += 1
-
-
-def optimise(
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    seconds: float,
-    peak: float,
-    loss_of: Callable[[int], Tensor],
-    label: str,
-) -> None:
-    """AdamW with gradient clipping until the time is over; prints the mean loss now and then."""
-    on_gpu = parameters[0].is_cuda
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu)
-    shown, total, steps = time.monotonic(), torch.zeros((), device=parameters[0].device), 0
-    for step, rate in clock(seconds, peak):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        total, steps = total + loss.detach(), steps + 1
-        if time.monotonic() - shown > 20:
-            print(f"{label}: step {step} loss {float(total) / steps:.4f}", flush=True)
-            shown, total, steps = time.monotonic(), torch.zeros_like(total), 0
-    print(f"{label}: {step + 1} steps", flush=True)
 
 
 # --- VAE -------------------------------------------------------------------------------------------------------------
@@ -100,46 +64,74 @@ def new_vae() -> WanVAE:
     return vae
 
 
-def train_vae(vae: WanVAE, sets: list[Recordings], seconds: float, batch: int) -> None:
-    """First half of the time on stills only, then stills and clips in turn; at last the latents get the official
-    statistics. L1 and L2 on pixels, noise on latents, so that the decoder bears what a DiT leaves behind.
+def train_vae(vae: WanVAE, sets: list[Recordings], still_steps: int, clip_steps: int, batch: int) -> None:
+    """First stills only, then stills and clips in turn; at last the latents get the official statistics. L1 and L2 on
+    pixels, noise on latents, so that the decoder bears what a DiT leaves behind.
 
     Each latent frame after the first must also decode alone, to the last of its four frames: one-frame inference
-    decodes single latent frames, and the published VAE can do it.
+    decodes single latent frames, and the published VAE can do it. Colours are swapped and dimmed at random, so that
+    clothes in colours that the world does not have come back as well.
     """
     device = next(vae.parameters()).device
-    for layer in vae.modules() if device.type == "cuda" else ():  # faster there
-        if isinstance(layer, nn.Conv3d):
-            layer.to(memory_format=torch.channels_last_3d)
+    for layer in vae.modules():
+        if isinstance(layer, CausalConv3d):
+            layer.forward = partial(convolve_in_2d, layer)
     chooser = torch.Generator().manual_seed(1)
-    start = time.monotonic()
 
-    def loss_of(step: int) -> Tensor:
-        frames = sets[step % len(sets)].frames
-        is_clip = step // len(sets) % 2 == 1 and time.monotonic() - start > seconds / 2
-        rows = torch.randint(len(frames), (batch // 4 if is_clip else batch,), generator=chooser).to(device)
-        moments = torch.randint(frames.shape[1], (len(rows),), generator=chooser).to(device)
-        video = as_video(frames[rows, :: 1 + step % 2][:, :5] if is_clip else frames[rows, moments][:, None])
+    def batch_of(step: int) -> tuple[Hashable, tuple[Tensor, ...]]:
+        part = step % len(sets)
+        is_clip = step >= still_steps and step // len(sets) % 2 == 1
+        frames, count = sets[part].frames, batch // 4 if is_clip else batch
+        rows = torch.randint(len(frames), (count,), generator=chooser).to(device)
+        if is_clip:
+            shown = frames[rows, :: 1 + step // len(sets) // 2 % 2][:, :5]
+        else:
+            shown = frames[rows, torch.randint(frames.shape[1], (count,), generator=chooser).to(device)][:, None]
+        return (part, is_clip), (recoloured(as_video(shown), chooser),)
+
+    def loss_of(kind: tuple[int, bool], video: Tensor) -> Tensor:
+        video = video.contiguous(memory_format=torch.channels_last_3d)  # convolutions are faster in it
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            latents = vae.encode(video)
+            latents = vae.conv1(vae.encoder(video)).chunk(2, dim=1)[0].float()  # not normalised: the loss bears any
             spread = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
             noisy = latents + LATENT_NOISE * spread * torch.randn_like(latents)
             loss = _pixel_loss(decode(vae, noisy), video)
-            if is_clip:
+            if kind[1]:
                 loss = loss + 0.5 * _pixel_loss(decode(vae, noisy[:, :, 1:]), video[:, :, -1:])
         return loss + 1e-4 * latents.square().mean()
 
     vae.train().requires_grad_(True)
-    optimise(vae, list(vae.parameters()), seconds, VAE_RATE, loss_of, "vae")
+    optimise(list(vae.parameters()), still_steps + clip_steps, VAE_RATE, batch_of, loss_of, "vae")
     vae.eval().requires_grad_(False)
     sample = [latents_of(vae, part.frames[:200, :5]).transpose(0, 1).flatten(1) for part in sets]
     normalise_latents_(vae, torch.cat(sample, dim=1))
 
 
+def convolve_in_2d(layer: CausalConv3d, x: Tensor) -> Tensor:
+    """What `layer` computes, with the frames that its kernel sees as more channels: cuDNN is much faster in 2-D."""
+    taps, frames = layer.kernel_size[0], x.shape[2]
+    if frames == 1:
+        return CausalConv3d.forward(layer, x)
+    padded = F.pad(x, (0, 0, 0, 0, taps - 1, 0))
+    seen = torch.cat([padded[:, :, i : i + frames] for i in range(taps)], dim=1).transpose(1, 2)
+    weight = layer.weight.transpose(1, 2).flatten(1, 2)
+    out = F.conv2d(seen.flatten(0, 1), weight, layer.bias, padding=layer.padding[1:])
+    return out.unflatten(0, seen.shape[:2]).transpose(1, 2)
+
+
+def recoloured(video: Tensor, chooser: torch.Generator) -> Tensor:
+    """Half of the clips with their colour channels in another order, each channel between 60 % and 100 % as bright."""
+    count = len(video)
+    orders = torch.rand(count, 3, generator=chooser).argsort(dim=1)
+    orders[torch.rand(count, generator=chooser) < 0.5] = torch.arange(3)
+    gains = 1 - 0.4 * torch.rand(count, 3, generator=chooser) * (torch.rand(count, 1, generator=chooser) < 0.5)
+    index = orders.to(video.device).view(count, 3, 1, 1, 1).expand_as(video)
+    return (video.gather(1, index) + 1) * gains.to(video.device).view(count, 3, 1, 1, 1) - 1
+
+
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    """As WanVAE.decode, without clamping, which has no gradient outside."""
-    mean, std = (torch.tensor(values, device=latents.device).view(-1, 1, 1, 1) for values in (VAE_MEAN, VAE_STD))
-    return vae.decoder(vae.conv2(latents * std + mean)).float()
+    """Latents as the VAE's last encoding layer gives them -> pixels, not clamped: that has no gradient outside."""
+    return vae.decoder(vae.conv2(latents)).float()
 
 
 def _pixel_loss(output: Tensor, video: Tensor) -> Tensor:
@@ -210,12 +202,13 @@ class Lessons:
 
 def embed_text(t5: UMT5EncoderModel, tokens: Tensor, mask: Tensor) -> Tensor:
     """[B, L] -> [B, 512, D], zeros after the end, as `pad_text`"""
-    hidden = t5(input_ids=tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+    scores = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min  # as T5 would make it, but in one go
+    hidden = t5(input_ids=tokens, attention_mask=scores).last_hidden_state * mask[..., None]
     return F.pad(hidden, (0, 0, 0, 512 - hidden.shape[1]))
 
 
 def train_dit(
-    dit: WanDiT, t5: UMT5EncoderModel, lessons: list[Lessons], seconds: float, peak: float, batch: int, text: bool
+    dit: WanDiT, t5: UMT5EncoderModel, lessons: list[Lessons], steps: int, peak: float, batch: int, text: bool
 ) -> None:
     """Flow matching on clips of 5 and of 9 frames. `text`: train T5 as well."""
     device = lessons[0].latents.device
@@ -224,17 +217,22 @@ def train_dit(
     t5.requires_grad_(text)
     sizes = torch.tensor([float(len(part.latents)) for part in lessons])
 
-    def loss_of(step: int) -> Tensor:
-        part = lessons[int(torch.multinomial(sizes, 1, generator=chooser))]
+    def batch_of(step: int) -> tuple[Hashable, tuple[Tensor, ...]]:
+        number, frames = int(torch.multinomial(sizes, 1, generator=chooser)), 2 if step % 2 else 3
+        part = lessons[number]
         rows = torch.randint(len(part.latents), (batch,), generator=chooser).to(device)
-        latents, condition, features = part.batch(rows, latent_frames=2 if step % 2 else 3)
-        tokens, mask = part.tokens[rows].clone(), part.mask[rows].clone()
+        tokens, mask = part.tokens[rows], part.mask[rows]
         empty = (torch.rand(batch, generator=chooser) < TEXT_DROPOUT).to(device)
         tokens[empty], mask[empty] = 0, 0
         tokens[empty, 0], mask[empty, 0] = 1, 1  # </s> alone
         t = shifted(torch.sigmoid(1.2 * torch.randn(batch, generator=chooser)), NOISE_SHIFT).to(device)
+        return (number, frames), (*part.batch(rows, frames), tokens, mask, t)
+
+    def loss_of(
+        _kind: Hashable, latents: Tensor, condition: Tensor, features: Tensor, tokens: Tensor, mask: Tensor, t: Tensor
+    ) -> Tensor:
         noise = torch.randn(latents.shape, device=device)
-        indices = torch.arange(latents.shape[2], device=device).expand(batch, -1)
+        indices = torch.arange(latents.shape[2], device=device).expand(len(latents), -1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             context = embed_text(t5, tokens, mask)
             noisy = add_noise(latents, noise, t)
@@ -242,7 +240,7 @@ def train_dit(
         return F.mse_loss(velocity.float(), velocity_target(latents, noise))
 
     parameters = [*dit.parameters(), *(t5.parameters() if text else ())]
-    optimise(dit, parameters, seconds, peak, loss_of, dit.spec.model_type)
+    optimise(parameters, steps, peak, batch_of, loss_of, dit.spec.model_type)
     dit.requires_grad_(False)
 
 
@@ -266,55 +264,47 @@ def new_dit(kind: str, generator: torch.Generator) -> WanDiT:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=miniature.FOLDER)
-    parser.add_argument("--minutes", type=float, nargs=3, default=(4, 5, 2), metavar=("VAE", "I2V", "FLF2V"))
-    parser.add_argument("--continue", dest="resume", action="store_true", help="start from the files in --out")
+    parser.add_argument("--steps", type=int, nargs=4, default=STEPS, metavar=("STILLS", "CLIPS", "I2V", "FLF2V"))
     parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--batch", type=int, default=256, help="clips per step of a DiT; the VAE takes an eighth")
+    parser.add_argument("--batch", type=int, default=256, help="clips per step of a DiT; the VAE takes a quarter")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    vae_time, i2v_time, flf2v_time = (60 * minutes for minutes in args.minutes)
+    still_steps, clip_steps, i2v_steps, flf2v_steps = args.steps
     sets = record(args.clips, SEED, device)
     report("clips drawn")
-    vae = get_vae(args.out, device, sets, vae_time, args.resume, max(4, args.batch // 8))
-    t5, clip, i2v = get_rest(args.out, device, args.resume or not i2v_time)
-    if i2v_time:
+    vae = get_vae(args.out, device, sets, still_steps, clip_steps, max(4, args.batch // 4))
+    t5, clip, i2v = get_rest(args.out, device, new=i2v_steps > 0)
+    if i2v_steps:
         lessons = [Lessons(vae, clip, part, ()) for part in sets]
         report("clips encoded")
-        train_dit(i2v, t5, lessons, i2v_time, 3e-4 if args.resume else DIT_RATE, args.batch, text=not args.resume)
+        train_dit(i2v, t5, lessons, i2v_steps, DIT_RATE, args.batch, text=True)
         del lessons
         miniature.write_dit(args.out, "i2v", i2v)
         miniature.write_t5(args.out, t5)
         report("i2v written")
-    if flf2v_time:
+    if flf2v_steps:
         lessons = [Lessons(vae, clip, part.half(), (4, 8)) for part in sets]
         report("clips encoded")
-        file = args.out / miniature.FILES["flf2v"]
-        if args.resume and file.exists():
-            flf2v = load_dit(file, torch.float32, device)
-        else:
-            flf2v = new_dit("flf2v", torch.Generator().manual_seed(3)).to(device)
-            flf2v.load_state_dict(i2v.state_dict(), strict=False)
-        train_dit(flf2v, t5, lessons, flf2v_time, 3e-4 if args.resume else 5e-4, args.batch, text=False)
+        flf2v = new_dit("flf2v", torch.Generator().manual_seed(3)).to(device)
+        flf2v.load_state_dict(i2v.state_dict(), strict=False)
+        train_dit(flf2v, t5, lessons, flf2v_steps, DIT_RATE / 3, args.batch, text=False)
         miniature.write_dit(args.out, "flf2v", flf2v)
         report("flf2v written")
 
 
 def get_vae(
-    folder: Path, device: torch.device, sets: list[Recordings], seconds: float, resume: bool, batch: int
+    folder: Path, device: torch.device, sets: list[Recordings], still_steps: int, clip_steps: int, batch: int
 ) -> WanVAE:
-    """The VAE, trained if there is time for it; as the loaders of the scripts see it."""
-    if resume or not seconds:
-        vae = load_vae(folder / miniature.FILES["vae"], torch.float32, device)
-    else:
+    """The VAE, new if there are steps for it; as the loaders of the scripts see it."""
+    if still_steps + clip_steps:
         torch.manual_seed(4)
         vae = new_vae().to(device)
-    if seconds:
-        train_vae(vae, sets, seconds, batch)
+        train_vae(vae, sets, still_steps, clip_steps, batch)
         miniature.write_vae(folder, vae)
-        vae = load_vae(folder / miniature.FILES["vae"], torch.float32, device)
+    vae = load_vae(folder / miniature.FILES["vae"], torch.float32, device)
     held_out = record(HELD_OUT_CLIPS, HELD_OUT_SEED, device, held_out=True)
     for name, frames in (("stills", slice(0, 1)), ("5-frame clips", slice(0, 5)), ("9-frame clips", slice(0, 9))):
         errors = [reconstruction_psnr(vae, part.frames[:, frames]) for part in held_out]
@@ -322,9 +312,9 @@ def get_vae(
     return vae
 
 
-def get_rest(folder: Path, device: torch.device, resume: bool) -> tuple[UMT5EncoderModel, CLIPVisionModel, WanDiT]:
+def get_rest(folder: Path, device: torch.device, new: bool) -> tuple[UMT5EncoderModel, CLIPVisionModel, WanDiT]:
     """T5, CLIP and i2v, new or from their files."""
-    if resume:
+    if not new:
         t5 = load_t5(folder / miniature.FILES["t5"], torch.float32, device)
         clip = load_clip(folder / miniature.FILES["clip"], torch.float32, device)
         return t5, clip, load_dit(folder / miniature.FILES["i2v"], torch.float32, device)
