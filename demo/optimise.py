@@ -78,7 +78,7 @@ def optimise(
         return loss.detach()
 
     run = Recorded(update) if on_gpu else update
-    started = shown = time.monotonic()
+    shown = time.monotonic()
     total, counted = torch.zeros((), device=device), 0
     for step in range(steps):
         rate.fill_(learning_rate(step, steps, peak))
@@ -86,7 +86,7 @@ def optimise(
         total += run(key, *inputs)
         counted += 1
         if time.monotonic() - shown > 15 or step == steps - 1:
-            mean, seconds = float(total) / counted, time.monotonic() - started
-            print(f"{label}: step {step + 1} loss {mean:.4f}, {(step + 1) / seconds:.1f} steps/s", flush=True)
+            mean, rate_shown = float(total) / counted, counted / (time.monotonic() - shown)
+            print(f"{label}: step {step + 1} loss {mean:.4f}, {rate_shown:.1f} steps/s", flush=True)
             shown, counted = time.monotonic(), 0
             total.zero_()

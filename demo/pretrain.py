@@ -9,8 +9,9 @@ seeds are fixed: the same kind of GPU with the same versions gives the same weig
 import argparse
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +26,17 @@ from wan.checkpoint import load_clip, load_dit, load_t5, load_vae
 from wan.clip import encode_image
 from wan.dit import WanDiT
 from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
-from wan.vae import VAE_MEAN, VAE_STD, CausalConv3d, Downsample, FrameAttention, ResidualBlock, Upsample, WanVAE
+from wan.vae import (
+    VAE_MEAN,
+    VAE_STD,
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    FrameAttention,
+    ResidualBlock,
+    Upsample,
+    WanVAE,
+)
 
 HELD_OUT_SEED, HELD_OUT_CLIPS, SEED = 900_000_000, 60, 200_000_000
 TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
@@ -73,9 +84,7 @@ def train_vae(vae: WanVAE, sets: list[Recordings], still_steps: int, clip_steps:
     clothes in colours that the world does not have come back as well.
     """
     device = next(vae.parameters()).device
-    for layer in vae.modules():
-        if isinstance(layer, CausalConv3d):
-            layer.forward = partial(convolve_in_2d, layer)
+    hasten_(vae, compiled=device.type == "cuda")
     chooser = torch.Generator().manual_seed(1)
 
     def batch_of(step: int) -> tuple[Hashable, tuple[Tensor, ...]]:
@@ -105,6 +114,38 @@ def train_vae(vae: WanVAE, sets: list[Recordings], still_steps: int, clip_steps:
     vae.eval().requires_grad_(False)
     sample = [latents_of(vae, part.frames[:200, :5]).transpose(0, 1).flatten(1) for part in sets]
     normalise_latents_(vae, torch.cat(sample, dim=1))
+
+
+def hasten_(vae: WanVAE, compiled: bool) -> None:
+    """Convolutions in 2-D, and normalisation and activation as one kernel if `compiled`: for training only."""
+    torch._dynamo.config.recompile_limit = 64  # one program for each number of channels and each form of the input
+    for layer in vae.modules():
+        if isinstance(layer, CausalConv3d):
+            layer.forward = partial(convolve_in_2d, layer)
+        if compiled and isinstance(layer, nn.Sequential):
+            for norm, activation in pairwise(layer):
+                if isinstance(norm, ChannelNorm) and isinstance(activation, nn.SiLU):
+                    norm.forward = partial(normalise_and_activate, torch.compile(_normalised_silu), norm)
+                    activation.forward = _unchanged
+
+
+def normalise_and_activate(compute: Callable[[Tensor, Tensor], Tensor], norm: ChannelNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)) of [B, C, T, H, W], by `compute` on rows of C numbers"""
+    rows = x.movedim(1, -1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    torch._dynamo.mark_dynamic(flat, 0)
+    torch._dynamo.mark_static(flat, 1)
+    return compute(flat, norm.gamma.flatten()).view(rows.shape).movedim(-1, 1)
+
+
+def _normalised_silu(rows: Tensor, gamma: Tensor) -> Tensor:
+    values = rows.float()
+    scale = torch.rsqrt(values.square().mean(dim=1, keepdim=True) + 1e-12)
+    return F.silu(values * scale * gamma).to(rows.dtype)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def convolve_in_2d(layer: CausalConv3d, x: Tensor) -> Tensor:

@@ -15,14 +15,24 @@ from demo.edit import FULL, SHORT, Limits, example
 from demo.judge import Score
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
-from demo.pretrain import convolve_in_2d, decode, embed_text, new_dit, new_vae, normalise_latents_, recoloured
+from demo.pretrain import (
+    _normalised_silu,
+    convolve_in_2d,
+    decode,
+    embed_text,
+    new_dit,
+    new_vae,
+    normalise_and_activate,
+    normalise_latents_,
+    recoloured,
+)
 from demo.recordings import given_frames, record, video_mask
 from utils.prompts import parse_line
 from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
 from wan.dit import pad_text
 from wan.one_frame import parse
 from wan.t5 import encode_text
-from wan.vae import CausalConv3d
+from wan.vae import CausalConv3d, ChannelNorm
 
 CPU = torch.device("cpu")
 SCRIPTS = (wan_cache_latents, wan_cache_text_encoder_outputs, wan_train_network, wan_generate_video)
@@ -165,6 +175,13 @@ def test_a_causal_convolution_in_2d_is_the_one_in_3d(frames, kernel):
     layer = CausalConv3d(4, 6, kernel)
     x = torch.randn(2, 4, frames, 8, 8)
     assert_close(convolve_in_2d(layer, x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_normalisation_and_activation_as_one_are_those_of_the_vae():
+    torch.manual_seed(0)
+    norm, silu, x = ChannelNorm(16), torch.nn.SiLU(), torch.randn(2, 16, 3, 8, 8)
+    norm.gamma.data.normal_()
+    assert_close(normalise_and_activate(_normalised_silu, norm, x), silu(norm(x)), atol=1e-5, rtol=1e-5)
 
 
 def test_recolouring_swaps_and_dims_whole_channels():
