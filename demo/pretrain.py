@@ -84,7 +84,7 @@ def train_vae(vae: WanVAE, sets: list[Recordings], still_steps: int, clip_steps:
     clothes in colours that the world does not have come back as well.
     """
     device = next(vae.parameters()).device
-    hasten_(vae, compiled=device.type == "cuda")
+    hasten_(vae, kernels=device.type == "cuda")
     chooser = torch.Generator().manual_seed(1)
 
     def batch_of(step: int) -> tuple[Hashable, tuple[Tensor, ...]]:
@@ -116,32 +116,24 @@ def train_vae(vae: WanVAE, sets: list[Recordings], still_steps: int, clip_steps:
     normalise_latents_(vae, torch.cat(sample, dim=1))
 
 
-def hasten_(vae: WanVAE, compiled: bool) -> None:
-    """Convolutions in 2-D, and normalisation and activation as one kernel if `compiled`: for training only."""
-    torch._dynamo.config.recompile_limit = 64  # one program for each number of channels and each form of the input
+def hasten_(vae: WanVAE, kernels: bool) -> None:
+    """Convolutions in 2-D; with `kernels` normalisation and activation as one Triton kernel. For training only."""
+    if kernels:
+        from demo.kernels import normalised_silu
     for layer in vae.modules():
         if isinstance(layer, CausalConv3d):
             layer.forward = partial(convolve_in_2d, layer)
-        if compiled and isinstance(layer, nn.Sequential):
+        if kernels and isinstance(layer, nn.Sequential):
             for norm, activation in pairwise(layer):
                 if isinstance(norm, ChannelNorm) and isinstance(activation, nn.SiLU):
-                    norm.forward = partial(normalise_and_activate, torch.compile(_normalised_silu), norm)
+                    norm.forward = partial(normalise_and_activate, normalised_silu, norm)
                     activation.forward = _unchanged
 
 
 def normalise_and_activate(compute: Callable[[Tensor, Tensor], Tensor], norm: ChannelNorm, x: Tensor) -> Tensor:
     """silu(norm(x)) of [B, C, T, H, W], by `compute` on rows of C numbers"""
     rows = x.movedim(1, -1)
-    flat = rows.reshape(-1, rows.shape[-1])
-    torch._dynamo.mark_dynamic(flat, 0)
-    torch._dynamo.mark_static(flat, 1)
-    return compute(flat, norm.gamma.flatten()).view(rows.shape).movedim(-1, 1)
-
-
-def _normalised_silu(rows: Tensor, gamma: Tensor) -> Tensor:
-    values = rows.float()
-    scale = torch.rsqrt(values.square().mean(dim=1, keepdim=True) + 1e-12)
-    return F.silu(values * scale * gamma).to(rows.dtype)
+    return compute(rows.reshape(-1, rows.shape[-1]), norm.gamma.flatten()).view(rows.shape).movedim(-1, 1)
 
 
 def _unchanged(x: Tensor) -> Tensor:
