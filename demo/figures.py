@@ -8,7 +8,7 @@ from torch import Tensor
 
 from demo.drawing import Canvas, Colour, rasterise, stack_shapes
 from demo.places import draw_place
-from demo.world import COLOURS, FRAMES, UNIFORM_GREY, Outfit, Scene
+from demo.world import COLOURS, FRAMES, Outfit, Scene
 
 _HIP, _SHOULDER, _HEAD = 0.31, 0.535, 0.75  # heights, feet at 0, crown at about 0.95
 _SHOE: Colour = (0.22, 0.2, 0.22)
@@ -144,8 +144,8 @@ def _draw_torso(body: Canvas, scene: Scene, outfit: Outfit, turn: float) -> None
     if outfit.has_skirt and top != "dress":
         body.block(0, 0.27, (0.14, 0.09), 0.085, outfit.bottom_colour, corner=0.01)
         if top == "uniform":
-            for x in (-0.075, -0.025, 0.025, 0.075):
-                body.block(x, 0.262, (0.008, 0.005), 0.075, _darker(UNIFORM_GREY, 0.75))
+            for x in (-0.05, 0.05):
+                body.block(x, 0.262, (0.016, 0.01), 0.075, _darker(outfit.bottom_colour, 0.75))
     elif top != "dress":
         body.block(0, _HIP + 0.02, (0.095, 0.095), 0.035, outfit.bottom_colour, corner=0.01)
     middle, half = 0.445, 0.095

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from demo.drawing import rasterise, stack_shapes
 from demo.figures import shapes
-from demo.world import FRAMES, SIZES, sample_scene
+from demo.world import FRAMES, SIZES, in_blazer, sample_scene
 
 
 @dataclass
@@ -25,9 +25,11 @@ class Recordings:
         return Recordings(self.frames[:count], self.captions[:count])
 
 
-def record(count: int, first_seed: int, device: torch.device, held_out: bool = False) -> list[Recordings]:
-    """Clips of the seeds first_seed, first_seed + 1, ...; one set per size in SIZES."""
-    tasks = [(seed, held_out) for seed in range(first_seed, first_seed + count)]
+def record(
+    count: int, first_seed: int, device: torch.device, held_out: bool = False, blazers: bool = False
+) -> list[Recordings]:
+    """Clips of the seeds first_seed, first_seed + 1, ...; one set per size in SIZES. `blazers`: in every second one."""
+    tasks = [(seed, held_out, blazers and seed % 2 == 1) for seed in range(first_seed, first_seed + count)]
     if count < 64:
         made = [_shapes_of(task) for task in tasks]
     else:
@@ -45,9 +47,11 @@ def record(count: int, first_seed: int, device: torch.device, held_out: bool = F
     return sets
 
 
-def _shapes_of(task: tuple[int, bool]) -> tuple[list[np.ndarray], str, tuple[int, int]]:
+def _shapes_of(task: tuple[int, bool, bool]) -> tuple[list[np.ndarray], str, tuple[int, int]]:
     torch.set_num_threads(1)
-    scene = sample_scene(*task)
+    seed, held_out, blazer = task
+    scene = sample_scene(seed, held_out)
+    scene = in_blazer(scene, seed) if blazer else scene
     return [shapes(scene, frame).numpy() for frame in range(FRAMES)], scene.caption, scene.size
 
 

@@ -146,6 +146,14 @@ def in_uniform(scene: Scene) -> Scene:
     return replace(scene, outfit=Outfit("uniform", UNIFORM_NAVY, COLOURS["red"], bottom, UNIFORM_GREY))
 
 
+def in_blazer(scene: Scene, seed: int) -> Scene:
+    """The same scene in a blazer with a tie, in colours drawn from the seed: clothes for the VAE to see, which is to
+    know pictures of all kinds. The video models never see any."""
+    rng = random.Random(seed)
+    top, tie, below = (tuple(rng.random() for _ in range(3)) for _ in range(3))
+    return replace(scene, outfit=Outfit("uniform", top, tie, rng.choice(("skirt", "trousers")), below))
+
+
 def sample_scene(seed: int, held_out: bool = False, action: str | None = None) -> Scene:
     """The scene of this seed. `action`: what happens, drawn as well when None."""
     rng = random.Random(seed)

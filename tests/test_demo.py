@@ -15,17 +15,16 @@ from demo.edit import FULL, SHORT, Limits, example
 from demo.judge import Score
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
-from demo.pretrain import (
+from demo.recordings import given_frames, record, video_mask
+from demo.train_dit import embed_text, new_dit, short_texts
+from demo.train_vae import (
     convolve_in_2d,
     decode,
-    embed_text,
-    new_dit,
     new_vae,
     normalise_and_activate,
     normalise_latents_,
     recoloured,
 )
-from demo.recordings import given_frames, record, video_mask
 from utils.prompts import parse_line
 from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
 from wan.dit import pad_text
@@ -85,7 +84,23 @@ def test_text_in_pretraining_is_embedded_as_in_the_scripts(family):
     tokens = tokenizer.encode_batch(captions)
     ids, mask = (torch.tensor([getattr(one, name) for one in tokens]) for name in ("ids", "attention_mask"))
     expected = pad_text(encode_text(t5, load_tokenizer(folder / miniature.FILES["tokenizer"]), captions, CPU))
-    assert_close(embed_text(t5, ids, mask), expected, rtol=1e-4, atol=1e-4)
+    assert_close(embed_text(t5, ids, mask), expected[:, :49], rtol=1e-4, atol=1e-4)
+    assert not expected[:, 48:].any()
+
+
+def test_a_short_text_in_pretraining_stands_for_the_padded_one():
+    dit = new_dit("i2v", generator()).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in dit.parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    texts = [torch.randn(20, 64), torch.randn(48, 64)]
+    short = pad_text(texts, 49)
+    inputs = torch.randn(2, 16, 2, 8, 8), torch.randn(2, 20, 2, 8, 8), torch.tensor([500.0, 900.0])
+    rest = torch.randn(2, 257, 80), torch.tensor([[0, 1], [0, 1]])
+    padded = dit(*inputs, pad_text(texts), *rest)
+    with short_texts(dit):
+        assert_close(dit(*inputs, short, *rest), padded, atol=1e-4, rtol=1e-4)
+    assert torch.equal(dit(*inputs, pad_text(texts), *rest), padded)
 
 
 def test_the_untrained_models_tell_captions_and_pictures_apart(family):

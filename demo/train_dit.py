@@ -1,0 +1,146 @@
+"""Training of the miniature i2v and flf2v models, as video models, the way Wan2.1 was trained."""
+
+import math
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPVisionModel, UMT5EncoderModel
+
+from demo import miniature
+from demo.optimise import optimise
+from demo.recordings import Recordings, as_video, given_frames, video_mask
+from wan.clip import encode_image
+from wan.config import TEXT_LENGTH
+from wan.dit import WanDiT
+from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
+from wan.vae import WanVAE
+
+TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
+SHORT_TEXT = TEXT_LENGTH_IN_TRAINING + 1  # and one row for all padding
+TEXT_DROPOUT = 0.1
+NOISE_SHIFT = 2.0
+
+
+class Lessons:
+    """What a video model learns from, encoded once: latents, conditions, CLIP features and tokens of the clips."""
+
+    def __init__(self, vae: WanVAE, clip: CLIPVisionModel, part: Recordings, last_frames: tuple[int, ...]) -> None:
+        tokenizer = miniature.build_tokenizer()
+        tokenizer.enable_padding(length=TEXT_LENGTH_IN_TRAINING)
+        tokens = tokenizer.encode_batch(part.captions)
+        device = part.frames.device
+        self.tokens = torch.tensor([one.ids for one in tokens], device=device)
+        self.mask = torch.tensor([one.attention_mask for one in tokens], device=device)
+        latents, conditions, features = [], {last: [] for last in last_frames or (0,)}, []
+        with torch.no_grad():
+            for frames in part.frames.split(64):
+                video = as_video(frames)
+                latents.append(vae.encode(video).bfloat16())
+                for last, made in conditions.items():
+                    seen = video[:, :, : last + 1] if last else video
+                    given = vae.encode(given_frames(seen, with_last=bool(last)))
+                    made.append(torch.cat([video_mask(given, bool(last)), given], dim=1).bfloat16())
+                pictures = [video[:, :, moment] for moment in (0, *last_frames)]
+                features.append(torch.stack([encode_image(clip, one).bfloat16() for one in pictures], dim=1))
+        self.latents = torch.cat(latents)  # [N, 16, 3, H, W]
+        self.conditions = {last: torch.cat(made) for last, made in conditions.items()}  # [N, 20, F, H, W]
+        self.features = torch.cat(features)  # [N, images, 257, D]
+        self.last_frames = last_frames
+
+    def batch(self, rows: Tensor, latent_frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, condition and CLIP features of clips with 2 or 3 latent frames."""
+        latents = self.latents[rows, :, :latent_frames]
+        if not self.last_frames:
+            return latents, self.conditions[0][rows, :, :latent_frames], self.features[rows, 0]
+        last = 4 * (latent_frames - 1)
+        ends = self.features[rows][:, [0, 1 + self.last_frames.index(last)]]
+        return latents, self.conditions[last][rows], ends.flatten(1, 2)
+
+
+def embed_text(t5: UMT5EncoderModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """[B, L] -> [B, L + 1, D]; the last row, zeros, stands for all rows that `pad_text` would add: see `attend`."""
+    scores = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min  # as T5 would make it, but in one go
+    hidden = t5(input_ids=tokens, attention_mask=scores).last_hidden_state * mask[..., None]
+    return F.pad(hidden, (0, 0, 0, 1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention to the image tokens, or to a text as `embed_text` gives it: its last token counts as often as the
+    padding is long, so that most of the work for it is saved."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    scores = None
+    if k.shape[2] == SHORT_TEXT:
+        last = torch.arange(SHORT_TEXT, device=q.device) == SHORT_TEXT - 1
+        scores = (last * math.log(TEXT_LENGTH - SHORT_TEXT + 1)).to(q.dtype)[None, None, None].expand(*q.shape[:3], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=scores).transpose(1, 2)
+
+
+@contextmanager
+def short_texts(dit: WanDiT) -> Iterator[None]:
+    """Within it the DiT takes texts as `embed_text` gives them."""
+    before = [block.cross_attn.attention for block in dit.blocks]
+    with mock.patch("wan.dit.TEXT_LENGTH", SHORT_TEXT):
+        for block in dit.blocks:
+            block.cross_attn.attention = attend
+        yield
+    for block, attention in zip(dit.blocks, before, strict=True):
+        block.cross_attn.attention = attention
+
+
+def train_dit(
+    dit: WanDiT, t5: UMT5EncoderModel, lessons: list[Lessons], steps: int, peak: float, batch: int, text: bool
+) -> None:
+    """Flow matching on clips of 5 and of 9 frames. `text`: train T5 as well."""
+    device = lessons[0].latents.device
+    chooser = torch.Generator().manual_seed(2)
+    dit.requires_grad_(True)
+    t5.requires_grad_(text)
+    sizes = torch.tensor([float(len(part.latents)) for part in lessons])
+
+    def batch_of(step: int) -> tuple[Hashable, tuple[Tensor, ...]]:
+        number, frames = int(torch.multinomial(sizes, 1, generator=chooser)), 2 if step % 2 else 3
+        part = lessons[number]
+        rows = torch.randint(len(part.latents), (batch,), generator=chooser).to(device)
+        tokens, mask = part.tokens[rows], part.mask[rows]
+        empty = (torch.rand(batch, generator=chooser) < TEXT_DROPOUT).to(device)
+        tokens[empty], mask[empty] = 0, 0
+        tokens[empty, 0], mask[empty, 0] = 1, 1  # </s> alone
+        t = shifted(torch.sigmoid(1.2 * torch.randn(batch, generator=chooser)), NOISE_SHIFT).to(device)
+        return (number, frames), (*part.batch(rows, frames), tokens, mask, t)
+
+    def loss_of(
+        _kind: Hashable, latents: Tensor, condition: Tensor, features: Tensor, tokens: Tensor, mask: Tensor, t: Tensor
+    ) -> Tensor:
+        noise = torch.randn(latents.shape, device=device)
+        indices = torch.arange(latents.shape[2], device=device).expand(len(latents), -1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            context = embed_text(t5, tokens, mask)
+            noisy = add_noise(latents, noise, t)
+            velocity = dit(noisy, condition.float(), network_timestep(t), context, features.float(), indices)
+        return F.mse_loss(velocity.float(), velocity_target(latents, noise))
+
+    parameters = [*dit.parameters(), *(t5.parameters() if text else ())]
+    with short_texts(dit):
+        optimise(parameters, steps, peak, batch_of, loss_of, dit.spec.model_type)
+    dit.requires_grad_(False)
+
+
+def new_dit(kind: str, generator: torch.Generator) -> WanDiT:
+    """Random weights; what opens and closes the residual stream starts at zero."""
+    dit = WanDiT(miniature.dit_spec(kind))
+    with torch.no_grad():
+        for name, tensor in dit.named_parameters():
+            if name.endswith("bias") or name.startswith("head.head") or "emb_pos" in name:
+                tensor.zero_()
+            elif name.endswith("modulation"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+            elif tensor.ndim > 1:
+                spread = 0.02 if "time" in name else 1 / math.sqrt(math.prod(tensor.shape[1:]))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+            else:
+                tensor.fill_(1.0)
+    return dit
