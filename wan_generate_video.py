@@ -13,6 +13,7 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from utils.prompts import Prompt, parse_line, read_file
+from utils.terminal import history_file, typed_lines
 from wan.checkpoint import save_dit
 from wan.config import TaskSpec
 from wan.dit import WanDiT
@@ -31,6 +32,7 @@ from wan.models import (
 from wan.one_frame import OneFrameLayout
 from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
+from wan.recipe import Recipe, parse_args
 from wan.request import Request, SamplingConfig
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ log = logging.getLogger(__name__)
 class PromptConfig:
     """what to generate"""
 
+    recipe: Path | None = option(
+        None, help="make the picture of this PNG or latent file again; other options go over those in the file"
+    )
     prompt: str | None = option(None, help="prompt")
     from_file: Path | None = option(None, help="file with a prompt and its options per line, or .toml, .json")
     interactive: bool = option(False, help="read prompt lines from the terminal")
@@ -49,6 +54,9 @@ class PromptConfig:
         None, help='time indices: "control_index=0,target_index=1"; auto: those of the LoRA'
     )
     control_image_path: tuple[str, ...] | None = option(None, help="control images, in the order of control_index")
+    control_image_mask_path: tuple[str, ...] | None = option(
+        None, help="a mask per control image, white where it is to be used; default: its alpha channel"
+    )
     image_path: str | None = option(None, help="start image: aspect ratio and CLIP feature; default: earliest control")
     end_image_path: str | None = option(None, help="end image of flf2v: CLIP feature; default: the latest control")
     video_size: tuple[int, ...] = option((256, 256), help="height and width; see --exact_size", nargs=2)
@@ -61,7 +69,9 @@ class PromptConfig:
         ways = ("prompt", "from_file", "interactive", "latent_path")
         chosen = [f"--{name}" for name in ways if getattr(self, name) not in (None, False, ())]
         if not chosen:
-            raise ConfigError("nothing to generate; give --prompt, --from_file, --interactive or --latent_path")
+            raise ConfigError(
+                "nothing to generate; give --prompt, --from_file, --interactive, --latent_path or --recipe"
+            )
         if len(chosen) > 1 and chosen != ["--prompt", "--from_file"]:
             raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one")
         if self.infer_steps is not None and not 1 <= self.infer_steps <= 1000:
@@ -85,6 +95,7 @@ class PromptConfig:
             image_path=self.image_path,
             end_image_path=self.end_image_path,
             control_image_path=self.control_image_path,
+            control_image_mask_path=self.control_image_mask_path,
             one_frame=self.one_frame_inference,
             place="command line",
         )
@@ -99,14 +110,7 @@ class PromptConfig:
         self, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
     ) -> Iterator[list[Request]]:
         """One request per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
-        while True:
-            try:
-                line = input("> ")
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                print()
-                continue
+        for line in typed_lines("> ", history_file("wan-one-frame")):
             if line.strip():
                 try:
                     prompt = parse_line(line, "line", training=False).over(self.base)
@@ -154,9 +158,9 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse_args(build_parser(), argv)
     files = cli.build(ReleaseConfig, args)
-    models = (files.fill(cli.build(section, args)) for section in _MODELS)
+    models = [files.fill(cli.build(section, args)) for section in _MODELS]
     dit, vae, t5, clip, device, attention, lora, memory = models
     device = device.torch_device
     merged = cli.build(MergedModelConfig, args)
@@ -171,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     require_writable_dir(output.save_path, "--save_path")
     pipeline = Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive)
     if prompts.latent_path:
-        decode_files(prompts.latent_path, pipeline, output)
+        decode_files(prompts.latent_path, pipeline, output, Recipe.of(device, vae))
         return
     task = dit.check()
     trained = lora.trained_layout
@@ -181,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     merger = lora.merger(dit)
     memory.check(dit.spec, dit.stored_dtype, device)
     guidance.check(dit.spec.num_layers)
+    common = Recipe.of(device, *models, sampling, guidance)
 
     def load(to: torch.device) -> WanDiT:
         network = dit.load(to, merger=merger, attention=attention.function, memory=memory)
@@ -188,27 +193,48 @@ def main(argv: list[str] | None = None) -> None:
         return network
 
     model = Resident(load, device, wanted_again=prompts.interactive)
-    groups = prompts.typed(task, sampling, trained) if prompts.interactive else [requests]
-    for group in groups:
-        encoded = pipeline.encode(group)
+
+    def make(group: list[Request]) -> None:
+        encoded, failed = pipeline.encode(group), 0
         with model.on_device() as network:
             for number, one in enumerate(encoded, start=1):
+                recipe = None if output.no_metadata else common.adding(one.request.options)
                 latents = denoise(network, one, device, f"image {number}/{len(encoded)}", guidance)
+                if not latents.isfinite().all():
+                    failed += 1
+                    continue
                 stem = result_stem(one.request.seed)
                 if output.wants_latent:
-                    metadata = None if output.no_metadata else latent_metadata(one.request, task.name, lora.names)
+                    metadata = recipe and latent_metadata(one.request, task.name, lora.names, recipe)
                     save_latent(output.save_path, stem, latents, metadata)
                 if output.wants_image:
-                    save_image(output.save_path, stem, pipeline.decode(latents))
+                    save_image(output.save_path, stem, pipeline.decode(latents), recipe)
+        if failed:
+            raise ConfigError(
+                f"{failed} of {len(encoded)} images came out as no numbers (NaN) and were not saved; check the model "
+                "files, and give --dit_dtype bfloat16 if it is float16"
+            )
+
+    if not prompts.interactive:
+        make(requests)
+        return
+    for group in prompts.typed(task, sampling, trained):
+        try:
+            make(group)
+        except KeyboardInterrupt:
+            log.error("stopped; Ctrl-D ends the program")
+        except ConfigError as error:
+            log.error("%s", error)
 
 
-def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig) -> None:
+def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig, common: Recipe) -> None:
     """Latent files -> PNG files."""
     if output.wants_latent:
         raise ConfigError(f"--output_type {output.output_type}: --latent_path only makes images; use images")
     latents = [read_latent(path) for path in paths]
     for path, (latent, seed) in zip(paths, latents, strict=True):
-        save_image(output.save_path, f"{result_stem(seed)}_{path.stem}", pipeline.decode(latent))
+        recipe = None if output.no_metadata else common.adding({"latent_path": [path.as_posix()]})
+        save_image(output.save_path, f"{result_stem(seed)}_{path.stem}", pipeline.decode(latent), recipe)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from wan.lora import inject_lora_
 from wan.memory import TrainingMemoryConfig, prepare_
 from wan.network_options import NetworkConfig
 
-FULL = {"gradient_checkpointing": True}
+FULL = {"gradient_checkpointing": "all"}
 SWAP = FULL | {"use_pinned_memory_for_block_swap": True}
 CASES = {
     "nothing recomputed": {},

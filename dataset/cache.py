@@ -1,7 +1,8 @@
 """Cache files: the only place that knows their names, keys, metadata and when they are out of date.
 
 musubi-tuner's format (spec formats.md section 2) plus metadata of ours: `one_frame`, the layout with the order of the
-controls, and `settings`, JSON that tells what a file was made of. musubi-tuner reads our files, and we read its.
+controls, `one_frame_own`, there when the item itself and not its dataset decides on that, and `settings`, JSON that
+tells what a file was made of. Targets with a mask have a further tensor. musubi-tuner reads our files, and we read its.
 """
 
 import functools
@@ -28,7 +29,7 @@ from wan.one_frame import OneFrameLayout, layout_of_cache, parse
 
 log = logging.getLogger(__name__)
 
-RECIPE = 1  # raise it when the same images, captions and models give other tensors than before
+RECIPE = 2  # raise it when the same images, captions and models give other tensors than before
 
 _COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
 _LATENT_NAME = re.compile(r"(.+)_(\d{4,})x(\d{4,})_wan\.safetensors")
@@ -38,6 +39,8 @@ _CONDITION = re.compile(r"latents_image_\d+x\d+x\d+_\w+")
 _CLIP = re.compile(r"clip_\w+")
 _TEXT = re.compile(r"varlen_t5_\w+")
 _INDICES = "f_indices_int32"
+_TARGET_MASK = "target_mask_float32"
+_OWN_LAYOUT = "one_frame_own"
 _LATENT_SCRIPT, _TEXT_SCRIPT = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 
 
@@ -88,7 +91,7 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
 class LatentSettings:
     """What a latent cache is made of: a file with equal settings need not be made again.
 
-    The time indices are not among them: the frames of a cache can be put in any order later.
+    The time indices are not among them: unless the layout is causal, frames can be put in any order later.
     """
 
     bucket: tuple[int, int]  # (width, height) that the images are resized to
@@ -98,6 +101,9 @@ class LatentSettings:
     clip: str
     vae_dtype: str
     clip_dtype: str
+    masks: tuple[str | None, ...] | None = None  # fingerprints of the target's and the controls' mask files
+    causal_order: tuple[int, ...] | None = None  # OneFrameLayout.causal_order
+    own_layout: str | None = None  # the layout, where the item itself and not its dataset decides on it
     recipe: int = RECIPE
 
 
@@ -109,6 +115,7 @@ class LatentCache:
     condition: Tensor  # [4 + C, F, H, W] mask and latents (one_frame.stack_condition), same dtype
     clip: Tensor | None  # [images, 257, D] features of every control image
     layout: OneFrameLayout
+    target_mask: Tensor | None = None  # [H, W] float32, 1 where the loss counts; None: everywhere
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,11 @@ class LatentHeader:
     clip: tuple[int, int] | None  # (images, width of the features)
     layout: OneFrameLayout
     metadata: Mapping[str, str]
+
+    @property
+    def owns_layout(self) -> bool:
+        """Whether the item itself and not its dataset decides on the layout."""
+        return _OWN_LAYOUT in self.metadata
 
     @property
     def bucket(self) -> tuple[int, int]:
@@ -142,7 +154,11 @@ def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings 
     }
     if cache.clip is not None:
         tensors[f"clip_{dtype}"] = cache.clip
+    if cache.target_mask is not None:
+        tensors[_TARGET_MASK] = cache.target_mask
     metadata = {"width": str(width), "height": str(height), "one_frame": str(cache.layout)}
+    if settings is not None and settings.own_layout is not None:
+        metadata[_OWN_LAYOUT] = "true"
     _write(path, tensors, metadata, settings)
 
 
@@ -159,7 +175,8 @@ def read_latent_cache(path: Path) -> LatentCache:
         # Copies, because a tensor that still maps the file would keep Windows from replacing it.
         latents, condition = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
         clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
-    return LatentCache(latents, condition, clip if clip is None or clip.dim() == 3 else clip[None], header.layout)
+        mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in _keys(file) else None
+    return LatentCache(latents, condition, clip if clip is None or clip.dim() == 3 else clip[None], header.layout, mask)
 
 
 def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:
@@ -177,9 +194,13 @@ def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:
         return "bucket {}x{} -> {}x{}".format(*header.bucket, *expected.bucket)
     if header.frames != len(expected.controls) + 1:
         return f"number of control images {header.frames - 1} -> {len(expected.controls)}"
+    if header.layout.causal_order != expected.causal_order:
+        return "other one-frame layout"
     reasons = {
         "target": "target image changed",
         "controls": "control image changed",
+        "masks": "mask changed",
+        "own_layout": "indices of the item changed",
         "vae": "other VAE",
         "clip": "other CLIP",
         "vae_dtype": "VAE dtype {} -> {}",

@@ -12,9 +12,9 @@ from typing import Any
 
 from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
-from utils.files import parse_toml, require_file
+from utils.files import parse_json, parse_toml, require_file
 from utils.images import STEP
-from wan.one_frame import OneFrameLayout, layout_from_toml
+from wan.one_frame import OneFrameLayout, is_causal, layout_from_toml
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,11 @@ def _suffix(value: Any) -> str:
     return value
 
 
+def _layout_name(value: Any) -> str:
+    is_causal(_text(value))
+    return value
+
+
 def _path(value: Any) -> Path:
     if any(ord(letter) < 32 for letter in _text(value)):  # "data\target" holds a tab
         raise ConfigError("holds a control character; write / instead of \\, or use single quotes")
@@ -89,17 +94,24 @@ class ImageDatasetConfig:
     image_directory: Path | None = _setting(_path, None)
     image_jsonl_file: Path | None = _setting(_path, None)  # used only without image_directory
     control_directory: Path | None = _setting(_path, None)  # used only with image_directory
+    target_mask_directory: Path | None = _setting(_path, None)  # used only with image_directory
     cache_directory: Path | None = _setting(_path, None)  # never None after `read_config`
     validation: bool = _setting(_flag, False)  # never trained on; the loss of its items shows how training goes
     clean_indices: tuple[int, ...] | None = _setting(_indices, None, key="fp_1f_clean_indices")
     target_index: int | None = _setting(_integer, None, key="fp_1f_target_index")
+    layout_name: str | None = _setting(_layout_name, None, key="fp_1f_layout")  # None: independent
     no_post: bool = _setting(_flag, False, key="fp_1f_no_post")  # for FramePack; no effect on Wan
     latent_window_size: int = _setting(_count, 9, key="fp_latent_window_size")  # for FramePack; no effect on Wan
 
     @property
     def layout(self) -> OneFrameLayout:
         """The RoPE time indices of an item's frames. Raises ConfigError for indices that don't fit together."""
-        return layout_from_toml(self.clean_indices, self.target_index, None)
+        return layout_from_toml(self.clean_indices, self.target_index, None, self.causal)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the images of an item are encoded as one video."""
+        return is_causal(self.layout_name)
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -113,6 +125,12 @@ class DatasetsConfig:
 
     datasets: tuple[ImageDatasetConfig, ...]
     path: Path  # of the file, for messages
+
+    @property
+    def layout_name(self) -> str | None:
+        """The layout of all datasets; None when they differ."""
+        names = {dataset.layout_name for dataset in self.datasets}
+        return names.pop() if len(names) == 1 else None
 
 
 _FIELDS = {field.metadata["key"] or field.name: field for field in dataclasses.fields(ImageDatasetConfig)}
@@ -130,15 +148,20 @@ _REFUSED = {
 }
 
 
-def read_config(path: str | Path, batch_size: int | None = None, need_sources: bool = True) -> DatasetsConfig:
+def read_config(
+    path: str | Path, batch_size: int | None = None, layout: str | None = None, need_sources: bool = True
+) -> DatasetsConfig:
     """Read and check a dataset configuration file.
 
-    A value comes from the [[datasets]] entry, else from [general], else (batch_size) from the command line, else from
-    the default. `need_sources=False` is for training, which reads the caches alone: the images may be elsewhere.
+    A value comes from the [[datasets]] entry, else from [general], else (batch_size, layout) from the command line,
+    else from the default. `need_sources=False` is for training, which reads the caches alone: the images may be
+    elsewhere.
     Raises ConfigError with one line for anything the user must fix.
     """
     path = require_file(path, "--dataset_config")
-    command_line = {} if batch_size is None else {"batch_size": _read("--batch_size", _count, batch_size)}
+    command_line: dict[str, Any] = {"layout_name": layout}
+    if batch_size is not None:
+        command_line["batch_size"] = _read("--batch_size", _count, batch_size)
     try:
         return DatasetsConfig(_read_datasets(_load(path), command_line, need_sources), path)
     except ConfigError as error:
@@ -157,7 +180,7 @@ def _load(path: Path) -> dict[str, Any]:
     try:
         if path.suffix.lower() == ".toml":
             return parse_toml(text, "brackets, quotes and [[datasets]]")
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None
 
@@ -233,18 +256,20 @@ def _check_sources(place: str, dataset: ImageDatasetConfig) -> None:
         require_file(dataset.image_jsonl_file, f"{place}.image_jsonl_file")
         if dataset.control_directory is not None:
             log.warning("%s.control_directory is ignored: a JSONL file names its control images itself", place)
+        if dataset.target_mask_directory is not None:
+            log.warning("%s.target_mask_directory is ignored: a JSONL file names its masks itself", place)
         return
     if dataset.image_jsonl_file is not None:
         log.warning("%s.image_jsonl_file is ignored: image_directory is given too", place)
-    for key in ("image_directory", "control_directory"):
+    for key in ("image_directory", "control_directory", "target_mask_directory"):
         folder = getattr(dataset, key)
         if folder is not None and not folder.is_dir():
             kind = "is a file, not a folder" if folder.exists() else "does not exist"
             raise ConfigError(f"{place}.{key} {folder}: {kind}; check the path")
-    if dataset.control_directory is not None and _same(dataset.control_directory) == _same(dataset.image_directory):
-        raise ConfigError(
-            f"{place}.control_directory: is the image_directory too; give control images their own folder"
-        )
+    for key, what in (("control_directory", "control images"), ("target_mask_directory", "masks")):
+        folder = getattr(dataset, key)
+        if folder is not None and _same(folder) == _same(dataset.image_directory):
+            raise ConfigError(f"{place}.{key}: is the image_directory too; give {what} their own folder")
     if dataset.caption_extension is None:
         raise ConfigError(f'{place}.caption_extension: is missing; add for example caption_extension = ".txt"')
 

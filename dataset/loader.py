@@ -11,7 +11,7 @@ import random
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ class TrainingBatch:
     latents: Tensor  # [B, 16, F, H, W], frames in time order
     condition: Tensor  # [B, 20, F, H, W]
     clip: Tensor  # [B, images, 257, D]: usually every control image, in the order in which they are given
+    target_masks: Tensor | None  # [B, H, W], 1 where the loss counts; None when no item has one
     text: list[Tensor]  # [L, D] each
     layouts: tuple[OneFrameLayout, ...]
     frame_indices: Tensor  # [B, F] int64
@@ -261,10 +262,13 @@ def load_batch(plan: BatchPlan) -> TrainingBatch:
         for name in ("latents", "condition")
     )
     layouts = tuple(item.layout for item in plan.items)
+    masks, everywhere = [cache.target_mask for cache in caches], torch.ones(latents[0].shape[2:])
+    masks = None if all(mask is None for mask in masks) else [everywhere if mask is None else mask for mask in masks]
     return TrainingBatch(
         latents=torch.stack(latents),
         condition=torch.stack(condition),
         clip=torch.stack([cache.clip.float() for cache in caches]),
+        target_masks=masks and torch.stack(masks),
         text=[read_text_cache(item.text) for item in plan.items],
         layouts=layouts,
         frame_indices=torch.tensor([layout.frame_indices for layout in layouts]),
@@ -371,13 +375,19 @@ def _held_back_stems(stems: set[str], split: float) -> set[str]:
 
 
 def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> OneFrameLayout:
-    """The layout that the configuration asks for, else that of the cache."""
-    if dataset.clean_indices is None and dataset.target_index is None:
-        return header.layout
+    """The layout that item, else configuration, else cache asks for. ConfigError when the cache is made for another."""
+    wanted = header.layout
+    if not header.owns_layout and (dataset.clean_indices is not None or dataset.target_index is not None):
+        try:
+            wanted = layout_from_toml(dataset.clean_indices, dataset.target_index, header.frames - 1)
+        except ConfigError as error:
+            raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
     try:
-        return layout_from_toml(dataset.clean_indices, dataset.target_index, controls=header.frames - 1)
+        wanted = replace(wanted, causal=dataset.causal)
+        wanted.check_latents(made_for=header.layout)
     except ConfigError as error:
-        raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
+        raise ConfigError(f"{path.name}: {error}") from None
+    return wanted
 
 
 def _warn(index: int, names: list[str], message: str) -> None:

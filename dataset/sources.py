@@ -11,13 +11,14 @@ from typing import Any
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
-from utils.images import IMAGE_SUFFIXES, check_image
+from utils.files import parse_json
+from utils.images import IMAGE_SUFFIXES, check_image, check_mask_size
 from wan.one_frame import OneFrameLayout, layout_from_toml
 
 log = logging.getLogger(__name__)
 
 _SHOWN = 3  # messages about many files name this many
-_CONTROL_KEY = re.compile(r"control_path(?:_([0-9]+))?")
+_CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]+))?")
 _SECOND_TARGET = re.compile(r"image_path_0*[1-9][0-9]*")
 
 
@@ -33,6 +34,9 @@ class Item:
     size: tuple[int, int]  # of the target file, upright
     bucket: tuple[int, int]  # what target and controls are resized to
     layout: OneFrameLayout
+    owns_layout: bool  # the layout is the item's own, whatever its dataset says
+    target_mask: Path | None
+    control_masks: tuple[Path | None, ...]  # as many as controls
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class _Source:
     target: Path
     caption: str
     controls: tuple[Path, ...]  # all there are
+    control_masks: tuple[Path | None, ...]  # as many
+    target_mask: Path | None
+    layout: OneFrameLayout | None = None  # where the item has its own
 
 
 def find_all_items(config: DatasetsConfig, need_controls: bool) -> list[Item]:
@@ -67,36 +74,79 @@ def find_items(config: ImageDatasetConfig, index: int, need_controls: bool) -> l
             sources = _from_folder(config, place, need_controls)
         else:
             key = control_key = f"{place}.image_jsonl_file"
-            sources = _from_jsonl(config.image_jsonl_file, key)
+            sources = _from_jsonl(config, key)
     except OSError as error:
         raise ConfigError(f"{place}: {error.filename} cannot be read ({error.strerror}); check the file") from None
     _refuse_same_stems(sources, key)
-    layout = _check_controls(sources, config, place) if need_controls else config.layout
+    shared = _check_controls(sources, config, place) if need_controls else config.layout
     items = []
     for source in sources:
-        controls = source.controls[: len(layout.control_indices)] if need_controls else ()
+        layout = source.layout or shared
+        count = len(layout.control_indices) if need_controls else 0
         size = check_image(source.target, key)
-        for control in controls:
-            check_image(control, control_key)
-        try:
-            bucket = config.buckets.choose(size)
-        except ConfigError as error:
-            raise ConfigError(f"{key} {source.target}: {error}") from None
-        items.append(Item(source.target.stem, source.target, controls, source.caption, index, size, bucket, layout))
+        item = Item(
+            stem=source.target.stem,
+            target=source.target,
+            controls=source.controls[:count],
+            caption=source.caption,
+            dataset=index,
+            size=size,
+            bucket=_bucket(config, source.target, size, key),
+            layout=layout,
+            owns_layout=source.layout is not None,
+            target_mask=source.target_mask if need_controls else None,
+            control_masks=source.control_masks[:count],
+        )
+        _check_pictures(item, key, control_key)
+        items.append(item)
     return items
+
+
+def _bucket(config: ImageDatasetConfig, target: Path, size: tuple[int, int], key: str) -> tuple[int, int]:
+    try:
+        return config.buckets.choose(size)
+    except ConfigError as error:
+        raise ConfigError(f"{key} {target}: {error}") from None
+
+
+def _check_pictures(item: Item, key: str, control_key: str) -> None:
+    """Look at the headers of controls and masks."""
+    if item.target_mask is not None:
+        _check_mask(item.target_mask, item.target, item.size, key)
+    for control, mask in zip(item.controls, item.control_masks, strict=True):
+        size = check_image(control, control_key)
+        if mask is not None:
+            _check_mask(mask, control, size, control_key)
+            if item.layout.causal:
+                raise ConfigError(
+                    f"{control_key} {control}: has a mask, which the causal layout does not take; remove it or "
+                    "fp_1f_layout"
+                )
+
+
+def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> None:
+    check_mask_size(mask, check_image(mask, f"mask of {key}"), image, size)
 
 
 def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) -> list[_Source]:
     targets = _images(config.image_directory)
+    stems = {target.stem for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
+    control_masks: dict[Path, Path] = {}
+    target_masks: dict[Path, Path] = {}
     if need_controls and config.control_directory is not None:
-        controls = _match({target.stem for target in targets}, _images(config.control_directory), place)
+        control_masks, candidates = _masks_beside(stems, _images(config.control_directory))
+        controls = _match(stems, candidates, place)
+    if need_controls and config.target_mask_directory is not None:
+        target_masks = _target_masks(targets, config.target_mask_directory, place)
     sources, uncaptioned = [], []
     for target in targets:
         caption_file = target.with_name(target.stem + config.caption_extension)
         if caption_file.is_file():
             caption = _read_text(caption_file, f"{place}.caption_extension").strip()
-            sources.append(_Source(target, caption, controls.get(target.stem, ())))
+            own = controls.get(target.stem, ())
+            masks = tuple(control_masks.get(control) for control in own)
+            sources.append(_Source(target, caption, own, masks, target_masks.get(target)))
         else:
             uncaptioned.append(target)
     if not sources:
@@ -111,6 +161,24 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
 
 def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES and path.is_file())
+
+
+def _masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
+    """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: of the targets."""
+    masked = {f"{path.stem}_mask": path for path in images}
+    found = {masked[path.stem]: path for path in images if path.stem in masked and path.stem not in stems}
+    return found, [path for path in images if path not in found.values()]
+
+
+def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, Path]:
+    """Target -> the image of the same name in the folder; ConfigError when no target has one."""
+    by_stem = {path.stem: path for path in _images(folder)}
+    found = {target: by_stem[target.stem] for target in targets if target.stem in by_stem}
+    if not found:
+        raise ConfigError(f"{place}.target_mask_directory {folder}: holds no image named like a target; check the path")
+    if bare := [target for target in targets if target not in found]:
+        log.info("%s: %s without a file in target_mask_directory: %s", place, _images_are(bare), _some(bare))
+    return found
 
 
 def _match(stems: set[str], candidates: list[Path], place: str) -> dict[str, tuple[Path, ...]]:
@@ -143,12 +211,12 @@ def _match(stems: set[str], candidates: list[Path], place: str) -> dict[str, tup
     return {stem: tuple(path for *_, path in sorted(numbered)) for stem, numbered in found.items()}
 
 
-def _from_jsonl(path: Path, place: str) -> list[_Source]:
-    sources = []
+def _from_jsonl(config: ImageDatasetConfig, place: str) -> list[_Source]:
+    path, sources = config.image_jsonl_file, []
     for number, line in enumerate(_read_text(path, place).split("\n"), start=1):  # splitlines() also cuts at U+2028
         if line.strip():
             try:
-                sources.append(_parse_line(line))
+                sources.append(_parse_line(line, config))
             except ConfigError as error:
                 raise ConfigError(f"{place} {path}:{number}: {error}") from None
     if not sources:
@@ -156,28 +224,54 @@ def _from_jsonl(path: Path, place: str) -> list[_Source]:
     return sources
 
 
-def _parse_line(line: str) -> _Source:
+def _parse_line(line: str, config: ImageDatasetConfig) -> _Source:
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"is no JSON ({error.msg} at column {error.colno}); correct the line") from None
     if not isinstance(fields, dict):
         raise ConfigError('is no JSON object; write {"image_path": ..., "caption": ..., "control_path": ...}')
-    controls: dict[int, Path] = {}
+    files: dict[str, dict[int, Path]] = {"path": {}, "mask": {}}
     for key in fields:
         if _SECOND_TARGET.fullmatch(key):
             raise ConfigError(f"{key}: several targets per item are not supported; write one line for each")
         if match := _CONTROL_KEY.fullmatch(key):
-            number = int(match[1] or 0)
-            if number in controls:
+            number, numbered = int(match[2] or 0), files[match[1]]
+            if number in numbered:
                 raise ConfigError(f"{key}: there is a control image {number} already; number them 0, 1, 2, ...")
-            controls[number] = Path(_text_field(fields, key))
+            numbered[number] = Path(_text_field(fields, key))
     if "video_path" in fields:
         raise ConfigError("video_path: video datasets are not supported yet; give image_path")
-    target = _text_field(fields, "image_path_0" if "image_path_0" in fields else "image_path")
+    target = Path(_text_field(fields, "image_path_0" if "image_path_0" in fields else "image_path"))
+    controls, masks = files["path"], files["mask"]
+    if lonely := sorted(masks.keys() - controls.keys()):
+        raise ConfigError(f"control_mask_{lonely[0]}: there is no control image {lonely[0]}; add its control_path")
+    order = sorted(controls)
     return _Source(
-        Path(target), _text_field(fields, "caption", blank=True), tuple(controls[n] for n in sorted(controls))
+        target=target,
+        caption=_text_field(fields, "caption", blank=True),
+        controls=tuple(controls[number] for number in order),
+        control_masks=tuple(masks.get(number) for number in order),
+        target_mask=Path(_text_field(fields, "target_mask")) if "target_mask" in fields else None,
+        layout=_own_layout(fields, len(controls), config),
     )
+
+
+def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfig) -> OneFrameLayout | None:
+    """The layout that a line asks for by `control_index` and `target_index`; a missing one is the dataset's."""
+    keys = ("control_index", "target_index")
+    if not fields.keys() & {*keys}:
+        return None
+    indices, target = (fields.get(key) for key in keys)
+    if type(indices) is int:
+        indices = [indices]
+    if indices is not None and not (isinstance(indices, list) and all(type(index) is int for index in indices)):
+        raise ConfigError(f"control_index = {json.dumps(indices)}: is no list of whole numbers; write for example [0]")
+    if target is not None and type(target) is not int:
+        raise ConfigError(f"target_index = {json.dumps(target)}: is no whole number; write for example 1")
+    indices = config.clean_indices if indices is None else indices
+    target = config.target_index if target is None else target
+    return layout_from_toml(indices, target, controls, config.causal, keys)
 
 
 def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
@@ -198,7 +292,10 @@ def _refuse_same_stems(sources: list[_Source], place: str) -> None:
 
 
 def _check_controls(sources: list[_Source], config: ImageDatasetConfig, place: str) -> OneFrameLayout:
-    """The layout, after comparing it with the control images that were found."""
+    """The layout of the items without one of their own, after comparing it with the control images they have."""
+    own, sources = sources, [source for source in sources if source.layout is None]
+    if not sources:
+        return own[0].layout
     most = max(len(source.controls) for source in sources)
     if most == 0:
         fix = "add control_directory" if config.image_directory is not None else "add control_path to each line"
@@ -207,7 +304,7 @@ def _check_controls(sources: list[_Source], config: ImageDatasetConfig, place: s
         raise ConfigError(f"{place}: no image has a control image, and one-frame training needs them; {fix}")
     try:  # without indices, one control image is assumed, and finding more than one is an error
         layout = layout_from_toml(
-            config.clean_indices, config.target_index, most if config.clean_indices is None else None
+            config.clean_indices, config.target_index, most if config.clean_indices is None else None, config.causal
         )
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None

@@ -131,9 +131,9 @@ def recorded(calls: list):
         calls.append(("swap", count, pinned))
         original(dit, count, device, False)
 
-    def checkpoint(original, dit, cpu_offload):
-        calls.append(("checkpoint", cpu_offload))
-        original(dit, cpu_offload)
+    def checkpoint(original, dit, cpu_offload, only_needed):
+        calls.append(("checkpoint", cpu_offload, only_needed))
+        original(dit, cpu_offload, only_needed)
 
     def compiler(original, function, **settings):
         calls.append(("compile", settings))

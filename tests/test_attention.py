@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
 import wan.attention
@@ -54,6 +55,16 @@ def test_sdpa_is_softmax_attention():
 def test_the_reference_has_two_names_and_is_the_default():
     assert select_attention("sdpa") is select_attention("torch") is sdpa
     assert AttentionConfig().function is AttentionSwitches().function is AttentionSwitches(sdpa=True).function is sdpa
+
+
+def test_cudnn_comes_first_and_the_order_is_as_before_afterwards(monkeypatch):
+    orders = []
+    before = torch._C._get_sdp_priority_order()
+    monkeypatch.setattr(wan.attention, "sdpa", lambda *_: orders.append(torch._C._get_sdp_priority_order()))
+    select_attention("cudnn")(*inputs())
+    assert orders[0][0] == int(SDPBackend.CUDNN_ATTENTION) and torch._C._get_sdp_priority_order() == before
+    monkeypatch.undo()
+    assert_close(select_attention("cudnn")(*inputs()), softmax_attention(*inputs()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

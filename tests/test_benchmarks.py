@@ -17,5 +17,18 @@ def test_the_table_of_memory_options_has_a_row_for_each():
     assert len(rows) == 8 and all(row.count("|") == 5 for row in rows) and "does not fit" not in "".join(rows)
 
 
+def test_one_frame_speed_prints_a_row_for_each_case_and_the_top_operations_of_one():
+    text = run("one_frame_speed.py", "--repeat", "1", "--profile", "forward bf16 32x32 2 frames")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| work")]
+    assert len(rows) == 16 and all(row.count("|") == 9 for row in rows) and "failed" not in text
+    assert text.count("ceiling") == 4 and "Self CPU" in text
+
+
+def test_rows_of_one_frame_speed_can_be_chosen():
+    text = run("one_frame_speed.py", "--repeat", "1", "--only", "VAE encode", "guided")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ") and "work" not in line]
+    assert rows and all("VAE encode" in row or "guided" in row for row in rows)
+
+
 def test_training_speed_prints_images_per_second():
     assert "images per second" in run("training_speed.py", "--steps", "1", "--width", "64", "--height", "64")

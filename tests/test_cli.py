@@ -1,5 +1,6 @@
 """Dataclasses as flags: what is declared is what is parsed, and every mistake is one line and exit code 1."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import pytest
 from utils import cli
 from utils.cli import option
 from utils.errors import ConfigError
-from utils.files import fingerprint, require_writable_dir, written_whole
+from utils.files import fingerprint, parse_json, require_writable_dir, written_whole
 
 
 @dataclass(frozen=True)
@@ -145,3 +146,41 @@ def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--output_dir .*cannot write"):
         require_writable_dir(tmp_path / "file" / "sub", "--output_dir")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "brackets"),
+        ("9" * 5000, "digits"),
+        ('"\\ud800"', "half a character"),
+        ("[1,", "Expecting value"),
+    ],
+)
+def test_json_that_python_can_not_take_is_told_like_json_that_is_none(text, words):
+    with pytest.raises(json.JSONDecodeError, match=words):
+        parse_json(text)
+    assert parse_json('["\\ud83d\\udc08"]') == ["🐈"]
+
+
+def test_a_message_is_shown_without_control_characters_and_its_middle_when_it_is_endless():
+    assert cli._one_line("a\x1b[2J\nb\u3000猫 \udc80") == "a [2J b 猫 \udc80"
+    assert len(cli._one_line("x" * 10**6)) < 2100
+
+
+def test_a_file_that_the_system_refuses_is_one_line(capsys):
+    def main():
+        raise PermissionError(13, "Permission denied", "some/file")
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    assert capsys.readouterr().err.startswith("error: some/file: Permission denied; check")
+
+
+def test_options_of_a_file_are_typed_and_checked_like_flags():
+    parser = cli.Parser()
+    cli.add_fields(parser, Section)
+    found = parser.typed({"name": "--x", "files": ["-a", "b"], "switch": True, "rate": 2}, "here")
+    assert vars(found) == {"name": "--x", "files": (Path("-a"), Path("b")), "switch": True, "rate": 2.0}
+    args = parser.parse_args(["--rate", "3", "--name", "y"], found)
+    assert cli.build(Section, args) == Section("y", rate=3.0, files=(Path("-a"), Path("b")), switch=True)

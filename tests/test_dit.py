@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
 from wan.attention import sdpa
 from wan.config import DiTSpec
-from wan.dit import WanDiT, pad_text
+from wan.dit import StepCache, WanDiT, pad_text
 
 SPECS = {
     "t2v": DiTSpec("t2v", 256, 320, num_layers=2, in_dim=16, text_dim=32),
@@ -131,6 +131,19 @@ def test_items_of_a_batch_with_different_indices_equal_single_calls():
     batch = model(**inputs)
     for i in range(3):
         assert rel_l2(batch[i : i + 1], model(**item(inputs, i))) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
+def test_calls_that_share_a_cache_give_what_they_give_without(kind):
+    model, inputs, cache = random_dit(kind), random_inputs(kind, [[0, 3], [0, 3]]), StepCache()
+    for factor in (1.0, 0.5):
+        changed = inputs | {"latents": factor * inputs["latents"], "timesteps": factor * inputs["timesteps"]}
+        assert torch.equal(model(**changed, cache=cache), model(**changed))
+    kept = [context.kept for context in cache.prepared.contexts]
+    assert all(entry.keys.shape[:2] == (2, 512) for entry in kept) and kept[0].keys is not kept[1].keys
+    cache.prepared.cos.zero_()
+    assert not torch.equal(model(**inputs, cache=cache), model(**inputs))
 
 
 @torch.no_grad()

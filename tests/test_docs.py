@@ -1,5 +1,6 @@
 """The documented commands: they name real flags, and run as they stand on tiny checkpoints."""
 
+import argparse
 import importlib
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import toml
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dataset import config
 from demo.tiny_models import FILES, write_models
@@ -22,6 +25,7 @@ from tests.helpers import GOLDEN, TINY
 from tests.photos import PHOTOS, photo, write_pairs
 from utils import prompts
 from utils.errors import ConfigError
+from wan import recipe
 from wan.lora_files import read_lora
 from wan.network_options import NetworkArguments
 
@@ -29,7 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "one_frame.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+GENERATION, INTEROP, COMFYUI = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("generation", "interop", "comfyui")
+)
 PAGES = {"README.md": README, "docs/one_frame.md": GUIDE, "docs/training.md": TRAINING}
+PAGES |= {"docs/generation.md": GENERATION, "docs/interop.md": INTEROP, "docs/comfyui.md": COMFYUI}
 
 # A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
 _BLOCK = re.compile(r"(?:^`(?P<name>[\w.]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -70,9 +78,16 @@ def test_every_flag_of_a_documented_command_exists(command, tmp_path, monkeypatc
     Path("output/my-lora-settings.toml").write_text(settings, encoding="utf-8")
     script = script_of(command)
     parser = importlib.import_module(command[script].removesuffix(".py")).build_parser()
-    known = {name for action in parser._actions if action.help != "==SUPPRESS==" for name in action.option_strings}
+    actions = [action for found in (parser, *subparsers(parser)) for action in found._actions]
+    known = {name for action in actions if action.help != "==SUPPRESS==" for name in action.option_strings}
     assert {word for word in command[script:] if word.startswith("--")} <= known
     parser.parse_args(command[script + 1 :])
+
+
+def subparsers(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Those of the commands of a script that has several."""
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [found for named in choices for found in named.values()]
 
 
 def test_a_misspelt_flag_would_be_noticed():
@@ -231,3 +246,33 @@ def test_the_commands_of_the_guide_run_as_they_stand(workplace):
     assert Image.open(latent).tobytes() == Image.open(decoded).tobytes()
     (single,), (given,) = (list(workplace.glob(f"{folder}/*.png")) for folder in ("results_flf2v", "results_flf2v_end"))
     assert single.read_bytes() == given.read_bytes()  # the end image is the control with the largest index either way
+
+
+def write_lora(path: Path, dit: Path, modules: list[str], **metadata: str) -> None:
+    """A LoRA for some modules of a model, in the form that few-step LoRAs have."""
+    weights = load_file(dit)
+    tensors = {}
+    for name in modules:
+        out, inputs = weights[f"{name}.weight"].shape
+        tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.ones(4, inputs) * 1e-3
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = torch.ones(out, 4) * 1e-3
+        tensors[f"diffusion_model.{name}.diff_b"] = torch.ones(out) * 1e-3
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the commands are written for bash")
+def test_the_commands_of_the_page_on_generation_run_as_they_stand_and_repeat_a_picture(workplace):
+    first, *_ = commands(GENERATION)
+    mine, distilled = (workplace / word for word in first if "output/my-lora" in word or "distill" in word)
+    dit = workplace / "models" / FILES["i2v"]
+    if not mine.is_file():
+        write_lora(mine, dit, ["blocks.0.self_attn.q"], ss_one_frame="control_index=0,target_index=1")
+    write_lora(distilled, dit, ["blocks.0.self_attn.k", "blocks.1.ffn.0"])
+    run_blocks(GENERATION, workplace)
+    fast, again, other = (
+        next((workplace / folder).iterdir()) for folder in ("results_fast", "results_again", "results_other_seed")
+    )
+    assert fast.read_bytes() == again.read_bytes() and fast.read_bytes() != other.read_bytes()
+    settings = recipe.read(fast).options
+    assert 4 <= settings["infer_steps"] <= 8 and settings["guidance_scale"] == 1 and len(settings["lora_weight"]) == 2

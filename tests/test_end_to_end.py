@@ -77,9 +77,10 @@ def generate(model: str, folder: str, *flags: str) -> list[Path]:
 
 
 def from_lines(model: str, folder: str, *lines: str, flags: tuple[str, ...] = ()) -> list[bytes]:
-    """The images of a prompt file, in its order."""
+    """The images of a prompt file, in its order, without recipes: equal pictures are equal bytes."""
     Path("lines.txt").write_text("\n".join(lines), encoding="utf-8")
-    return [path.read_bytes() for path in generate(model, folder, "--from_file", "lines.txt", *flags)]
+    flags = ("--from_file", "lines.txt", "--no_metadata", *flags)
+    return [path.read_bytes() for path in generate(model, folder, *flags)]
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,18 @@ def workspace(_folder, monkeypatch):
     return _folder
 
 
-def encoded(line: str, task: str):
-    pipeline = Pipeline(
+def pipeline() -> Pipeline:
+    return Pipeline(
         VAEConfig(vae=Path(ENCODERS["vae"])),
         T5Config(t5=Path(ENCODERS["t5"]), t5_tokenizer=Path(f"models/{FILES['tokenizer']}")),
         CLIPConfig(clip=Path(ENCODERS["clip"])),
         CPU,
     )
+
+
+def encoded(line: str, task: str):
     request = Request.resolve(parse_line(line, "test", training=True), TASKS[task], SamplingConfig(exact_size=True))
-    return pipeline.encode([request])[0]
+    return pipeline().encode([request])[0]
 
 
 def cached_cat(config: str):
@@ -175,7 +179,9 @@ def test_latent_images_writes_a_latent_and_the_image_that_it_decodes_to():
     assert re.fullmatch(r"\d{8}-\d{6}-\d{3}_3_000\.png", image.name), image
     assert latent.name == image.name.replace("000.png", "latent.safetensors")
     (decoded,) = generate("i2v", "decoded", "--latent_path", str(latent), "--output_type", "images")
-    assert decoded.read_bytes() == image.read_bytes() and decoded.name.endswith(f"_3_{latent.stem}_000.png")
+    assert Image.open(decoded).tobytes() == Image.open(image).tobytes() and decoded.name.endswith(
+        f"_3_{latent.stem}_000.png"
+    )
 
 
 def test_flf2v_without_an_end_image_takes_the_control_with_the_largest_index():
@@ -224,18 +230,26 @@ def test_the_size_is_the_area_with_the_start_images_aspect_ratio_unless_exact():
 
 
 def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
-    lines = iter(["nonsense --x", I2V, ""])
-
-    def typed(_prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
     expected = from_lines("i2v", "out", I2V)
-    monkeypatch.setattr("builtins.input", typed)
-    (path,) = generate("i2v", "out", "--interactive")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"nonsense --x\n{I2V}\n\n"))
+    (path,) = generate("i2v", "out", "--interactive", "--no_metadata")
     assert [path.read_bytes()] == expected
+
+
+def test_ctrl_c_and_a_broken_picture_end_one_image_and_not_the_typing(monkeypatch, caplog):
+    denoise, cut = wan_generate_video.denoise, Path("data/cut.png")
+    cut.write_bytes(Path("data/start/cat.png").read_bytes()[:2000])
+
+    def stopped_once(*arguments):
+        monkeypatch.setattr(wan_generate_video, "denoise", denoise)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wan_generate_video, "denoise", stopped_once)
+    broken = I2V.replace("data/start/cat.png", str(cut))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{I2V}\n{broken}\n{I2V}\n"))
+    (path,) = generate("i2v", "out", "--interactive", "--no_metadata")
+    assert "stopped; Ctrl-D ends" in caplog.text and f"{cut}: cannot be read" in caplog.text
+    assert [path.read_bytes()] == from_lines("i2v", "out", I2V)
 
 
 def test_a_merged_model_generates_what_model_and_lora_do():
@@ -267,7 +281,7 @@ def test_a_release_folder_serves_for_paths_that_are_left_out():
         [
             *("--ckpt_dir", "release", "--dit", f"models/{FILES['i2v']}"),
             *("--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu", "--dit_dtype", "float32"),
-            *("--save_path", "out", "--from_file", "lines.txt"),
+            *("--save_path", "out", "--from_file", "lines.txt", "--no_metadata"),
         ]
     )
     (path,) = Path("out").iterdir()

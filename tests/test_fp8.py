@@ -13,7 +13,7 @@ from tests.dit_cases import CPU, SPEC, lora_gradients, random_dit, velocity, wit
 from tests.helpers import TINY, golden, needs_shared, rel_l2
 from wan.checkpoint import dit_dtype, load_dit, load_t5
 from wan.dit import pad_text
-from wan.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, use_fp8_
+from wan.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, quantize_rows, use_fp8_
 from wan.lora_files import add_change
 from wan.t5 import encode_text, t5_key, t5_shapes
 
@@ -96,7 +96,29 @@ def test_scales_keep_small_weights_that_a_cast_loses():
     assert scaled < 0.03 < 0.3 < cast
 
 
+def test_rows_of_numbers_keep_their_largest_and_half_a_step_of_the_others():
+    x = random_weight(3, 64) * torch.tensor([[1e-3], [1.0], [1e3]])
+    values, scale = quantize_rows(x)
+    assert values.dtype == FP8 and scale.shape == (3, 1) and scale.dtype == torch.float32
+    assert (values.float().abs().amax(1) == 448).all()
+    error = (values.float() * scale - x).abs()
+    assert (error <= (x.abs() / 16).maximum(scale * 2**-10) * 1.0001).all() and error.max() > 0
+    assert quantize_rows(torch.zeros(2, 3)).values.float().eq(0).all()
+    weight = quantize(x, "rows")
+    assert_close(dequantize(*weight, torch.float32), values.float() * scale, rtol=0, atol=0)
+
+
 # Layers
+
+
+def test_a_layer_of_the_kind_rows_multiplies_rounded_inputs_and_rounded_weights():
+    layer, entries = fp8_layer("rows")
+    x = torch.randn(2, 7, 192, generator=torch.Generator().manual_seed(1))
+    weight = entries["0.quantized"].double() * entries["0.scale_weight"].double()
+    values, scale = quantize_rows(x)
+    expected = (values.double() * scale.double()) @ weight.T + entries["0.bias"].double()
+    assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert 1e-3 < rel_l2(layer(x), F.linear(x, random_weight(), entries["0.bias"])) < 0.1
 
 
 def fp8_layer(kind, bias=True):
@@ -180,6 +202,13 @@ def test_loading_quantises_after_merging(kind, dit_file):
     merged = load_dit(dit_file, None, CPU, merge)
     assert_close(loaded.state_dict(), in_fp8(merged, kind).state_dict(), rtol=0, atol=0)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_first_and_the_last_block_are_loaded_as_they_are_when_products_are_in_fp8(dit_file):
+    loaded = load_dit(dit_file, None, CPU, fp8="rows")
+    found = {name.split(".")[1] for name, module in loaded.named_modules() if isinstance(module, Fp8Linear)}
+    assert found == {"1", "2"}
+    assert rel_l2(velocity(loaded), velocity(random_dit())) < 0.05
 
 
 def test_an_fp8_file_keeps_its_numbers_in_a_cast(tmp_path):

@@ -14,6 +14,7 @@ from wan.config import DiTSpec
 from wan.dit import WanDiT, pad_text
 from wan.lora import LoRALinear, inject_lora_, save_lora
 from wan.lora_files import add_change, lora_name, read_lora
+from wan.lora_product import LoRAProduct
 from wan.memory import checkpoint_blocks_
 from wan.timesteps import add_noise, velocity_target
 
@@ -44,6 +45,26 @@ def test_a_training_step_gives_the_recorded_loss_and_gradients(prefix, indices):
         assert rel_l2(parameters[name].grad, step[name]) < 1e-5, name
     norm = torch.stack([parameter.grad.double().norm() for parameter in network.parameters()]).norm()
     assert float(norm) == pytest.approx(float(step[f"{prefix}grad_norm_all"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("x_needs_gradient", [True, False])
+@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
+def test_layer_and_lora_as_one_operation_have_the_gradients_of_autograd(shape, x_needs_gradient):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight, bias, x = draw(24, 16), draw(24), draw(*shape).requires_grad_(x_needs_gradient)
+    down, up = draw(3, 16).requires_grad_(), draw(24, 3).requires_grad_()
+    wanted = [down, up, *([x] if x_needs_gradient else [])]
+    outputs = (
+        LoRAProduct.apply(x, weight, None, None, bias, down, up, 0.7),
+        x @ (weight + 0.7 * up @ down).T + bias,
+    )
+    found, expected = ((out, *torch.autograd.grad(out.sin().sum(), wanted)) for out in outputs)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("image_dim", "per_block"), [(160, 12), (None, 10)])

@@ -21,7 +21,7 @@ from utils.errors import ConfigError
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
 
 EAGER = {"compile": True, "compile_backend": "eager", "compile_fullgraph": True}
-RECOMPUTE = {"gradient_checkpointing": True}
+RECOMPUTE = {"gradient_checkpointing": "all"}
 SWAP = {"blocks_to_swap": 3, "use_pinned_memory_for_block_swap": True}
 OFFLOAD = {"gradient_checkpointing_cpu_offload": True}
 SWITCHES = [
@@ -49,7 +49,7 @@ def trainable():
         model = random_dit()
         network = with_lora(model)
         model.to(device)
-        prepare_(model, TrainingMemoryConfig(**settings), device)
+        prepare_(model, TrainingMemoryConfig(dit_backend="plain", **settings), device)
         return model, network
 
     return build

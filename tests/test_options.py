@@ -25,7 +25,7 @@ FLAGS = {
     "wan_cache_latents": {
         "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
         "disable_cudnn_backend",
-        "ours": "clip_dtype ckpt_dir",
+        "ours": "clip_dtype ckpt_dir one_frame_layout",
         "refused": "debug_mode",
         "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
     },
@@ -53,8 +53,8 @@ FLAGS = {
         "sample_every_n_epochs sample_every_n_steps logging_dir log_with log_prefix log_tracker_name "
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
         "ours": "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
-        "one_frame_target_range stop_after_skipped_steps sample_solver cpu_noise exact_size validation_split "
-        "validate_every_n_steps validate_every_n_epochs validation_levels",
+        "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
+        "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
         "ddp_gradient_as_bucket_view ddp_static_graph lr_scheduler_type lr_scheduler_args huggingface_repo_id "
@@ -66,16 +66,19 @@ FLAGS = {
     "wan_generate_video": {
         "works": "task dit vae t5 clip lora_weight lora_multiplier prompt negative_prompt video_size infer_steps "
         "flow_shift guidance_scale seed cpu_noise sample_solver image_path end_image_path one_frame_inference "
-        "control_image_path save_path output_type latent_path no_metadata from_file interactive device attn_mode "
-        "vae_dtype ckpt_dir save_merged_model include_patterns exclude_patterns fp8 fp8_scaled fp8_t5 blocks_to_swap "
-        "use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale slg_start "
-        "slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph compile_cache_size_limit",
-        "ours": "cuda_allow_tf32 cuda_cudnn_benchmark exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
+        "control_image_path control_image_mask_path save_path output_type latent_path no_metadata from_file "
+        "interactive device attn_mode "
+        "vae_dtype ckpt_dir save_merged_model include_patterns exclude_patterns fp8 fp8_scaled fp8_fast fp8_t5 "
+        "blocks_to_swap use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale "
+        "slg_start slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph "
+        "compile_cache_size_limit",
+        "ours": "recipe dit_backend separate_passes cuda_allow_tf32 cuda_cudnn_benchmark one_frame_layout exact_size "
+        "dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "
-        "control_image_mask_path compile_args trim_tail_frames "
+        "compile_args trim_tail_frames "
         "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "
         "offload_inactive_dit lazy_loading force_v2_1_time_embedding",
-        "ignored": "lycoris fp8_fast video_length fps vae_cache_cpu disable_numpy_memmap video_path",
+        "ignored": "lycoris video_length fps vae_cache_cpu disable_numpy_memmap video_path",
     },
 }
 

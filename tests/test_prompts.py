@@ -35,6 +35,8 @@ def test_the_documented_line_is_read_and_the_last_of_a_repeated_option_wins():
 def test_control_images_collect_and_paths_keep_their_blanks():
     prompt = line("a --ci my start.png --ci end.png --ei end.png")
     assert prompt.control_image_path == ("my start.png", "end.png") and prompt.end_image_path == "end.png"
+    masks = line("text --ci a.png --cim a_mask.png --ci b.png --cim b_mask.png").control_image_mask_path
+    assert masks == ("a_mask.png", "b_mask.png")
 
 
 @pytest.mark.parametrize("text", ["I see a cat", "n a cat", "w 512", "a cat -- sitting", "well-known --w 512"])
@@ -68,7 +70,7 @@ def test_a_negative_seed_means_a_random_one_in_training():
         ("a --s 0", ["sample_steps = 0"]),
         ("a --w 8", ["width = 8"]),
         ("a --cn video.mp4", ["--cn", "Fun-Control"]),
-        ("a --cim mask.png", ["--cim", "mask"]),
+        ("a --cim", ["--cim has no value"]),
     ],
 )
 def test_a_wrong_option_is_refused_with_its_place(text, words):

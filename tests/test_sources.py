@@ -72,6 +72,38 @@ def message(config, need_controls=True):
 # Folders
 
 
+def test_a_mask_lies_beside_its_control_unless_its_name_is_that_of_a_target(folder):
+    for name in ("cat", "dog", "dog_mask"):
+        target(f"{name}.png")
+    controls("cat_0.png", "cat_0_mask.png", "cat_1.png", "dog_0.png", "dog_1.png", "dog_1_mask.png")
+    controls("dog_mask_0.png", "dog_mask_1.png", "dog_0_mask.webp")
+    items = find_items(dataset(clean_indices=(0, 2), target_index=1), 0, True)
+    masks = {item.stem: [mask and mask.name for mask in item.control_masks] for item in items}
+    assert masks == {
+        "cat": ["cat_0_mask.png", None],
+        "dog": ["dog_0_mask.webp", "dog_1_mask.png"],
+        "dog_mask": [None] * 2,
+    }
+    assert matched(dataset(clean_indices=(0, 2), target_index=1))["dog.png"] == ["dog_0.png", "dog_1.png"]
+
+
+def test_what_a_line_leaves_open_of_its_layout_is_the_datasets(folder):
+    lines = []
+    for name, own in {"a": {"control_index": [4]}, "b": {"target_index": 5}, "c": {"control_index": 2}}.items():
+        picture(f"{name}.png")
+        lines.append({"image_path": f"{name}.png", "caption": "", "control_path": f"{name}.png", **own})
+    items = find_items(listed(*lines, clean_indices=(3,), target_index=6), 0, True)
+    assert [item.layout for item in items] == [OneFrameLayout(*pair) for pair in (((4,), 6), ((3,), 5), ((2,), 6))]
+    assert all(item.owns_layout for item in items)
+
+
+def test_a_target_that_is_called_a_mask_keeps_its_control(folder):
+    for name in ("cat", "cat_mask"):
+        target(f"{name}.png")
+        controls(f"{name}.png")
+    assert matched(dataset()) == {"cat.png": ["cat.png"], "cat_mask.png": ["cat_mask.png"]}
+
+
 def test_an_item_knows_everything_about_its_example(folder):
     target("cat.png", " A cat, größer \n", width=640, height=480)
     controls("cat.png")

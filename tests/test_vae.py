@@ -95,7 +95,19 @@ def test_a_convolution_of_one_frame_is_the_3d_one_after_zero_frames(kernel):
     frame = torch.randn(2, 4, 1, 5, 7)
     frames = torch.cat([torch.zeros(2, 4, kernel[0] - 1, 5, 7), frame], dim=2)
     padding = (0, kernel[1] // 2, kernel[2] // 2)
-    assert_close(conv(frame), nn.functional.conv3d(frames, conv.weight, conv.bias, padding=padding))
+    expected = nn.functional.conv3d(frames, conv.weight, conv.bias, padding=padding)
+    assert_close(conv(frame), expected)
+    assert_close(conv(frame[:, :, 0]), expected[:, :, 0])
+
+
+@torch.no_grad()
+def test_one_frame_in_two_dimensions_is_one_frame_in_three():
+    vae = random_vae()
+    frame = torch.rand(2, 3, 1, 16, 24) * 2 - 1
+    moments = vae.encoder(frame[:, :, 0])
+    assert rel_l2(moments[:, :, None], vae.encoder(frame)) < 1e-5
+    latents = moments[:, :16]
+    assert rel_l2(vae.decoder(latents)[:, :, None], vae.decoder(latents[:, :, None])) < 1e-5
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from utils.files import read_toml
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 2000  # characters of an error message
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Section = TypeVar("Section")
 
@@ -70,18 +71,14 @@ class Parser(argparse.ArgumentParser):
 
     def _config_arguments(self, args: list[str]) -> list[str]:
         """The options of the file that `args` name, as arguments."""
-        finder = Parser(add_help=False, allow_abbrev=False)
-        finder.add_argument(self.config_flag, type=Path)
-        path = next(iter(vars(finder.parse_known_args(args)[0]).values()))
+        path = file_named(self.config_flag, args)
         if path is None:
             return []
         if not path.suffix:
             path = path.with_suffix(".toml")
         place, arguments = f"{self.config_flag} {path}", []
         for key, value in _flattened(read_toml(path, self.config_flag)):
-            action = self._option_string_actions.get(f"--{key}")
-            if action is None:
-                raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._flags()).replace('--', '')}")
+            action = self._action(key, place)
             tokens = _tokens(f"--{key}", action, value, place)
             try:
                 if tokens:  # alone, so that what is wrong with it is told with its place
@@ -92,6 +89,37 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{place}: {str(error).removeprefix('argument ')}") from None
             arguments += tokens
         return arguments
+
+    def typed(self, options: Mapping[str, Any], place: str) -> argparse.Namespace:
+        """Options by name, as JSON has them, checked like the command line's: what `parse_args` may start from.
+
+        ConfigErrors start with `place`.
+        """
+        found = argparse.Namespace()
+        for key, value in options.items():
+            action = self._action(key, place)
+            words = _tokens(f"--{key}", action, value, place)[1:]
+            try:
+                values = tuple(self._get_value(action, word) for word in words)
+                for one in values:
+                    self._check_value(action, one)
+            except argparse.ArgumentError as error:
+                raise ConfigError(f"{place}: {str(error).removeprefix('argument ')}") from None
+            if action.nargs == 0:
+                setattr(found, action.dest, value)
+            elif value is False:
+                continue  # as good as left out, like in TOML
+            elif isinstance(action.nargs, int) and len(values) != action.nargs:
+                raise ConfigError(f"{place}: {key} = {value!r}: takes {action.nargs} values")
+            else:
+                setattr(found, action.dest, values if action.nargs else values[0])
+        return found
+
+    def _action(self, key: str, place: str) -> argparse.Action:
+        action = self._option_string_actions.get(f"--{key}")
+        if action is None:
+            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._flags()).replace('--', '')}")
+        return action
 
     def _flags(self) -> list[str]:
         return list(self._option_string_actions)
@@ -132,7 +160,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -141,11 +169,21 @@ def run(main: Callable[[], None]) -> None:
         print("stopped; everything finished so far is kept", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in _DISK_FULL and not error.filename:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        print(f"error: the disk is full{place}; finished files are intact: free space and run again", file=sys.stderr)
+        line = f"the disk is full{place}; finished files are intact: free space and run again"
+        if error.errno not in _DISK_FULL:
+            line = f"{error.filename}: {error.strerror}; check the path and its permissions"
+        print(f"error: {_one_line(line)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(message: object) -> str:
+    """Messages show values from files: line breaks and what steers a terminal go, and the middle of an endless one."""
+    shown = (c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in str(message))  # those: odd file names
+    line = " ".join("".join(shown).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
 
 
 def quiet_unless(main_process: bool) -> None:
@@ -154,16 +192,27 @@ def quiet_unless(main_process: bool) -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def to_toml(*sections: Any) -> str:
-    """The settings of built sections as TOML, which `read_options_from` reads again; what is unset is left out."""
-    settings: dict[str, Any] = {}
+def file_named(flag: str, args: Sequence[str]) -> Path | None:
+    """The file that `flag` names in a command line, before the rest of it is read."""
+    finder = Parser(add_help=False)
+    finder.add_argument(flag, type=Path, dest="path")
+    return finder.parse_known_args(args)[0].path
+
+
+def settings(*sections: Any) -> dict[str, Any]:
+    """The settings of built sections by name, as TOML and JSON can hold them; what is unset is left out."""
+    found: dict[str, Any] = {}
     for section in sections:
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             if "help" in field.metadata and value not in (None, ()):
-                value = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
-                settings[field.name] = value
-    return toml.dumps(settings)
+                found[field.name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+    return found
+
+
+def to_toml(*sections: Any) -> str:
+    """The settings of built sections as TOML, which `read_options_from` reads again."""
+    return toml.dumps(settings(*sections))
 
 
 def _plain(value: Any) -> Any:
@@ -180,6 +229,8 @@ def _flattened(table: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
 
 def _tokens(flag: str, action: argparse.Action, value: Any, place: str) -> list[str]:
     """`flag` with the TOML value as the command line would give it; nothing for a switch that is off."""
+    if isinstance(value, bool) and action.const is not None:  # a switch, or an option that may stand without a value
+        return [flag] if value else []
     if isinstance(value, bool) or action.nargs == 0:
         if not isinstance(value, bool) or (action.nargs != 0 and value):
             kind = "true or false" if action.nargs == 0 else "no switch; give its value"

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and fingerprints that tell whether a file is still the same."""
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -59,9 +60,12 @@ def umask() -> int:
 def require_file(path: str | Path, flag: str) -> Path:
     """Return `path`, or raise ConfigError naming `flag` when it is no readable file."""
     path = Path(path)
-    if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{flag} {path}: {kind}; check the path")
+    try:
+        if not path.is_file():
+            kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+            raise ConfigError(f"{flag} {path}: {kind}; check the path")
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise ConfigError(f"{flag} {path}: cannot be opened ({error.strerror}); check the path") from None
     if not os.access(path, os.R_OK):
         raise ConfigError(f"{flag} {path}: is not readable; check its permissions")
     return path
@@ -102,6 +106,23 @@ def parse_toml(text: str, suspects: str = "brackets and quotes") -> dict[str, An
         raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
         raise ConfigError(f"is not valid TOML ({error}); check {suspects}") from None
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` that raises JSONDecodeError also for nesting, digits and characters that are too much for Python."""
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("Too many brackets within brackets", text, 0) from None
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError("An escape such as \\ud800 is half a character", text, text.index("\\u")) from None
+    except ValueError:
+        raise json.JSONDecodeError("A number has too many digits", text, 0) from None
+    return value
 
 
 def fingerprint(path: str | Path) -> str:

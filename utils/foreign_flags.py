@@ -4,7 +4,6 @@ _NOT_YET = "is not supported yet; leave it out"
 _VIDEO = "belongs to video output, which is not supported"
 _WAN22 = "belongs to Wan2.2 models, which are not supported"
 _FUN_CONTROL = "belongs to Fun-Control models, which are not supported"
-_MASK = "masks of control images are not supported yet; leave it out"
 _HUB = "uploading is not supported; leave it out and upload the finished files with `hf upload`"
 
 _WAN22_FLAGS = dict.fromkeys(
@@ -52,7 +51,6 @@ GENERATION_REFUSED = {
         ("--lora_weight_high_noise", "--lora_multiplier_high_noise", "--guidance_scale_high_noise", "--lazy_loading"),
         _WAN22,
     ),
-    "--control_image_mask_path": _MASK,
     "--control_path": _FUN_CONTROL,
     "--trim_tail_frames": _VIDEO,
     "--compile_args": "is an old form; use --compile_backend, --compile_mode, --compile_dynamic, --compile_fullgraph",
@@ -60,7 +58,6 @@ GENERATION_REFUSED = {
 GENERATION_IGNORED = {
     **_SHARED_IGNORED,
     "--lycoris": "LoHa and LoKr files are merged without the package",
-    "--fp8_fast": "products are computed in the dtype of the DiT",
     "--video_length": "one-frame use makes one image",
     "--fps": "one-frame use makes one image",
     "--video_path": "videos are not read",

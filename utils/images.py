@@ -54,13 +54,33 @@ def open_image(path: str | Path, what: str) -> Image.Image:
     bombs.
     """
     path = require_file(path, what)
-    try:
-        with Image.open(path) as image:
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = _to_rgb(image, path)
-        return rgb.transpose(turn) if turn is not None else rgb
-    except Exception as error:  # Pillow's decoders raise nearly any type on broken files
-        raise _unreadable(path, what, error) from None
+    rgb, alpha = _open(path, what)
+    if alpha is not None:
+        _notice_transparency(path)
+    return rgb
+
+
+def open_masked(path: str | Path, what: str, mask: str | Path | None = None) -> tuple[Image.Image, Image.Image | None]:
+    """The picture as `open_image` gives it, and an 8-bit grey image of its size that is 255 where it counts.
+
+    That is the picture in the file `mask`, else the alpha channel; None when there is neither or it is 255 throughout.
+    Raises ConfigError like `open_image`, and when the two sizes differ.
+    """
+    rgb, alpha = _open(require_file(path, what), what)
+    if mask is not None:
+        alpha = _open(require_file(mask, f"mask of {what}"), f"mask of {what}")[0].convert("L")
+        check_mask_size(mask, alpha.size, path, rgb.size)
+    return rgb, None if alpha is None or alpha.getextrema()[0] == 255 else alpha
+
+
+def check_mask_size(mask: str | Path, mask_size: tuple[int, int], path: str | Path, size: tuple[int, int]) -> None:
+    """Raise ConfigError unless the mask has the size of its image."""
+    if mask_size != size:
+        raise ConfigError(
+            "mask {}: has {}x{} pixels, its image {} has {}x{}; give them one size".format(
+                mask, *mask_size, path, *size
+            )
+        )
 
 
 def check_image(path: str | Path, what: str) -> tuple[int, int]:
@@ -146,18 +166,28 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        _notice_transparency(image, path)
-    return image.convert("RGB")
+def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
+    """Upright RGB image and, when it has transparent pixels, its alpha channel."""
+    try:
+        with Image.open(path) as image:
+            turn, alpha = _UPRIGHT.get(_orientation(image)), None
+            if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
+                rgb = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            elif image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+            else:
+                rgb = image.convert("RGB")
+        if turn is not None:
+            rgb, alpha = rgb.transpose(turn), alpha and alpha.transpose(turn)
+        return rgb, None if alpha is None or alpha.getextrema()[0] == 255 else alpha
+    except Exception as error:  # Pillow's decoders raise nearly any type on broken files
+        raise _unreadable(path, what, error) from None
 
 
-def _notice_transparency(image: Image.Image, path: Path) -> None:
+def _notice_transparency(path: Path) -> None:
     global _transparency_noticed
-    if not _transparency_noticed and image.getchannel("A").getextrema()[0] < 255:
+    if not _transparency_noticed:
         _transparency_noticed = True
         log.warning(
             "%s has transparent pixels: they show the colour stored beneath; paint a background if that is not wanted."

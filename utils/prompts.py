@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, suggest
-from utils.files import read_toml, require_file
+from utils.files import parse_json, read_toml, require_file
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class Prompt:
     image_path: str | None = None
     end_image_path: str | None = None
     control_image_path: tuple[str, ...] | None = None
+    control_image_mask_path: tuple[str, ...] | None = None
     one_frame: str | None = None
     place: str = "prompt"  # where it stands, for messages
 
@@ -59,20 +60,19 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "i": ("image_path", str),
     "ei": ("end_image_path", str),
     "ci": ("control_image_path", str),
+    "cim": ("control_image_mask_path", str),
     "of": ("one_frame", str),
 }
-_UNSUPPORTED = {
-    "cn": "control videos belong to Fun-Control models, which are not supported",
-    "cim": "masks of control images are not supported yet",
-}
+_UNSUPPORTED = {"cn": "control videos belong to Fun-Control models, which are not supported"}
+_COLLECTED = ("control_image_path", "control_image_mask_path")
 
 
 def parse_line(line: str, place: str, *, training: bool) -> Prompt:
     """`text --w 384 --h 576 --of target_index=1,control_index=0 ...` -> Prompt.
 
-    Options start at a blank and two hyphens; the last of a repeated one wins, `--ci` collects. The text before the
-    first option is never read as an option. In generation `--g` is another name of `--l`, as in the reference; in
-    `training` it is embedded guidance, which Wan does not have, and a negative seed means a random one.
+    Options start at a blank and two hyphens; the last of a repeated one wins, `--ci` and `--cim` collect. The text
+    before the first option is never read as an option. In generation `--g` is another name of `--l`, as in the
+    reference; in `training` it is embedded guidance, which Wan does not have, and a negative seed means a random one.
     Raises ConfigError naming `place` and the option.
     """
     text, *pieces = re.split(r"\s--(?=\S)", " " + line.strip())
@@ -96,7 +96,7 @@ def parse_line(line: str, place: str, *, training: bool) -> Prompt:
         except ValueError:
             kind = "whole number" if read is int else "number"
             raise ConfigError(f"{place}: --{name} {argument}: is no {kind}") from None
-        values[key] = (*values.get(key, ()), value) if name == "ci" else value
+        values[key] = (*values.get(key, ()), value) if key in _COLLECTED else value
     return _checked(values, place, training)
 
 
@@ -132,7 +132,7 @@ def _from_lines(lines: Iterable[str], path: Path, training: bool) -> Iterator[Pr
 
 def _from_json(text: str, path: Path, training: bool) -> Iterator[Prompt]:
     try:
-        entries = json.loads(text)
+        entries = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: {error.msg}; fix the JSON") from None
     if not isinstance(entries, list):
@@ -163,11 +163,11 @@ def _from_dict(entry: Any, place: str, training: bool) -> Prompt:
         raise ConfigError(f"{place}: must be a prompt line or a table of options, is a {type(entry).__name__}")
     values = {}
     for key, value in entry.items():
-        if key in ("control_video_path", "control_image_mask_path"):
-            raise ConfigError(f"{place}: {key}: {_UNSUPPORTED['cn' if key == 'control_video_path' else 'cim']}")
+        if key == "control_video_path":
+            raise ConfigError(f"{place}: {key}: {_UNSUPPORTED['cn']}")
         if key not in _KEYS:
             raise ConfigError(f"{place}: unknown key '{key}'{suggest(key, _KEYS)}")
-        if key == "control_image_path":
+        if key in _COLLECTED:
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
         values[key] = _typed(key, value, place)
     return _checked(values, place, training)
@@ -176,10 +176,13 @@ def _from_dict(entry: Any, place: str, training: bool) -> Prompt:
 def _typed(key: str, value: Any, place: str) -> Any:
     readers = dict(_OPTIONS.values())
     expected = {int: (int,), float: (int, float), str: (str,)}[readers.get(key, str)]
-    for part in value if key == "control_image_path" and isinstance(value, tuple) else (value,):
+    for part in value if key in _COLLECTED and isinstance(value, tuple) else (value,):
         if not isinstance(part, expected) or isinstance(part, bool):
             raise ConfigError(f"{place}: {key} = {value!r}: must be a {expected[-1].__name__}")
-    return value
+    try:
+        return float(value) if float in expected else value
+    except OverflowError:
+        raise ConfigError(f"{place}: {key}: has too many digits") from None
 
 
 def _checked(values: dict[str, Any], place: str, training: bool) -> Prompt:

@@ -36,10 +36,18 @@ from utils.cli import option
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
-from utils.images import open_image
-from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
+from utils.images import open_image, open_masked
+from wan.encoding import (
+    encode_blank,
+    encode_causal_condition,
+    encode_clip,
+    encode_images,
+    encode_video,
+    frame_pixels,
+    latent_mask,
+)
 from wan.models import CLIPConfig, T5Config, VAEConfig
-from wan.one_frame import stack_condition, stack_frames
+from wan.one_frame import LayoutConfig, causal_video, stack_condition, stack_frames
 from wan.processes import Processes
 from wan.t5 import encode_text
 from wan.vae import WanVAE
@@ -73,9 +81,12 @@ class CachingConfig:
         """Number of reading threads."""
         return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
 
-    def read(self, need_controls: bool) -> tuple[DatasetsConfig, list[Item]]:
-        """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake."""
-        config = read_config(self.dataset_config, self.batch_size)
+    def read(self, need_controls: bool, layout: str | None = None) -> tuple[DatasetsConfig, list[Item]]:
+        """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
+
+        layout: that of the datasets that don't name theirs.
+        """
+        config = read_config(self.dataset_config, self.batch_size, layout)
         items = find_all_items(config, need_controls)
         for i, dataset in enumerate(config.datasets):
             require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
@@ -83,7 +94,7 @@ class CachingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentCachingConfig(CachingConfig):
+class LatentCachingConfig(CachingConfig, LayoutConfig):
     """caching"""
 
     one_frame: bool = option(False, help="one-frame caching, the only kind there is: must be given")
@@ -103,7 +114,7 @@ def run_latents(
     processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
-    config, items = run.read(need_controls=True)
+    config, items = run.read(need_controls=True, layout=run.one_frame_layout)
     vae.check()
     clip.check()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
@@ -166,7 +177,7 @@ def cache_latents(
 ) -> None:
     """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names.
 
-    The frames of up to a batch of items of one size go through the VAE together.
+    The frames of up to a batch of items of one size go through the VAE together, those of causal layouts item by item.
     """
     blanks: dict[tuple[int, int], Tensor] = {}
     load = partial(_load, models=models)
@@ -174,19 +185,10 @@ def cache_latents(
     sizes = _sizes(config, run.batch_size)
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
         for batch in _batches(_ahead(load, items, run.workers), lambda one: _size(one.item), sizes):
-            size = batch[0].item.bucket
-            if size not in blanks:
-                blanks[size] = encode_blank(vae, *size)
-            encoded = iter(encode_images(vae, torch.stack([frame for one in batch for frame in one.frames])))
-            for one in batch:
-                layout = one.item.layout
-                target, *controls = islice(encoded, len(one.frames))
-                cache = LatentCache(
-                    latents=stack_frames(layout, controls, target),
-                    condition=stack_condition(layout, controls, blanks[size]),
-                    clip=torch.stack([encode_clip(clip, pixels) for pixels in one.whole_controls()]),
-                    layout=layout,
-                )
+            encode = _causal if batch[0].item.layout.causal else _independent
+            for one, (latents, condition) in zip(batch, encode(vae, batch, blanks), strict=True):
+                features = torch.stack([encode_clip(clip, pixels) for pixels in one.whole_controls()])
+                cache = LatentCache(latents, condition, features, one.item.layout, one.masks[0])
                 write_latent_cache(latent_path(config, one.item), cache, one.settings)
                 bar.update(len(one.frames))
 
@@ -216,10 +218,35 @@ class _LoadedItem:
     settings: LatentSettings
     frames: tuple[Tensor, ...]  # the target's and the controls' pixels [3, height, width] at the bucket's size
     controls: tuple[Image.Image, ...]  # whole
+    masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
 
     def whole_controls(self) -> Iterator[Tensor]:
         """Pixels [3, height, width] of the uncropped control images; one at a time, because photos are large."""
         return (frame_pixels(image, image.size) for image in self.controls)
+
+
+def _independent(
+    vae: WanVAE, batch: Sequence[_LoadedItem], blanks: dict[tuple[int, int], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(latents [16, F, H, W], condition [20, F, H, W]) of each item; `blanks` keeps the blank latent of each size."""
+    size = batch[0].item.bucket
+    if size not in blanks:
+        blanks[size] = encode_blank(vae, *size)
+    encoded = iter(encode_images(vae, torch.stack([frame for one in batch for frame in one.frames])))
+    for one in batch:
+        layout = one.item.layout
+        target, *controls = islice(encoded, len(one.frames))
+        condition = stack_condition(layout, controls, blanks[size], one.masks[1:])
+        yield stack_frames(layout, controls, target), condition
+
+
+def _causal(vae: WanVAE, batch: Sequence[_LoadedItem], _blanks: object) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `_independent`; a blank of its own would have no meaning here."""
+    for one in batch:
+        layout = one.item.layout
+        target, *controls = one.frames
+        latents = encode_video(vae, causal_video(layout, controls, target))
+        yield latents, encode_causal_condition(vae, layout, controls)
 
 
 def _size(item: Item) -> tuple:
@@ -257,15 +284,32 @@ def _share(
 
 
 def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
-    target = open_image(item.target, "target image")
-    controls = tuple(open_image(path, "control image") for path in item.controls)
+    target, target_mask = open_masked(item.target, "target image", item.target_mask)
+    if item.layout.causal:  # takes no masks of controls
+        opened = [(open_image(path, "control image"), None) for path in item.controls]
+    else:
+        pairs = zip(item.controls, item.control_masks, strict=True)
+        opened = [open_masked(path, "control image", mask) for path, mask in pairs]
+    controls = tuple(image for image, _ in opened)
     frames = tuple(frame_pixels(image, item.bucket) for image in (target, *controls))
-    return _LoadedItem(item, _settings(item, models), frames, controls)
+    masks = (target_mask, *(mask for _, mask in opened))
+    masks = tuple(mask and latent_mask(mask, item.bucket) for mask in masks)
+    if masks[0] is not None and not masks[0].any():
+        raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
+    return _LoadedItem(item, _settings(item, models), frames, controls, masks)
 
 
 def _settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
-    controls = tuple(fingerprint(path) for path in item.controls)
-    return LatentSettings(bucket=item.bucket, target=fingerprint(item.target), controls=controls, **models)
+    masks = tuple(mask and fingerprint(mask) for mask in (item.target_mask, *item.control_masks))
+    return LatentSettings(
+        bucket=item.bucket,
+        target=fingerprint(item.target),
+        controls=tuple(fingerprint(path) for path in item.controls),
+        masks=masks if any(masks) else None,
+        causal_order=item.layout.causal_order,
+        own_layout=str(item.layout) if item.owns_layout else None,
+        **models,
+    )
 
 
 def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:

@@ -32,7 +32,7 @@ from wan.checkpoint_files import (
 )
 from wan.config import DiTSpec
 from wan.dit import WanDiT
-from wan.fp8 import FP8, FP8Kind, Fp8Linear, fp8_entries, is_dit_weight, use_fp8_
+from wan.fp8 import FP8, FP8Kind, Fp8Linear, fp8_entries, is_dit_weight, is_inner_dit_weight, use_fp8_
 from wan.vae import WanVAE, vae_base_dim
 
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
@@ -131,8 +131,9 @@ def load_dit(
     if dtype is None:
         stored = checkpoint.tensors[_DIT_DTYPE_PROBE].dtype
         dtype = torch.bfloat16 if stored.itemsize == 1 else stored
-    layers = _fp8_layers(checkpoint, model, dtype, fp8, is_dit_weight)
     count = len(model.blocks)
+    wanted = partial(is_inner_dit_weight, blocks=count) if fp8 == "rows" else is_dit_weight
+    layers = _fp8_layers(checkpoint, model, dtype, fp8, wanted)
     on_host = tuple(f"blocks.{i}." for i in range(count - blocks_on_host, count))
     changed = set()
 
@@ -179,14 +180,15 @@ def _fp8_layers(
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Fp8Linear]:
     """`use_fp8_` if a kind is asked for; a file with scales keeps scales, because a cast would lose small weights."""
-    return use_fp8_(model, dtype, "scaled" if checkpoint.scales else kind, wanted) if kind else {}
+    return use_fp8_(model, dtype, "scaled" if kind == "cast" and checkpoint.scales else kind, wanted) if kind else {}
 
 
 def _fp8_entries(
     layers: Mapping[str, Fp8Linear], checkpoint: Checkpoint | None, name: str, key: str, weight: Tensor
 ) -> dict[str, Tensor]:
     """`fp8_entries` of the tensor `name` in `checkpoint` (None: it was changed), not rounded anew where it is fp8."""
-    if key in layers and checkpoint is not None and name in checkpoint.scales:
+    known = checkpoint is not None and name in checkpoint.scales
+    if known and key in layers and layers[key].kind == "scaled":
         stored, template = checkpoint.readers[name](), layers[key].scale_weight
         blocks = blocks_of_scale(checkpoint.read_scale(name, weight.device), stored.shape).to(weight.dtype)
         rows, columns = template.shape[:2] if template.ndim == 3 else (len(template), 1)

@@ -4,6 +4,9 @@ Precision follows the official code without autocast: time embedding, modulation
 stream and the head are float32; the other layers run in the dtype of the weights (`WanDiT.dtype`).
 """
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +59,45 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def _split_heads(x: Tensor) -> Tensor:
+class KeysValues(NamedTuple):
+    """What cross attention makes of its context, [B, L', N, D] each; those of the image are None in t2v."""
+
+    keys: Tensor
+    values: Tensor
+    image_keys: Tensor | None
+    image_values: Tensor | None
+
+
+@dataclass
+class Context:
+    """What the cross attention of one block looks at.
+
+    tokens: [B, image tokens + TEXT_LENGTH, dim]. As in the official code all but the last TEXT_LENGTH are image tokens:
+    257 in i2v, 514 in flf2v. keep: the keys and values that the first call makes serve the next ones too.
+    """
+
+    tokens: Tensor
+    keep: bool = False
+    kept: KeysValues | None = None
+
+
+@dataclass
+class Prepared:
+    """What a forward pass makes of text, image and positions, which the steps of a run have in common."""
+
+    cos: Tensor  # [B, L, D / 2] float32
+    sin: Tensor
+    contexts: list[Context]  # one per block
+
+
+@dataclass
+class StepCache:
+    """For several calls with the same text, image and frame indices: the first one fills it, the others reuse it."""
+
+    prepared: Prepared | None = None
+
+
+def split_heads(x: Tensor) -> Tensor:
     """[B, L, N * D] -> [B, L, N, D]"""
     return x.unflatten(-1, (-1, HEAD_DIM))
 
@@ -70,9 +111,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [B, L, dim]; cos, sin: [B, L, D / 2]. Returns [B, L, dim]."""
-        q = apply_rope(_split_heads(self.norm_q(self.q(x))), cos, sin)
-        k = apply_rope(_split_heads(self.norm_k(self.k(x))), cos, sin)
-        return self.o(self.attention(q, k, _split_heads(self.v(x))).flatten(2))
+        q = apply_rope(split_heads(self.norm_q(self.q(x))), cos, sin)
+        k = apply_rope(split_heads(self.norm_k(self.k(x))), cos, sin)
+        return self.o(self.attention(q, k, split_heads(self.v(x))).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -88,17 +129,26 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, L, dim]; context: [B, image tokens + TEXT_LENGTH, dim]. Returns [B, L, dim].
-
-        As in the official code all tokens but the last TEXT_LENGTH are image tokens: 257 in i2v, 514 in flf2v.
-        """
-        image, text = context[:, :-TEXT_LENGTH], context[:, -TEXT_LENGTH:]
-        q = _split_heads(self.norm_q(self.q(x)))
-        out = self.attention(q, _split_heads(self.norm_k(self.k(text))), _split_heads(self.v(text)))
+    def keys_values(self, context: Context) -> KeysValues:
+        """Those that `context` has kept, or else new ones."""
+        if context.kept is not None:
+            return context.kept
+        image, text = context.tokens[:, :-TEXT_LENGTH], context.tokens[:, -TEXT_LENGTH:]
+        made = KeysValues(split_heads(self.norm_k(self.k(text))), split_heads(self.v(text)), None, None)
         if self.has_image:
-            k, v = _split_heads(self.norm_k_img(self.k_img(image))), _split_heads(self.v_img(image))
-            out = out + self.attention(q, k, v)
+            keys, values = split_heads(self.norm_k_img(self.k_img(image))), split_heads(self.v_img(image))
+            made = KeysValues(made.keys, made.values, keys, values)
+        if context.keep:
+            context.kept = made
+        return made
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: [B, L, dim]. Returns [B, L, dim]."""
+        keys, values, image_keys, image_values = self.keys_values(context)
+        q = split_heads(self.norm_q(self.q(x)))
+        out = self.attention(q, keys, values)
+        if self.has_image:
+            out = out + self.attention(q, image_keys, image_values)
         return self.o(out.flatten(2))
 
 
@@ -118,11 +168,11 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, context: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [B, L, dim] float32, the residual stream; modulation: [B, 6, dim] float32, from the timestep; context:
-        [B, L', dim], whose dtype the layers compute in; cos, sin: [B, L, D / 2] float32. Returns [B, L, dim] float32.
+        its dtype is what the layers compute in; cos, sin: [B, L, D / 2] float32. Returns [B, L, dim] float32.
         """
-        dtype = context.dtype
+        dtype = context.tokens.dtype
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + modulation).chunk(6, dim=1)
         h = self.norm1(x) * (1 + scale) + shift
         x = x + self.self_attn(h.to(dtype), cos, sin) * gate
@@ -204,6 +254,7 @@ class WanDiT(nn.Module):
         image: Tensor | None,
         frame_indices: Tensor,
         skip_blocks: frozenset[int] = frozenset(),
+        cache: StepCache | None = None,
     ) -> Tensor:
         """Velocity of noisy latents.
 
@@ -212,6 +263,7 @@ class WanDiT(nn.Module):
         image: [B, n * 257, image_dim], CLIP features of n images (flf2v: 2); None for t2v.
         frame_indices: [B, F] integer, the time index of each latent frame.
         skip_blocks: numbers of blocks that are left out (skip-layer guidance).
+        cache: see `StepCache`; without one nothing is kept.
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
         self._check(latents, condition, image, frame_indices)
@@ -220,18 +272,27 @@ class WanDiT(nn.Module):
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2).float()
 
-        angles = rope_angles(grid_positions(frame_indices, *grid[1:]))
-        cos, sin = angles.cos().float(), angles.sin().float()
+        prepared = None if cache is None else cache.prepared
+        if prepared is None:
+            prepared = self._prepare(text, image, frame_indices, grid, keep=cache is not None)
+        if cache is not None:
+            cache.prepared = prepared
         time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))
-        context = self.text_embedding(text.to(self.dtype))
-        if image is not None:
-            context = torch.cat([self.img_emb(image, self.dtype), context], dim=1)
-
         for number, block in enumerate(self.blocks):
             if number not in skip_blocks:
-                x = block(x, modulation, context, cos, sin)
+                x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin)
         return self._unpatchify(self.head(x, time), grid)
+
+    def _prepare(
+        self, text: Tensor, image: Tensor | None, frame_indices: Tensor, grid: tuple[int, int, int], keep: bool
+    ) -> Prepared:
+        angles = rope_angles(grid_positions(frame_indices, *grid[1:]))
+        tokens = self.text_embedding(text.to(self.dtype))
+        if image is not None:
+            tokens = torch.cat([self.img_emb(image, self.dtype), tokens], dim=1)
+        contexts = [Context(tokens, keep) for _ in self.blocks]
+        return Prepared(angles.cos().float(), angles.sin().float(), contexts)
 
     def _check(self, latents: Tensor, condition: Tensor | None, image: Tensor | None, frame_indices: Tensor) -> None:
         kind, needs_image = self.spec.model_type, self.spec.image_dim is not None

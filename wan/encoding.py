@@ -1,12 +1,17 @@
 """Images to what the DiT is conditioned on. Caching and generation both call these, so their results are equal bits."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from utils.images import resize_to_fill, to_pixels
 from wan.clip import encode_image
+from wan.config import VAE_STRIDE
+from wan.one_frame import OneFrameLayout, causal_condition, causal_condition_video
 from wan.vae import WanVAE
 
 
@@ -26,6 +31,23 @@ def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
     frames = pixels[:, :, None].to(device)  # videos of one frame
     batches = frames.split(1) if device.type == "cpu" else [frames]
     return torch.cat([vae.encode(batch) for batch in batches]).to(vae.dtype)
+
+
+@torch.no_grad()
+def encode_video(vae: WanVAE, pixels: Tensor) -> Tensor:
+    """[3, 1 + 4 n, 8 H, 8 W] in [-1, 1] -> [16, 1 + n, H, W] normalised latents in the VAE's dtype."""
+    return vae.encode(pixels[None].to(_device(vae)))[0].to(vae.dtype)
+
+
+def encode_causal_condition(vae: WanVAE, layout: OneFrameLayout, controls: Sequence[Tensor]) -> Tensor:
+    """Pixels [3, 8 H, 8 W] of each control -> the condition [20, F, H, W] of a causal layout, in the VAE's dtype."""
+    return causal_condition(layout, encode_video(vae, causal_condition_video(layout, controls)))
+
+
+def latent_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Grey image -> [H, W] float32 in 0..1, the means over the pixels of a latent; brought to `size` like its image."""
+    levels = frame_pixels(mask.convert("RGB"), size)[0]
+    return (F.avg_pool2d(levels[None], VAE_STRIDE)[0] + 1) / 2
 
 
 def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:

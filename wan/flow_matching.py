@@ -30,19 +30,20 @@ def flow_matching_loss(
     noise: Tensor,
     t: Tensor,
     weighting_scheme: str = "none",
-    frame_weights: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Loss of each item, [B] float32: the weighted mean squared error of the velocity.
 
     latents, noise [B, 16, F, H, W]; condition [B, 20, F, H, W]; text [B, 512, D]; image [B, 257 n, D];
     frame_indices [B, F]; t [B] noise levels in 0..1. Spec formats.md section 7.
-    frame_weights: [B, F], how much each frame counts in the mean over frames; None: all the same.
+    weights: [B, F] or [B, F, H, W], how much each frame or place counts in the mean; None: all the same.
     """
     noisy = add_noise(latents, noise, t)
     velocity = dit(noisy, condition, network_timestep(t), text, image, frame_indices)
-    error = (velocity.float() - velocity_target(latents, noise)).square().mean(dim=(1, 3, 4))
-    if frame_weights is None:
+    error = (velocity.float() - velocity_target(latents, noise)).square()
+    error = error.mean(dim=1 if weights is not None and weights.ndim == 4 else (1, 3, 4))
+    if weights is None:
         error = error.mean(dim=1)
     else:
-        error = (error * frame_weights).sum(dim=1) / frame_weights.sum(dim=1)
+        error = (error * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
     return error * loss_weight(weighting_scheme, t)

@@ -1,31 +1,72 @@
 """Linear layers whose frozen weights are kept in 8 bits (spec formats.md section 8.4).
 
-float8_e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, largest value 448, no infinity (arXiv 2209.05433). Weights are
-turned back into the compute dtype for each call, so this saves memory, not time, and works on any device.
+float8_e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, largest value 448, no infinity (arXiv 2209.05433). Weights of the
+kinds `cast` and `scaled` are turned back into the compute dtype for each call, which saves memory, not time, and works
+on any device. With the kind `rows` the inputs are rounded as well and the GPU multiplies the 8-bit numbers.
 """
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
-FP8Kind = Literal["cast", "scaled"]  # a plain cast, or one after a division by scales that are kept
+# A plain cast, or one after a division by scales that are kept: of 64 columns of a row, or of a whole row
+FP8Kind = Literal["cast", "scaled", "rows"]
+SMALLEST_ROW = 1e-12  # a row whose largest number is below is scaled as if this were it
 _MAX = torch.finfo(FP8).max
 _BLOCK = 64  # input columns that share a scale
 _SMALLEST_SCALE = 1e-8
 _NEVER = re.compile(r"norm|patch_embedding|text_embedding|time_embedding|time_projection|head|modulation|img_emb")
 
 
+class Rows8(NamedTuple):
+    """Rows in 8 bits: [..., n] float8 times scale [..., 1] float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor) -> Rows8:
+    """[..., n] of any float dtype; the largest number of each row becomes 448."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / _MAX
+    return Rows8((x / scale).clamp(-_MAX, _MAX).to(FP8), scale)
+
+
+def product_of_rows(x: Rows8, weight: Rows8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x weight^T + bias in `dtype`; x [..., in], weight [out, in].
+
+    A GPU of compute capability 8.9 or above multiplies the 8-bit numbers and rounds to bfloat16, all that torch has for
+    scaled rows. On a CPU it is the same in float32.
+    """
+    if not x.values.is_cuda:
+        out = F.linear(x.values.float(), weight.values.float()) * x.scale * weight.scale[:, 0]
+        return (out if bias is None else out + bias.float()).to(dtype)
+    values, scale = x.values.flatten(0, -2), x.scale.flatten(0, -2)
+    out = torch._scaled_mm(
+        values,
+        weight.values.t(),
+        scale,
+        weight.scale.t(),
+        bias=None if bias is None else bias.bfloat16(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out.unflatten(0, x.values.shape[:-1]).to(dtype)
+
+
 def quantize(weight: Tensor, kind: FP8Kind) -> tuple[Tensor, Tensor | None]:
     """weight [out, in] -> (float8 [out, in], scale in the dtype of `weight`, or None for a cast).
 
     scaled: weight = float8 * scale with one scale per row and 64 columns, [out, in / 64, 1], or per row, [out, 1], when
-    64 does not divide `in`. Values that are beyond 448 nevertheless become 448.
+    64 does not divide `in`. Values that are beyond 448 nevertheless become 448. rows: see `quantize_rows`.
     """
+    if kind == "rows":
+        return tuple(quantize_rows(weight))
     values, scale = weight.float(), None
     if kind == "scaled":
         parts = _parts(values)
@@ -39,7 +80,10 @@ def quantize(weight: Tensor, kind: FP8Kind) -> tuple[Tensor, Tensor | None]:
 def dequantize(quantized: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantize`: [out, in] in `dtype`."""
     weight = quantized.to(dtype)
-    return weight if scale is None else (_parts(weight) * scale).reshape(weight.shape)
+    if scale is None:
+        return weight
+    parts = weight if scale.ndim == weight.ndim else _parts(weight)
+    return (parts * scale).reshape(weight.shape).to(dtype)
 
 
 def _parts(weight: Tensor) -> Tensor:
@@ -77,8 +121,12 @@ class Fp8Linear(nn.Linear):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=base.weight.device), requires_grad=False)
 
         self.quantized = empty(self.out_features, self.in_features, dtype=FP8)
-        scales = (*_parts(self.quantized).shape[:-1], 1)
-        self.register_parameter("scale_weight", empty(*scales) if kind == "scaled" else None)
+        scales = {
+            "cast": lambda: None,
+            "scaled": lambda: empty(*_parts(self.quantized).shape[:-1], 1),
+            "rows": lambda: empty(self.out_features, 1, dtype=torch.float32),
+        }
+        self.register_parameter("scale_weight", scales[kind]())
         self.register_parameter("bias", None if base.bias is None else empty(self.out_features))
 
     @property
@@ -87,13 +135,21 @@ class Fp8Linear(nn.Linear):
         return dequantize(self.quantized, self.scale_weight, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], both in the compute dtype."""
+        """[..., in] -> [..., out], both in the compute dtype. Of the kind `rows` it has no gradient."""
+        if self.kind == "rows":
+            weight = Rows8(self.quantized, self.scale_weight)
+            return product_of_rows(quantize_rows(x), weight, self.bias, self.compute_dtype)
         return _Fp8Product.apply(x, self.quantized, self.scale_weight, self.bias, self.compute_dtype)
 
 
 def is_dit_weight(name: str) -> bool:
     """Whether the DiT keeps the weight of the linear layer `name` in fp8: inside blocks it does, others are small."""
     return "blocks" in name and not _NEVER.search(name)
+
+
+def is_inner_dit_weight(name: str, blocks: int) -> bool:
+    """The same for the kind `rows`, which rounds inputs too: the first and the last of the blocks stay as they are."""
+    return is_dit_weight(name) and not re.match(rf"blocks\.(0|{blocks - 1})\.", name)
 
 
 def use_fp8_(

@@ -16,6 +16,10 @@ class GuidanceConfig:
         "none", help="which steps do without guidance when --cfg_apply_ratio is below 1", choices=_SKIP_MODES
     )
     cfg_apply_ratio: float | None = option(None, help="share of the steps that use guidance")
+    separate_passes: bool = option(
+        False,
+        help="run the passes with and without the prompt one after the other instead of as one batch: less memory",
+    )
     slg_mode: str | None = option(
         None,
         help="skip-layer guidance: a third pass (original), or in place of the second",

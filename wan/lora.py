@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
+from wan.fp8 import Fp8Linear
 from wan.lora_files import LoRAFile, LoRAModule, add_change, lora_name, parse_lora, weight_change, write_lora
+from wan.lora_product import LoRAProduct
 from wan.network_options import NetworkConfig
 from wan.sharding import shared_like, whole
 
@@ -95,6 +97,17 @@ class LoRALinear(AdaptedLinear):
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
+
+    def forward(self, x: Tensor) -> Tensor:
+        random = self.dropout or self.rank_dropout or self.module_dropout
+        if random or not (self.enabled and self.training):
+            return super().forward(x)
+        base, matrices = self.base, [matrix.to(x.dtype) for matrix in (self.lora_down.weight, self.lora_up.weight)]
+        if isinstance(base, Fp8Linear):
+            weight = base.quantized, base.scale_weight, base.compute_dtype
+        else:
+            weight = base.weight, None, None
+        return LoRAProduct.apply(x, *weight, base.bias, *matrices, self.scale)
 
     def branch(self, x: Tensor) -> Tensor:
         low = F.dropout(F.linear(x, self.lora_down.weight.to(x.dtype)), self.dropout)

@@ -309,7 +309,8 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
     if metadata.get("ss_one_frame_legacy_indices") != "True":
         return layout
     places = {index: place for place, index in enumerate(layout.frame_indices)}
-    return OneFrameLayout(tuple(places[index] for index in layout.control_indices), places[layout.target_index])
+    controls = tuple(places[index] for index in layout.control_indices)
+    return OneFrameLayout(controls, places[layout.target_index], layout.causal)
 
 
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -4,21 +4,20 @@
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from utils.cli import option
 from utils.errors import ConfigError, suggest
 from wan.block_swap import swap_blocks_
 from wan.config import DiTSpec
 from wan.fp8 import FP8Kind
+from wan.fused import can_fuse, fuse_
+from wan.recompute import checkpoint_blocks_
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no
 # CUDA graphs write each block's output into the same memory, which the next block and the backward pass still need
 _WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 _DYNAMIC = {"true": True, "false": False, "auto": None, None: None}
+_FP8_PRODUCTS = (8, 9)  # the compute capability from which GPUs multiply float8_e4m3fn
 _FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which inductor compiles to, knows float8_e4m3fn
 
 
@@ -42,10 +42,15 @@ class MemoryConfig:
     compile_dynamic: str | None = option(None, help="one program for all sizes", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
     compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
+    dit_backend: str = option(
+        "auto",
+        help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
+        choices=("auto", "plain", "fused"),
+    )
     cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
     cuda_cudnn_benchmark: bool = option(False, help="let cuDNN try its convolutions and keep the fastest")
 
-    gradient_checkpointing: ClassVar[bool] = False  # of training only
+    gradient_checkpointing: ClassVar[str] = "none"  # of training only
     gradient_checkpointing_cpu_offload: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -57,11 +62,17 @@ class MemoryConfig:
             raise ConfigError(
                 f"--compile_mode {self.compile_mode}: only inductor has modes; leave out --compile_backend"
             )
+        if self.compile and self.dit_backend == "fused":
+            raise ConfigError("--compile: compiles plain operations only; leave it or --dit_backend fused out")
 
     @property
     def fp8_kind(self) -> FP8Kind | None:
         """How the weights of the blocks are kept in fp8, if at all."""
         return "scaled" if self.fp8_scaled else None
+
+    def fuses(self, device: torch.device) -> bool:
+        """Whether a DiT on `device` computes with fused operations."""
+        return self.dit_backend == "fused" or (self.dit_backend == "auto" and not self.compile and can_fuse(device))
 
     def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
         """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
@@ -72,6 +83,10 @@ class MemoryConfig:
             )
         if self.fp8_scaled and stored.itemsize == 1:
             raise ConfigError("--fp8_scaled: the file of --dit is already in fp8; leave it out or use a bf16 file")
+        if self.fuses(device) and not can_fuse(device):
+            raise ConfigError(
+                "--dit_backend fused needs a CUDA GPU and the package triton (triton-windows on Windows); use auto"
+            )
         if self.compile:
             self._check_compiler(device)
 
@@ -94,7 +109,14 @@ class TrainingMemoryConfig(MemoryConfig):
     """memory and speed"""
 
     fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
-    gradient_checkpointing: bool = option(False, help="recompute block activations to save memory")
+    gradient_checkpointing: str = option(
+        "none",
+        help="recompute activations to save memory: of all blocks, which the bare flag means too, or with auto of "
+        "as many as do not fit",
+        choices=("auto", "all", "none"),
+        nargs="?",
+        const="all",
+    )
     gradient_checkpointing_cpu_offload: bool = option(False, help="keep what they start from in host memory")
 
     def __post_init__(self) -> None:
@@ -102,8 +124,12 @@ class TrainingMemoryConfig(MemoryConfig):
         if self.fp8_scaled and not self.fp8_base:
             raise ConfigError("--fp8_scaled needs --fp8_base; give both")
         for flag in ("blocks_to_swap", "gradient_checkpointing_cpu_offload"):
-            if getattr(self, flag) and not self.gradient_checkpointing:
+            if getattr(self, flag) and self.gradient_checkpointing == "none":
                 raise ConfigError(f"--{flag} needs --gradient_checkpointing; give both")
+        if self.blocks_to_swap and self.gradient_checkpointing != "all":
+            raise ConfigError(
+                f"--gradient_checkpointing {self.gradient_checkpointing}: does not go with --blocks_to_swap; use all"
+            )
 
     @property
     def fp8_kind(self) -> FP8Kind | None:
@@ -115,29 +141,45 @@ class GenerationMemoryConfig(MemoryConfig):
     """memory and speed"""
 
     fp8: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
+    fp8_fast: bool = option(
+        False, help="multiply in fp8, weights and inputs with a scale per row, in all blocks but the first and the last"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8_fast and self.blocks_to_swap:
+            raise ConfigError("--fp8_fast: does not go with --blocks_to_swap, whose blocks have to be alike; leave one")
 
     @property
     def fp8_kind(self) -> FP8Kind | None:
-        return super().fp8_kind or ("cast" if self.fp8 else None)
+        return "rows" if self.fp8_fast else super().fp8_kind or ("cast" if self.fp8 else None)
+
+    def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
+        super().check(spec, stored, device)
+        if self.fp8_fast and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_PRODUCTS:
+            raise ConfigError("--fp8_fast: this GPU does not multiply in fp8 (Ada, Hopper and later do); leave it out")
 
 
 def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
     """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
 
-    From the inside out: a block is compiled; its weights are fetched around the compiled program; all of that is
-    recomputed in the backward pass.
+    From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
+    the backward pass.
     """
     if config.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if config.cuda_cudnn_benchmark:
         torch.backends.cudnn.benchmark = True
+    if config.fuses(device):
+        fuse_(dit, device, swapped=config.blocks_to_swap)
     if config.compile:
         compile_blocks_(dit, config)
     if config.blocks_to_swap:
         swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
-    if config.gradient_checkpointing:
-        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload)
+    if config.gradient_checkpointing != "none":
+        only_needed = config.gradient_checkpointing == "auto"
+        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
 
 
 def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
@@ -157,31 +199,3 @@ def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
             dynamic=_DYNAMIC[config.compile_dynamic],
             fullgraph=config.compile_fullgraph,
         )
-
-
-def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False) -> None:
-    """Recompute the activations of each of `dit.blocks` in the backward pass instead of keeping them.
-
-    Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
-    stream [B, L, dim]. cpu_offload: it waits in host memory.
-    """
-    for block in dit.blocks:
-        forward = partial(checkpoint, block.forward, use_reentrant=False)
-        block.forward = partial(_offloaded, forward) if cpu_offload else forward
-
-
-def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared: Tensor) -> Tensor:
-    """`forward` of a checkpointed block, with x kept in host memory; the other inputs are the same for all blocks."""
-    address = x.data_ptr()  # autograd keeps the hooks: with x in one of them, nothing would be freed
-
-    def pack(tensor: Tensor) -> tuple[Tensor, torch.device] | Tensor:
-        if tensor.data_ptr() != address:
-            return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return host.copy_(tensor, non_blocking=True), tensor.device
-
-    def unpack(packed: tuple[Tensor, torch.device] | Tensor) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].to(packed[1], non_blocking=True)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return forward(x, *shared)

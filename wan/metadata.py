@@ -96,7 +96,7 @@ def lora_metadata(
             "session_id": _SESSION,
             "output_name": options.save.output_name,
             "learning_rate": optimizer.learning_rate,
-            "gradient_checkpointing": options.memory.gradient_checkpointing,
+            "gradient_checkpointing": options.memory.gradient_checkpointing != "none",
             "gradient_checkpointing_cpu_offload": options.memory.gradient_checkpointing_cpu_offload,
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
             "lr_warmup_steps": optimizer.lr_warmup_steps,
@@ -141,10 +141,12 @@ def dataset_metadata(config: DatasetsConfig) -> str:
                 "image_directory": _basename(dataset.image_directory),
                 "image_jsonl_file": _basename(dataset.image_jsonl_file),
                 "control_directory": _basename(dataset.control_directory),
+                "target_mask_directory": _basename(dataset.target_mask_directory),
                 "has_control": True,
                 "validation": dataset.validation,
                 "fp_1f_clean_indices": dataset.clean_indices and list(dataset.clean_indices),
                 "fp_1f_target_index": dataset.target_index,
+                "fp_1f_layout": dataset.layout_name,
             }
             for dataset in config.datasets
         ]

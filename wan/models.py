@@ -24,6 +24,8 @@ from wan.attention import Attention, sdpa, select_attention
 from wan.checkpoint_layouts import release_files
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
+from wan.fused import can_fuse
+from wan.fused_vae import fuse_vae_
 from wan.lora_files import LoRAFile, Merger, choose_modules, layout_from_metadata, read_lora
 from wan.memory import MemoryConfig
 from wan.one_frame import OneFrameLayout
@@ -163,7 +165,7 @@ class DiTConfig:
 class AttentionConfig:
     """attention"""
 
-    attn_mode: str = option("torch", help="torch (or sdpa), flash (or flash2), flash3, xformers or sageattn")
+    attn_mode: str = option("torch", help="torch (or sdpa), cudnn, flash (or flash2), flash3, xformers or sageattn")
 
     def __post_init__(self) -> None:
         select_attention(self.attn_mode)
@@ -282,8 +284,11 @@ class VAEConfig:
         return _dtype(self.vae_dtype, "--vae_dtype") or default_dtype(device, torch.bfloat16)
 
     def load(self, device: torch.device):
-        """The VAE in its dtype for `device`."""
-        return checkpoint.load_vae(self.vae, self.dtype(device), device)
+        """The VAE in its dtype for `device`, fused in 16 bits on CUDA."""
+        vae = checkpoint.load_vae(self.vae, self.dtype(device), device)
+        if vae.dtype.itemsize == 2 and can_fuse(device):
+            fuse_vae_(vae)
+        return vae
 
 
 @dataclass(frozen=True)

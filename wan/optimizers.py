@@ -106,6 +106,8 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
     arguments = {"lr": config.learning_rate, **parse_arguments(config.optimizer_args, "--optimizer_args")}
     if kind.__name__ == "Adafactor" and arguments.get("relative_step", True):
         arguments |= {"lr": None, "relative_step": True}  # Adafactor finds its own rate unless told otherwise
+    if kind is torch.optim.AdamW and not arguments.keys() & {"fused", "foreach", "differentiable"}:
+        arguments["fused"] = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
     try:
         return kind(groups, **arguments)
     except (TypeError, ValueError) as error:

@@ -1,12 +1,14 @@
 """Result files of generation: PNG and latent files, their names and metadata (spec formats.md section 6)."""
 
 import logging
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
+from wan.recipe import KEY as RECIPE_KEY
+from wan.recipe import Recipe
 from wan.request import Request
 
 log = logging.getLogger(__name__)
@@ -31,7 +35,7 @@ class OutputConfig:
         help="images, latent or latent_images; video and both give the same with a PNG in place of the video",
         choices=["images", "latent", "latent_images", *_VIDEO_TYPES],
     )
-    no_metadata: bool = option(False, help="store no settings in latent files")
+    no_metadata: bool = option(False, help="store in the files no recipe, nor anything else of how they were made")
 
     @property
     def kinds(self) -> str:
@@ -57,24 +61,27 @@ def result_stem(seed: int) -> str:
     return f"{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}_{seed}"
 
 
-def save_image(folder: Path, stem: str, image: Image.Image) -> None:
-    """Write `<stem>_000.png`."""
+def save_image(folder: Path, stem: str, image: Image.Image, recipe: Recipe | None) -> None:
+    """Write `<stem>_000.png`, with the recipe in a text chunk."""
     path = folder / f"{stem}_000.png"
+    chunks = PngInfo()
+    if recipe is not None:
+        chunks.add_text(RECIPE_KEY, str(recipe))
     with written_whole(path) as temporary:
-        image.save(temporary)
+        image.save(temporary, pnginfo=chunks)
     log.info("saved %s", path)
 
 
 def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, str] | None) -> None:
-    """Write `<stem>_latent.safetensors` with `latent` [16, 1, H, W] float32, normalised."""
+    """Write `<stem>_latent.safetensors` with `latent` [16, n, H, W] float32, as `one_frame.pick_target` gives it."""
     path = folder / f"{stem}_latent.safetensors"
     with written_whole(path) as temporary:
         save_file({"latent": latents.float().contiguous()}, temporary, metadata)
     log.info("saved %s", path)
 
 
-def latent_metadata(request: Request, task: str, loras: tuple[str, ...]) -> dict[str, str]:
-    """How an image was made; nothing that reads latents depends on it."""
+def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:
+    """How an image was made. Besides the recipe there is what musubi-tuner writes, or would."""
     return {
         "seeds": str(request.seed),
         "prompt": request.prompt,
@@ -87,18 +94,24 @@ def latent_metadata(request: Request, task: str, loras: tuple[str, ...]) -> dict
         "flow_shift": str(request.shift),
         "task": task,
         "one_frame_inference": str(request.layout),
-        "loras": ", ".join(loras),
+        "loras": ", ".join(loras).encode(errors="replace").decode(),  # names of files may be no Unicode
+        RECIPE_KEY: str(recipe),
     }
 
 
 def read_latent(path: Path) -> tuple[Tensor, int]:
-    """(`latent` [16, 1, H, W] float32, seed) of a latent file, safetensors or a pickled tensor; unknown seeds are 0."""
+    """(`latent` [16, n, H, W] float32, seed) of a latent file, safetensors or a pickled tensor; unknown seeds are 0.
+
+    Raises ConfigError for other tensors; n is 1 unless the file says that it is of a causal layout.
+    """
     require_file(path, "--latent_path")
-    seeds = "0"
+    seeds, causal = "0", False
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                latents, seeds = file.get_tensor("latent"), (file.metadata() or {}).get("seeds", "0")
+                latents, metadata = file.get_tensor("latent"), file.metadata() or {}
+                seeds = metadata.get("seeds", "0")
+                causal = metadata.get("one_frame_inference", "").endswith(",layout=causal")
         else:
             latents = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
@@ -110,6 +123,6 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
     if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != 16:
         raise ConfigError(f"--latent_path {path}: holds no latents of 16 channels; give a file that generation wrote")
     latents = latents.reshape(latents.shape[-4:])
-    if latents.shape[1] != 1:
+    if latents.shape[1] != 1 and not causal:
         raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")
-    return latents.float(), int(seeds) if seeds.lstrip("-").isdigit() else 0
+    return latents.float(), int(seeds) if re.fullmatch(r"-?[0-9]{1,20}", seeds) else 0

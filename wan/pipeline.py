@@ -1,6 +1,7 @@
 """From a request to an image: encode what it names, denoise, decode. Generation and training samples share it."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.images import from_pixels, open_image, to_pixels
+from utils.images import from_pixels, open_image, open_masked, to_pixels
 from wan import one_frame, sampling
-from wan.dit import WanDiT, pad_text
-from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
+from wan.dit import StepCache, WanDiT, pad_text
+from wan.encoding import encode_blank, encode_causal_condition, encode_clip, encode_images, frame_pixels, latent_mask
 from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
+from wan.one_frame import OneFrameLayout
 from wan.request import Request
 from wan.t5 import encode_text
+from wan.vae import WanVAE
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,8 @@ class Pipeline:
         self._t5_config, self._tokenizer = t5, None
         self._texts: dict[str, Tensor] = {}
         self._features: dict[tuple, Tensor] = {}
-        self._latents: dict[tuple, Tensor] = {}
+        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor]] = {}
+        self._blanks: dict[tuple[int, int], Tensor] = {}
 
     def _load_t5(self, device: torch.device) -> nn.Module:
         model, self._tokenizer = self._t5_config.load(device)
@@ -90,15 +94,15 @@ class Pipeline:
         """Run T5, then CLIP, then the VAE over all requests, each model alone on the device."""
         self._encode_texts({text for request in requests for text in _texts(request)})
         self._encode_features({path for request in requests for path in request.clip_images})
-        self._encode_latents(requests)
+        self._encode_conditions(requests)
         return [self._assemble(request) for request in requests]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
-        """Normalised latents [16, 1, H, W] -> picture."""
+        """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
         with self._vae.on_device() as vae:
             pixels = vae.decode(latents[None].to(self.device))
-        return from_pixels(pixels[0, :, 0].float().cpu())
+        return from_pixels(pixels[0, :, -1].float().cpu())
 
     @torch.inference_mode()
     def _encode_texts(self, texts: set[str]) -> None:
@@ -119,27 +123,22 @@ class Pipeline:
                     self._features[key] = encode_clip(clip, pixels).float().cpu()
 
     @torch.inference_mode()
-    def _encode_latents(self, requests: Sequence[Request]) -> None:
-        wanted = {(_version(path), _size(request)): path for request in requests for path in request.controls}
-        wanted = {key: path for key, path in wanted.items() if key not in self._latents}
-        blanks = {_size(request) for request in requests} - self._latents.keys()
-        if wanted or blanks:
+    def _encode_conditions(self, requests: Sequence[Request]) -> None:
+        missing = {_condition_key(request): request for request in requests}
+        missing = {key: request for key, request in missing.items() if key not in self._conditions}
+        if missing:
             with self._vae.on_device() as vae:
-                for size in blanks:
-                    self._latents[size] = encode_blank(vae, *size).float().cpu()
-                for (version, size), path in wanted.items():
-                    pixels = frame_pixels(open_image(path, "control image"), size)
-                    self._latents[version, size] = encode_images(vae, pixels[None])[0].float().cpu()
+                for key, request in missing.items():
+                    self._conditions[key] = request.layout, _condition(vae, request, self._blanks)
 
     def _assemble(self, request: Request) -> Encoded:
-        size = _size(request)
-        controls = [self._latents[_version(path), size] for path in request.controls]
+        layout, condition = self._conditions[_condition_key(request)]
         return Encoded(
             request=request,
             text=self._texts[request.prompt],
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
             image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
-            condition=one_frame.stack_condition(request.layout, controls, self._latents[size]),
+            condition=one_frame.relayout(condition, layout, request.layout),
         )
 
 
@@ -151,34 +150,44 @@ def denoise(
     label: str = "denoising",
     guidance: GuidanceConfig | None = None,
 ) -> Tensor:
-    """The latents of the generated frame, [16, 1, H, W] float32 on the CPU. Draws nothing but the seeded noise."""
+    """The latents to decode the picture from (`pick_target`), float32 on the CPU. Draws only the seeded noise."""
     request, guidance = encoded.request, guidance or GuidanceConfig()
     condition = encoded.condition[None].to(device)
-    text = pad_text([encoded.text]).to(device)
-    negative = None if encoded.negative is None else pad_text([encoded.negative]).to(device)
+    texts = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
+    texts = {name: pad_text([text]).to(device) for name, text in texts.items()}
     image = encoded.image[None].to(device)
     frame_indices = torch.tensor([request.layout.frame_indices], device=device)
     frames, height, width = condition.shape[2:]
     noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise)
     guided_steps = guidance.guided_steps(request.steps)
-
-    def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
-        def run(context: Tensor, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
-            timesteps = timestep.reshape(1).to(device)
-            return dit(x[None], condition, timesteps, context, image, frame_indices, skip_blocks)[0]
-
-        conditional = run(text)
-        if negative is None or not guided_steps[step]:
-            return conditional
-        if not guidance.skips_layers(step, request.steps):
-            return sampling.guided(conditional, run(negative), request.guidance)
-        skipped = run(negative, guidance.skipped_blocks)
-        if guidance.slg_mode == "uncond":
-            return sampling.guided(conditional, skipped, request.guidance)
-        guided = sampling.guided(conditional, run(negative), request.guidance)
-        return guided + guidance.slg_scale * (conditional - skipped)
-
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
+    timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
+    caches = defaultdict(StepCache)
+
+    def velocity(x: Tensor, _timestep: Tensor, step: int) -> Tensor:
+        def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
+            """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
+            inputs = x[None], condition, timesteps[step, None]
+            latents, conditions, times, images, indices = (
+                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frame_indices)
+            )
+            text = torch.cat([texts[name] for name in names])
+            return dit(latents, conditions, times, text, images, indices, skip_blocks, cache=caches[names])
+
+        if "negative" not in texts or not guided_steps[step]:
+            return run("prompt")[0]
+        skips_layers = guidance.skips_layers(step, request.steps)
+        if skips_layers:
+            skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
+        if skips_layers and guidance.slg_mode == "uncond":
+            return sampling.guided(run("prompt")[0], skipped, request.guidance)
+        if guidance.separate_passes:
+            conditional, unconditional = run("prompt")[0], run("negative")[0]
+        else:
+            conditional, unconditional = run("prompt", "negative")
+        guided = sampling.guided(conditional, unconditional, request.guidance)
+        return guided + guidance.slg_scale * (conditional - skipped) if skips_layers else guided
+
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
     return one_frame.pick_target(request.layout, latents).cpu()
@@ -193,6 +202,28 @@ def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device, cpu_n
 
 def _texts(request: Request) -> tuple[str, ...]:
     return (request.prompt,) if request.guidance == 1 else (request.prompt, request.negative_prompt)
+
+
+def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tensor]) -> Tensor:
+    """[20, F, H, W] float32 on the CPU, of the same bits as caching makes. `blanks` keeps the blank of each size."""
+    layout, size = request.layout, _size(request)
+    if layout.causal:
+        images = [open_image(path, "control image") for path in request.controls]
+        return encode_causal_condition(vae, layout, [frame_pixels(image, size) for image in images]).float().cpu()
+    pairs = zip(request.controls, request.control_masks, strict=True)
+    opened = [open_masked(path, "control image", mask) for path, mask in pairs]
+    controls = [encode_images(vae, frame_pixels(image, size)[None])[0] for image, _ in opened]
+    masks = [mask and latent_mask(mask, size) for _, mask in opened]
+    if size not in blanks:
+        blanks[size] = encode_blank(vae, *size)
+    return one_frame.stack_condition(layout, controls, blanks[size], masks).float().cpu()
+
+
+def _condition_key(request: Request) -> tuple:
+    """What the condition depends on, apart from time indices: see `relayout`."""
+    controls = tuple(map(_version, request.controls))
+    masks = tuple(mask and _version(mask) for mask in request.control_masks)
+    return request.layout.causal_order, controls, masks, _size(request)
 
 
 def _size(request: Request) -> tuple[int, int]:

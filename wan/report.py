@@ -48,7 +48,7 @@ def expected_memory(
         min(bucket.batch_size, bucket.items) * bucket.frames * bucket.height * bucket.width // 4 for bucket in buckets
     )
     block = tokens * spec.dim
-    if memory.gradient_checkpointing:
+    if memory.gradient_checkpointing != "none":
         kept = 0 if memory.gradient_checkpointing_cpu_offload else spec.num_layers * _CHECKPOINT_BYTES
         activations = block * (kept + _ACTIVATION_BYTES)
     else:

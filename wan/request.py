@@ -1,24 +1,26 @@
 """What one image is made from: prompts, flags and the task's defaults become a checked `Request`."""
 
 import logging
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from utils.cli import option
 from utils.errors import ConfigError
-from utils.images import check_image, floor16, size_for_area
+from utils.images import check_image, check_mask_size, floor16, size_for_area
 from utils.prompts import Prompt
 from wan import one_frame
 from wan.config import TaskSpec
-from wan.one_frame import OneFrameLayout
+from wan.one_frame import LayoutConfig, OneFrameLayout
 from wan.sampling import SOLVERS, schedule
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(LayoutConfig):
     """sampling"""
 
     sample_solver: str = option("unipc", choices=SOLVERS, help="solver; vanilla is Euler")
@@ -34,6 +36,7 @@ class Request:
 
     prompt: str
     negative_prompt: str
+    asked: tuple[int, int]  # width and height that were asked for: their product counts, see `resolve`
     width: int  # pixels, a multiple of 16
     height: int
     steps: int
@@ -42,6 +45,7 @@ class Request:
     seed: int
     layout: OneFrameLayout
     controls: tuple[Path, ...]  # in the order of layout.control_indices
+    control_masks: tuple[Path | None, ...]  # one each; None: the alpha channel of the control, if it has one
     clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
     solver: str = "unipc"
     cpu_noise: bool = False
@@ -66,7 +70,8 @@ class Request:
     def _resolved(
         cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
     ) -> "Request":
-        layout, controls = _controls(prompt, trained)
+        layout, controls = _controls(prompt, sampling.one_frame_layout, trained)
+        control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
         asked = (prompt.width or 256, prompt.height or 256)
         if sampling.exact_size:
@@ -79,31 +84,81 @@ class Request:
 
         steps = given(prompt.sample_steps, task.steps)
         shift = given(prompt.discrete_flow_shift, task.default_shift(*asked))
+        guidance = float(given(prompt.cfg_scale, task.guidance_scale))
+        seed = given(prompt.seed, random.SystemRandom().randrange(1 << 32))
+        texts = prompt.prompt or "", given(prompt.negative_prompt, task.negative_prompt)
+        _check_values(guidance, seed, texts)
         schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
         return cls(
-            prompt=prompt.prompt or "",
-            negative_prompt=given(prompt.negative_prompt, task.negative_prompt),
+            prompt=texts[0],
+            negative_prompt=texts[1],
+            asked=asked,
             width=width,
             height=height,
             steps=steps,
-            shift=shift,
-            guidance=given(prompt.cfg_scale, task.guidance_scale),
-            seed=given(prompt.seed, random.SystemRandom().randrange(1 << 32)),
+            shift=float(shift),
+            guidance=guidance,
+            seed=seed,
             layout=layout,
             controls=controls,
+            control_masks=control_masks,
             clip_images=clip_images,
             solver=sampling.sample_solver,
             cpu_noise=sampling.cpu_noise,
         )
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The flags of wan_generate_video.py that ask for this image, beside the other ones of `SamplingConfig`.
 
-def _controls(prompt: Prompt, trained: OneFrameLayout | None) -> tuple[OneFrameLayout, tuple[Path, ...]]:
+        A start or end image that is taken from the controls anyway is left out.
+        """
+        width, height = self.asked
+        options = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "one_frame_inference": str(self.layout),
+            "one_frame_layout": one_frame.LAYOUTS[self.layout.causal],
+            "control_image_path": [str(path) for path in self.controls],
+            "video_size": [height, width],
+            "infer_steps": self.steps,
+            "flow_shift": self.shift,
+            "guidance_scale": self.guidance,
+            "seed": self.seed,
+        }
+        if any(self.control_masks):
+            options["control_image_mask_path"] = [str(path) for path in self.control_masks]
+        usual = one_frame.clip_controls(self.layout, len(self.clip_images)) if self.controls else []
+        for i, (name, path) in enumerate(zip(("image_path", "end_image_path"), self.clip_images, strict=False)):
+            if not usual or path != self.controls[usual[i]]:
+                options[name] = str(path)
+        return options
+
+
+def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance scale {guidance}: must be a number, e.g. 5")
+    if not -(1 << 63) <= seed < 1 << 64:  # what torch takes
+        raise ConfigError(f"seed {seed}: has too many digits; use at most 19")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"character {error.start} of the prompt is no Unicode text; write it as UTF-8") from None
+
+
+def _controls(
+    prompt: Prompt, layout_name: str | None, trained: OneFrameLayout | None
+) -> tuple[OneFrameLayout, tuple[Path, ...]]:
     if not prompt.one_frame:
         raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
     try:
-        if prompt.one_frame.strip() == "auto" and trained is None:
-            raise ConfigError("no LoRA file names the indices that it was trained at; give them")
-        layout = trained if prompt.one_frame.strip() == "auto" else one_frame.parse(prompt.one_frame)
+        if prompt.one_frame.strip() == "auto":
+            if trained is None:
+                raise ConfigError("no LoRA file names the indices that it was trained at; give them")
+            layout = replace(trained, causal=one_frame.is_causal(layout_name)) if layout_name else trained
+        else:
+            layout = one_frame.parse(prompt.one_frame, layout_name)
         if trained not in (None, layout):
             log.warning("%s: one_frame %s, but the LoRA was trained at %s", prompt.place, layout, trained)
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
@@ -113,6 +168,20 @@ def _controls(prompt: Prompt, trained: OneFrameLayout | None) -> tuple[OneFrameL
     for path in controls:
         check_image(path, "control image")
     return layout, controls
+
+
+def _masks(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...]) -> tuple[Path | None, ...]:
+    if not prompt.control_image_mask_path:
+        return (None,) * len(controls)
+    masks = tuple(Path(path) for path in prompt.control_image_mask_path)
+    if len(masks) != len(controls):
+        raise ConfigError(f"{len(masks)} masks (--cim) for {len(controls)} control images; give one per image")
+    if layout.causal:
+        raise ConfigError("the causal layout takes no masks of control images; leave out --cim or layout=causal")
+    for mask, control in zip(masks, controls, strict=True):
+        sizes = check_image(mask, "mask of control image"), check_image(control, "control image")
+        check_mask_size(mask, sizes[0], control, sizes[1])
+    return masks
 
 
 def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...], count: int) -> tuple[Path, ...]:

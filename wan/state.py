@@ -82,12 +82,13 @@ def load_state(path: Path) -> State:
         known = {field.name for field in fields(Progress)}
         progress = Progress(**{key: value for key, value in written["progress"].items() if key in known})
         progress.losses = tuple(progress.losses)
+        facts = dict(written["facts"])
         weights = load_file(path / _WEIGHTS)
         optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers of damaged files raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"--resume {path}: is damaged ({reason}); resume from an earlier state") from None
-    return State(path, progress, written["facts"], weights, optimizer)
+    return State(path, progress, facts, weights, optimizer)
 
 
 def newest_state(folder: Path, name: str) -> Path | None:
@@ -98,7 +99,7 @@ def newest_state(folder: Path, name: str) -> Path | None:
         if pattern.fullmatch(path.name) and (path / _PROGRESS).is_file():
             try:
                 progress = json.loads((path / _PROGRESS).read_text())["progress"]
-                found.append((progress["step"], progress["epoch"], path))
+                found.append((int(progress["step"]), int(progress["epoch"]), path))
             except (ValueError, KeyError, TypeError):
                 log.warning("%s is damaged and is passed over", path)
     return max(found)[2] if found else None

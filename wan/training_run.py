@@ -36,9 +36,9 @@ class TrainingModels:
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
     require_writable_dir(save.output_dir, "--output_dir")
-    task, requests = _check(models, options)
+    task, requests = _check(models, options, datasets)
     accelerator = training.build_accelerator(models.device.device)
     cli.quiet_unless(accelerator.is_main_process)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
@@ -75,12 +75,15 @@ def show_timesteps(options: TrainingOptions, mode: str) -> None:
     show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
 
 
-def _check(models: TrainingModels, options: TrainingOptions) -> tuple[TaskSpec, list[Request]]:
+def _check(
+    models: TrainingModels, options: TrainingOptions, datasets: DatasetsConfig
+) -> tuple[TaskSpec, list[Request]]:
     """The task and the sample requests; headers of all files that will be needed have been looked at."""
     task = models.dit.check()
     options.run.compute_dtype(models.dit.dit_dtype)
     options.tracking.check()
-    requests = options.samples.requests(task, options.sampling)
+    sampling = replace(options.sampling, one_frame_layout=datasets.layout_name)  # samples are like what is trained
+    requests = options.samples.requests(task, sampling)
     if requests:
         models.t5.check(models.dit.spec)
         models.clip.check(models.dit.spec)

@@ -91,6 +91,9 @@ class TrainingStep:
         frame_indices = batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = one_frame.natural_indices(frame_indices)
+        weights = one_frame.loss_weights(
+            batch.layouts, batch.condition, batch.target_masks, run.one_frame_loss == "target"
+        )
         return flow_matching_loss(
             self.model,
             latents=batch.latents.to(device),
@@ -101,7 +104,7 @@ class TrainingStep:
             noise=noise.to(device),
             t=t.to(device),
             weighting_scheme=weighting_scheme,
-            frame_weights=one_frame.target_mask(batch.layouts).to(device) if run.one_frame_loss == "target" else None,
+            weights=None if weights is None else weights.to(device),
         )
 
     def _losses(self, batch: TrainingBatch, epoch: int) -> Tensor:

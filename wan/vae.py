@@ -3,6 +3,9 @@
 Frames are processed all at once instead of in the official chunks of four with cached borders; the result is the same,
 because every convolution over time sees only the past, with zeros before the first frame. The first frame is its own
 group: it passes the temporal down- and upsampling unchanged, which the frames after it share four to a latent.
+
+A single frame goes through as [B, C, H, W], by convolutions in two dimensions: all that a convolution over time sees of
+it is its own slice of the kernel, the last.
 """
 
 from collections import OrderedDict
@@ -43,9 +46,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, C', T, H, W]"""
-        if x.shape[2] == 1:  # only zeros before it: the last slice of the kernel does all the work
-            return F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])[:, :, None]
+        """[B, C, T, H, W] -> [B, C', T, H, W], or both without T"""
+        if x.ndim == 4:
+            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=self.padding[1:])
         return super().forward(F.pad(x, (0, 0, 0, 0, self.kernel_size[0] - 1, 0)))
 
 
@@ -57,11 +60,13 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma
+        return F.normalize(x, dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma.view(-1, *[1] * (x.ndim - 2))
 
 
 def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 2-D layer to each frame of [B, C, T, H, W]."""
+    """Apply a 2-D layer to each frame of [B, C, T, H, W], or to the single one of [B, C, H, W]."""
+    if x.ndim == 4:
+        return layer(x)
     frames = layer(x.transpose(1, 2).flatten(0, 1))
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
@@ -113,7 +118,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _per_frame(self.resample, x)
-        if self.time_conv is None or x.shape[2] == 1:
+        if self.time_conv is None or x.ndim == 4 or x.shape[2] == 1:
             return x
         return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
 
@@ -128,7 +133,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.time_conv is not None and x.shape[2] > 1:
+        if self.time_conv is not None and x.ndim == 5 and x.shape[2] > 1:
             pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T - 1, H, W]
             x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
         return _per_frame(self.resample, x)
@@ -188,14 +193,18 @@ class WanVAE(nn.Module):
             raise ValueError(f"{frames} frames; the VAE takes 1 or 1 + a multiple of {TIME_STRIDE}")
         if height % VAE_STRIDE or width % VAE_STRIDE:
             raise ValueError(f"frames of {height} x {width} pixels; both sides must be multiples of {VAE_STRIDE}")
-        mean, _log_variance = self.conv1(self.encoder(pixels.to(self.dtype))).float().chunk(2, dim=1)
+        pixels = pixels.to(self.dtype)
+        moments = self.conv1(self.encoder(pixels if frames > 1 else pixels[:, :, 0])).float()
+        mean, _log_variance = (moments if frames > 1 else moments[:, :, None]).chunk(2, dim=1)
         return (mean - _per_channel(VAE_MEAN, mean)) / _per_channel(VAE_STD, mean)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, 16, 1 + n, H, W] -> pixels [B, 3, 1 + 4 n, 8 H, 8 W] float32, clamped to [-1, 1]."""
         latents = latents.float()
         latents = latents * _per_channel(VAE_STD, latents) + _per_channel(VAE_MEAN, latents)
-        return self.decoder(self.conv2(latents.to(self.dtype))).float().clamp(-1, 1)
+        latents, frames = latents.to(self.dtype), latents.shape[2]
+        pixels = self.decoder(self.conv2(latents if frames > 1 else latents[:, :, 0])).float().clamp(-1, 1)
+        return pixels if frames > 1 else pixels[:, :, None]
 
 
 def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
