@@ -28,7 +28,8 @@ print("end", flush=True)
 def at_a_terminal(history: Path, *steps: tuple[str, str]) -> str:
     """What a terminal shows; each step is keys to type and what to wait for afterwards.
 
-    Keys are lost between two prompts, so a line ends with the next one.
+    Keys are lost between two prompts, so a line ends with the next one; a Ctrl-C is, too, when it comes just before
+    Python begins to wait for a key, so it is pressed again.
     """
     pty = pytest.importorskip("pty")
     code = CODE.format(path=str(history))
@@ -43,8 +44,10 @@ def at_a_terminal(history: Path, *steps: tuple[str, str]) -> str:
             start = len(seen)
             os.write(terminal_, keys.encode())
             while awaited not in seen[start:]:
-                ready, *_ = select.select([terminal_], [], [], max(0, deadline - time.monotonic()))
-                assert ready, seen
+                assert time.monotonic() < deadline, seen
+                if not select.select([terminal_], [], [], 2)[0]:
+                    os.write(terminal_, CTRL_C.encode() if keys == CTRL_C else b"")
+                    continue
                 seen += os.read(terminal_, 1000).decode(errors="replace")
     finally:
         os.close(terminal_)
