@@ -96,6 +96,8 @@ def moment_at(scene: Scene, time: float) -> Moment:
         case "hat":
             hatless = time < 0.06
             return replace(now, scene=replace(scene, hat=None if hatless else scene.hat), hat_drop=0.25 * (1 - early))
+        case "clothes":
+            return replace(now, scene=replace(scene, outfit=scene.outfit if time < 0.06 else scene.change))
         case "surprise":
             return replace(now, mouth=early, lift=0.012 * sway)
         case _:

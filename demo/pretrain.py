@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from demo import miniature
-from demo.recordings import Recordings, as_video, record
+from demo.recordings import as_video, record
 from demo.train_dit import Lessons, new_dit, train_dit
 from demo.train_vae import VAEStage, new_vae, train_vae
 from wan.checkpoint import load_clip, load_dit, load_t5, load_vae
@@ -24,7 +24,8 @@ from wan.vae import (
     WanVAE,
 )
 
-HELD_OUT_SEED, HELD_OUT_CLIPS, SEED, BLAZER_SEED = 900_000_000, 60, 200_000_000, 250_000_000
+HELD_OUT_SEED, SEED, BLAZER_SEED = 900_000_000, 200_000_000, 250_000_000
+HELD_OUT_CLIPS, VAE_CLIPS, BLAZER_CLIPS = 60, 12_000, 4_000
 STEPS = (7_500, 4_000, 2_500, 10_000, 3_000)  # of the VAE: stills, clips, blazers; of i2v, of flf2v
 DIT_RATE = 1.2e-3
 
@@ -45,9 +46,11 @@ def main() -> None:
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
     *vae_steps, i2v_steps, flf2v_steps = args.steps
-    sets = record(args.clips, SEED, device)
+    vae = get_vae(args.out, device, vae_steps, max(4, args.batch // 2))
+    if not i2v_steps + flf2v_steps:
+        return
+    sets = record(args.clips, SEED, device, changes=True)
     report("clips drawn")
-    vae = get_vae(args.out, device, sets, vae_steps, max(4, args.batch // 2))
     t5, clip, i2v = get_rest(args.out, device, new=i2v_steps > 0)
     if i2v_steps:
         lessons = [Lessons(vae, clip, part, ()) for part in sets]
@@ -67,7 +70,7 @@ def main() -> None:
         report("flf2v written")
 
 
-def get_vae(folder: Path, device: torch.device, sets: list[Recordings], steps: list[int], batch: int) -> WanVAE:
+def get_vae(folder: Path, device: torch.device, steps: list[int], batch: int) -> WanVAE:
     """The VAE, trained in two stages where there are steps for them; as the loaders of the scripts see it.
 
     The second stage shows blazers as well, and weighs large errors more.
@@ -77,12 +80,18 @@ def get_vae(folder: Path, device: torch.device, sets: list[Recordings], steps: l
     if still_steps + clip_steps:
         torch.manual_seed(4)
         vae = new_vae().to(device)
-        train_vae(vae, sets, VAEStage(still_steps, clip_steps, peak=2.5e-3, square=2, batch=batch))
+        train_vae(
+            vae, record(VAE_CLIPS, SEED, device), VAEStage(still_steps, clip_steps, peak=2.5e-3, square=2, batch=batch)
+        )
         miniature.write_vae(folder, vae)
     if blazer_steps:
+        torch.manual_seed(0)
         vae = load_vae(file, torch.float32, device)
-        clips = record(max(80, sum(len(part.captions) for part in sets) // 2), BLAZER_SEED, device, blazers=True)
-        train_vae(vae, clips, VAEStage(0, blazer_steps, peak=8e-4, square=20, batch=batch))
+        train_vae(
+            vae,
+            record(BLAZER_CLIPS, BLAZER_SEED, device, blazers=True),
+            VAEStage(0, blazer_steps, peak=8e-4, square=20, batch=batch),
+        )
         miniature.write_vae(folder, vae)
     vae = load_vae(file, torch.float32, device)
     held_out = record(HELD_OUT_CLIPS, HELD_OUT_SEED, device, held_out=True)

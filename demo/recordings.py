@@ -9,7 +9,7 @@ from torch import Tensor
 
 from demo.drawing import rasterise, stack_shapes
 from demo.figures import shapes
-from demo.world import FRAMES, SIZES, in_blazer, sample_scene
+from demo.world import CLOTHES, FRAMES, SIZES, in_blazer, sample_scene
 
 
 @dataclass
@@ -26,10 +26,21 @@ class Recordings:
 
 
 def record(
-    count: int, first_seed: int, device: torch.device, held_out: bool = False, blazers: bool = False
+    count: int,
+    first_seed: int,
+    device: torch.device,
+    held_out: bool = False,
+    blazers: bool = False,
+    changes: bool = False,
 ) -> list[Recordings]:
-    """Clips of the seeds first_seed, first_seed + 1, ...; one set per size in SIZES. `blazers`: in every second one."""
-    tasks = [(seed, held_out, blazers and seed % 2 == 1) for seed in range(first_seed, first_seed + count)]
+    """Clips of the seeds first_seed, first_seed + 1, ...; one set per size in SIZES.
+
+    blazers: somebody wears one in every second clip. changes: somebody changes clothes in every second clip.
+    """
+    tasks = [
+        (seed, held_out, *(seed % 2 == 1 and wanted for wanted in (blazers, changes)))
+        for seed in range(first_seed, first_seed + count)
+    ]
     if count < 64:
         made = [_shapes_of(task) for task in tasks]
     else:
@@ -47,10 +58,10 @@ def record(
     return sets
 
 
-def _shapes_of(task: tuple[int, bool, bool]) -> tuple[list[np.ndarray], str, tuple[int, int]]:
+def _shapes_of(task: tuple[int, bool, bool, bool]) -> tuple[list[np.ndarray], str, tuple[int, int]]:
     torch.set_num_threads(1)
-    seed, held_out, blazer = task
-    scene = sample_scene(seed, held_out)
+    seed, held_out, blazer, change = task
+    scene = sample_scene(seed, held_out, CLOTHES if change else None)
     scene = in_blazer(scene, seed) if blazer else scene
     return [shapes(scene, frame).numpy() for frame in range(FRAMES)], scene.caption, scene.size
 

@@ -97,6 +97,7 @@ def train_dit(
     """Flow matching on clips of 5 and of 9 frames. `text`: train T5 as well."""
     device = lessons[0].latents.device
     chooser = torch.Generator().manual_seed(2)
+    torch.manual_seed(2)
     dit.requires_grad_(True)
     t5.requires_grad_(text)
     sizes = torch.tensor([float(len(part.latents)) for part in lessons])

@@ -60,6 +60,8 @@ LIGHTS: dict[str, tuple[Colour, str]] = {
 }
 PEOPLE = {"girl": "she", "boy": "he", "woman": "she", "man": "he", "child": "they", "person": "they"}
 
+CLOTHES = "clothes"  # the action that the video models see more often than others: it is drawn by name only
+
 # What happens -> ways to say it. {one} is she, he or they; {colour} and {hat} are those of the change.
 ACTIONS: dict[str, tuple[str, ...]] = {
     "stand": ("{one} stands still", "nothing moves", "{one} waits quietly"),
@@ -80,6 +82,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "hair colour": ("the hair turns {colour}", "{one} has {colour} hair now"),
     "hat": ("{one} puts on a {hat}", "a {hat} appears", "{one} wears a {hat} now"),
     "surprise": ("{one} is surprised", "the mouth opens wide"),
+    CLOTHES: ("{one} wears {clothes} now", "{one} changes into {clothes}", "{one} is dressed in {clothes}"),
 }
 EDIT_CAPTION = "the {person} wears a school uniform"
 WORDS = (  # words of prompts that no caption has; the tokenizer knows them, the models do not
@@ -132,7 +135,7 @@ class Scene:
     facing: float  # -1 left .. 1 right
     arms: tuple[float, float]  # radians, 0 hangs down
     action: str
-    change: Colour | None  # of the attribute that the action changes
+    change: Colour | Outfit | None  # what the action makes of the attribute that it changes
     caption: str
 
     @property
@@ -175,7 +178,7 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
     hat = rng.choice(HATS) if rng.random() < 0.25 else None
     place, light = rng.choice(list(PLACES)), rng.choice(list(LIGHTS))
     object_colour, hat_colour = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
-    action = action or rng.choice(list(ACTIONS))
+    action = action or rng.choice([name for name in ACTIONS if name != CLOTHES])
     if action == "lift" and holds is None:
         holds = rng.choice(OBJECTS)
     if action == "hat":
@@ -192,9 +195,14 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
         *([LIGHTS[light][1]] if rng.random() < 0.5 else []),
     ]
     names = {"one": PEOPLE[person], "person": person, "top": top, "hat": f"{hat_colour} {hat}", "object": holds}
-    happens = rng.choice(ACTIONS[action]).format(**names, colour=new_colour)
+    way = rng.choice(ACTIONS[action])
     arms = (rng.uniform(0.1, 0.7), rng.uniform(0.1, 0.9))
     varied = [min(1.0, part * rng.uniform(0.93, 1.05)) for part in COLOURS[top_colour]]
+    change = palette[new_colour] if action in ("top colour", "hair colour") else None
+    if action == CLOTHES:
+        change, names["clothes"] = _new_clothes(
+            rng, hair, hair_colour, is_held_out("/".join((hair, hair_colour, top, top_colour)))
+        )
     return Scene(
         person=person,
         look="/".join((hair, hair_colour, top, top_colour)),
@@ -217,9 +225,20 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
         facing=rng.uniform(-0.8, 0.8),
         arms=arms,
         action=action,
-        change=palette[new_colour] if action in ("top colour", "hair colour") else None,
-        caption=(", ".join(look) + ". " if rng.random() < 0.7 else "") + happens,
+        change=change,
+        caption=(", ".join(look) + ". " if rng.random() < 0.7 else "") + way.format(**names, colour=new_colour),
     )
+
+
+def _new_clothes(rng: random.Random, hair: str, hair_colour: str, held_out: bool) -> tuple[Outfit, str]:
+    """An outfit and its name. Whoever is held out stays so in it, and nobody else becomes so."""
+    while True:
+        top, colour = rng.choice(TOPS), rng.choice(list(COLOURS))
+        if is_held_out("/".join((hair, hair_colour, top, colour))) == held_out:
+            break
+    bottom, bottom_colour, second = rng.choice(BOTTOMS), rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
+    name = f"a {colour} {top}" + ("" if top in ("dress", "overalls") else f" and {bottom_colour} {bottom}")
+    return Outfit(top, COLOURS[colour], COLOURS[second], bottom, COLOURS[bottom_colour]), name
 
 
 def vocabulary() -> list[str]:

@@ -15,6 +15,7 @@ from demo.edit import FULL, SHORT, Limits, example
 from demo.judge import Score
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
+from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
 from demo.recordings import given_frames, record, video_mask
 from demo.train_dit import embed_text, new_dit, short_texts
 from demo.train_vae import (
@@ -132,6 +133,14 @@ def test_a_new_vae_treats_the_frames_of_a_clip_as_stills_until_it_is_trained():
     still = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     assert_close(vae.encode(still.repeat(1, 1, 5, 1, 1))[:, :, :1], vae.encode(still))
     assert vae.encode(still).std() > 0.05 and vae.decode(vae.encode(still)).std() > 0.05
+
+
+@pytest.mark.parametrize(("frames", "limit"), [(1, 30.0), (5, 28.0)])
+def test_the_vae_that_is_shipped_gives_held_out_pictures_back(frames, limit):
+    vae = load_vae(miniature.FOLDER / miniature.FILES["vae"], torch.float32, CPU)
+    held_out = record(24, HELD_OUT_SEED, CPU, held_out=True)
+    errors = torch.cat([reconstruction_psnr(vae, part.frames[:, :frames]) for part in held_out])
+    assert errors.mean() > limit
 
 
 @pytest.mark.parametrize("with_last", [False, True])

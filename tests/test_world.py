@@ -11,7 +11,7 @@ from demo.drawing import Canvas, rasterise, stack_shapes
 from demo.figures import clip, moment_at, picture
 from demo.miniature import build_tokenizer, write_tokenizer
 from demo.tiny_models import FILES
-from demo.world import ACTIONS, FRAMES, PLACES, SIZES, in_uniform, is_held_out, sample_scene
+from demo.world import ACTIONS, COLOURS, FRAMES, PLACES, SIZES, in_uniform, is_held_out, sample_scene
 from utils.images import STEP
 from wan.checkpoint import load_tokenizer
 
@@ -109,6 +109,21 @@ def test_every_action_starts_at_the_still_picture_and_changes_it(action):
         assert torch.equal(frames[0], picture(still))
 
 
+def test_new_clothes_leave_everybody_where_they_belong():
+    for seed in range(40):
+        for held_out in (False, True):
+            scene = sample_scene(seed, held_out, action="clothes")
+            names = {colour: name for name, colour in COLOURS.items()}
+            look = scene.look.split("/")[:2] + [scene.change.top, names[scene.change.top_colour]]
+            assert is_held_out("/".join(look)) == held_out and names[scene.change.top_colour] in scene.caption
+            assert moment_at(scene, 0.0).scene.outfit == scene.outfit
+            assert moment_at(scene, 1 / (FRAMES - 1)).scene.outfit == scene.change
+
+
+def test_only_those_who_ask_for_them_see_changes_of_clothes():
+    assert not any(sample_scene(seed).action == "clothes" for seed in range(300))
+
+
 def test_walking_right_moves_right_and_walking_left_moves_left():
     right, left = (sample_scene(4, action=f"walk {side}") for side in ("right", "left"))
     assert moment_at(right, 1.0).x > right.x and moment_at(left, 1.0).x < left.x
@@ -145,6 +160,7 @@ def test_all_words_of_the_grammar_are_known():
     tokenizer = build_tokenizer()
     phrases = [phrase for phrases in ACTIONS.values() for phrase in phrases]
     names = {"one": "they", "person": "girl", "colour": "red", "top": "striped shirt", "hat": "cap", "object": "book"}
+    names["clothes"] = "a red coat and blue shorts"
     for phrase in (*phrases, *PLACES.values()):
         assert 2 not in tokenizer.encode(phrase.format(**names)).ids, phrase
     assert tokenizer.encode("SHE Waves").ids == tokenizer.encode("she waves").ids
