@@ -10,9 +10,10 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
 import wan_train_network
-from demo import edit, judge, miniature
-from demo.edit import FULL, SHORT, Limits, example
+from demo import edit, experiments, judge, miniature
+from demo.edit import FULL, SHORT, Limits
 from demo.judge import Score
+from demo.lesson import commands, example, load_picture, write_data
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
 from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
@@ -223,7 +224,7 @@ def test_recolouring_swaps_and_dims_whole_channels():
 @pytest.mark.parametrize("lesson", [*FULL, *SHORT], ids=lambda lesson: f"{lesson.name}-{lesson.pairs}")
 def test_the_scripts_accept_the_commands_of_the_demo(lesson, tmp_path):
     known = {f"{script.__name__}.py": script.build_parser() for script in SCRIPTS}
-    for script, *arguments in edit.commands(lesson, tmp_path):
+    for script, *arguments in commands(lesson, tmp_path).values():
         known[script].parse_args(arguments)
 
 
@@ -238,16 +239,15 @@ def test_without_the_family_the_demo_says_what_is_missing_and_touches_nothing(tm
 def test_the_data_of_a_lesson_is_what_the_scripts_read(lesson, tmp_path, monkeypatch):
     from dataset.config import read_config
 
-    monkeypatch.setattr(edit, "OUT", tmp_path)
     monkeypatch.chdir(tmp_path)
-    edit.write_data(replace(lesson, pairs=3, tests=2))
+    write_data(replace(lesson, pairs=3, tests=2), tmp_path)
     read_config(f"{lesson.name}/dataset.toml", need_sources=True)
     lines = (tmp_path / lesson.name / "prompts.txt").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         prompt = parse_line(line, "prompts.txt", training=False)
         assert prompt.seed == number and "uniform" in prompt.prompt
-        assert parse(prompt.one_frame).control_indices == tuple(lesson.controls)
-        starts = [edit.load(tmp_path / path) for path in prompt.control_image_path]
+        assert parse(prompt.one_frame).control_indices == lesson.controls
+        starts = [load_picture(tmp_path / path) for path in prompt.control_image_path]
         for start, expected in zip(starts, example(lesson, number, held_out=True).starts, strict=True):
             assert torch.equal(start, expected)
         assert (prompt.height, prompt.width) == tuple(starts[0].shape[1:])
@@ -298,7 +298,36 @@ def test_the_page_shows_every_test_and_says_what_was_missed(tmp_path):
     write_page(tmp_path, {"i2v": (rows, table)}, [FULL[0]], 60)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("&lt;note&gt;") == 3 and page.count("missed") == 1 and 'src="i2v.png"' in page
-    picture = edit.load(tmp_path / "sheet.png")
-    assert torch.equal(picture, edit.load(tmp_path / "i2v.png"))
+    picture = load_picture(tmp_path / "sheet.png")
+    assert torch.equal(picture, load_picture(tmp_path / "i2v.png"))
     one = sheet(rows[:1], ["start", "base model", "LoRA", "truth"])
     assert one.width == picture.shape[2] // 2
+
+
+def test_the_trials_of_the_experiments_are_what_the_scripts_accept(tmp_path):
+    known = {f"{script.__name__}.py": script.build_parser() for script in SCRIPTS}
+    trials = [*experiments.index_trials(), *experiments.loss_trials(), *experiments.size_trials()]
+    assert len({trial.label for trial in trials}) == len(trials)
+    for trial in trials:
+        for script, *arguments in commands(trial.lesson, tmp_path).values():
+            known[script].parse_args(arguments)
+
+
+def test_the_share_of_a_change_is_none_at_the_start_and_one_at_the_end():
+    start, end = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)
+    end[0, 1], half = 200, end.clone()
+    half[0, 1], half[2, 3] = 100, 50  # what lies across the change does not count
+    shares = [experiments.share_of_change(start, end, output) for output in (start, end, half)]
+    assert shares == pytest.approx([0, 1, 0.5])
+
+
+def test_noise_is_the_mean_difference_of_neighbours():
+    stripes = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    stripes[:, ::2] = 10
+    assert experiments.noise(stripes) == pytest.approx(5)  # 10 down, 0 across
+
+
+def test_a_table_shows_the_mean_and_the_spread_over_seeds(capsys):
+    experiments.print_table(["a", "b"], [["x", experiments.spread([1.0, 2.0, 3.0], 1)]])
+    assert capsys.readouterr().out == "\n| a | b |\n|---|---|\n| x | 2.0 ± 1.0 |\n"
+    assert experiments.spread([1.5], 2) == "1.50"

@@ -1,0 +1,202 @@
+"""Questions that the field leaves open, measured on the miniature family. Tables for docs/experiments.md:
+
+    python -m demo.experiments indices loss size --device cuda --jobs 6
+    python -m demo.experiments base --device cuda
+
+indices: indices honoured or ignored in training.  base: the base model alone at further target indices, in both
+layouts.  loss: on all frames or the target only.  size: rank, steps and pairs.  Each training is repeated with every
+seed; a row is the mean over the held-out starts and, after ±, the standard deviation over the seeds.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from demo.edit import Limits, figures
+from demo.figures import clip
+from demo.judge import psnr
+from demo.lesson import HELD_OUT_SEED, Lesson, commands, judge, outputs, run, save_picture, write_data
+from demo.miniature import FOLDER
+from demo.world import FRAMES, sample_scene
+
+I2V = Lesson("i2v", pairs=40, steps=600, tests=8)
+FLF2V = Lesson("flf2v", pairs=40, steps=600, tests=8)
+LEGACY = ("--one_frame_legacy_indices",)
+TARGETS = (1, 2, 4, 8)
+MOVING = ("raise", "walk left", "walk right", "turn left", "zoom in", "darken", "top colour", "hair colour")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of a table."""
+
+    label: str
+    lesson: Lesson
+
+
+def index_trials() -> list[Trial]:
+    """What the reference, which ignores the indices in training, loses when the same indices are sampled."""
+    trials = []
+    for lesson, controls, target in ((I2V, (0,), 1), (I2V, (0,), 9), (FLF2V, (0, 2), 1), (FLF2V, (0, 10), 5)):
+        lesson = replace(lesson, controls=controls, target=target)
+        label = f"{lesson.model} {list(controls)}→{target}"
+        trials += [Trial(f"{label}, honoured", lesson), Trial(f"{label}, ignored", with_training_flags(lesson, LEGACY))]
+    return trials
+
+
+def loss_trials() -> list[Trial]:
+    """--one_frame_loss for both models."""
+    return [
+        Trial(f"{lesson.model}, loss on {loss}", with_training_flags(lesson, ("--one_frame_loss", loss)))
+        for lesson in (I2V, FLF2V)
+        for loss in ("all", "target")
+    ]
+
+
+def size_trials() -> list[Trial]:
+    """One setting at a time away from the usual one."""
+    trials = [Trial(f"rank {I2V.rank}, {I2V.steps} steps, {I2V.pairs} pairs", I2V)]
+    trials += [Trial(f"rank {rank}", replace(I2V, rank=rank)) for rank in (2, 4, 64)]
+    trials += [Trial(f"{steps} steps", replace(I2V, steps=steps)) for steps in (150, 300, 1200, 2400)]
+    return trials + [Trial(f"{pairs} pairs", replace(I2V, pairs=pairs)) for pairs in (5, 10, 20, 80, 240)]
+
+
+def with_training_flags(lesson: Lesson, flags: Sequence[str]) -> Lesson:
+    return replace(lesson, training_flags=(*lesson.training_flags, *flags))
+
+
+def run_lesson(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """Train and generate; the four means of `figures`."""
+    write_data(lesson, out)
+    for command in commands(lesson, models).values():
+        run(command, out, out / lesson.name / "log.txt")
+    return [value for _, value, *_ in figures(judge(lesson, out)[1], Limits())]
+
+
+def run_trials(trials: list[Trial], options: argparse.Namespace, folder: str) -> None:
+    """Prints a table of them."""
+    out = options.out.resolve() / folder
+    lessons = [
+        replace(
+            trial.lesson,
+            name=f"{number:02}-{seed}",
+            seed=seed,
+            device=options.device,
+            steps=max(1, round(trial.lesson.steps * options.scale)),
+            tests=min(trial.lesson.tests, options.tests),
+        )
+        for number, trial in enumerate(trials)
+        for seed in options.seeds
+    ]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda lesson: run_lesson(lesson, options.models.resolve(), out), lessons))
+    seeds = len(options.seeds)
+    rows = []
+    for number, trial in enumerate(trials):
+        columns = zip(*results[number * seeds : (number + 1) * seeds], strict=True)
+        rows.append([trial.label, *map(spread, columns, (1, 1, 2, 3))])
+    print_table(["trial", "gain over base, dB", "edited region, dB", "in uniform", "difference elsewhere"], rows)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """mean ± standard deviation, or one value"""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+    sys.stdout.flush()
+
+
+def run_base(options: argparse.Namespace) -> None:
+    """The base model without a LoRA on starts of clips that it could go on with, at each of TARGETS."""
+    out = options.out.resolve() / "base"
+    rows = []
+    for layout in ("independent", "causal"):
+        for target in TARGETS:
+            lesson = Lesson(
+                "i2v", 0, 0, len(MOVING), f"{layout}-{target}", target=target, layout=layout, device=options.device
+            )
+            found = [figures_of_motion(lesson, seed, options, out) for seed in options.seeds]
+            rows.append([layout, str(target), *(spread(column, 2) for column in zip(*found, strict=True))])
+    print_table(
+        ["layout", "target index", "dB to the clip there", "dB to the start", "share of the change", "noise"], rows
+    )
+
+
+def figures_of_motion(lesson: Lesson, seed: int, options: argparse.Namespace, out: Path) -> list[float]:
+    """Means over MOVING: PSNR to the clip's frame at the target (its last, when the clip is over), PSNR to the start,
+    the share of the change between the two that the output makes (1 where it is the clip's), and noise: the mean
+    difference of neighbouring pixels, as a multiple of the start's."""
+    lesson = replace(lesson, name=f"{lesson.name}-{seed}")
+    folder = out / lesson.name
+    folder.mkdir(parents=True)
+    lines, clips = [], []
+    for number, action in enumerate(MOVING):
+        scene = sample_scene(HELD_OUT_SEED + 1000 * seed + number, held_out=True, action=action)
+        start, end = clip(scene, (0, min(4 * lesson.target, FRAMES - 1)))
+        save_picture(start, folder / f"{number}.png")
+        width, height = scene.size
+        lines.append(
+            f"{scene.caption} --ci {lesson.name}/{number}.png --of {lesson.one_frame} --w {width} --h {height} "
+            f"--d {seed} --s {options.sampling_steps} --l {options.guidance} --fs 3"
+        )
+        clips.append((start, end))
+    (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    run(commands(lesson, options.models.resolve())["base"], out, folder / "log.txt")
+    found = [
+        (psnr(output, end), psnr(output, start), share_of_change(start, end, output), noise(output) / noise(start))
+        for (start, end), output in zip(clips, outputs(lesson, out, "base"), strict=True)
+    ]
+    return [statistics.mean(column) for column in zip(*found, strict=True)]
+
+
+def share_of_change(start: Tensor, end: Tensor, output: Tensor) -> float:
+    """The projection of output - start onto end - start: 0 for the start, 1 for the end."""
+    change, made = (picture.double() - start.double() for picture in (end, output))
+    return float((change * made).sum() / change.square().sum().clamp(min=1))
+
+
+def noise(picture: Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels, in levels."""
+    values = picture.float()
+    return float(torch.cat([values.diff(dim=1).abs().flatten(), values.diff(dim=2).abs().flatten()]).mean())
+
+
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "indices": lambda options: run_trials(index_trials(), options, "indices"),
+    "base": run_base,
+    "loss": lambda options: run_trials(loss_trials(), options, "loss"),
+    "size": lambda options: run_trials(size_trials(), options, "size"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS)
+    parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the miniature's files")
+    parser.add_argument("--out", type=Path, default=Path("output/experiments"), help="a new folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of all numbers of training steps")
+    parser.add_argument("--tests", type=int, default=8, help="held-out starts at most")
+    parser.add_argument("--sampling_steps", type=int, default=16, help="of the experiment `base`")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the experiment `base`")
+    options = parser.parse_args(argv)
+    for name in options.names:
+        EXPERIMENTS[name](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""One edit that a model of the miniature family learns: its data, the scripts that teach it, and how well it went."""
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from demo.figures import clip
+from demo.judge import Score, score
+from demo.miniature import FILES
+from demo.page import Row
+from demo.world import Scene, in_uniform, sample_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING_SEED, HELD_OUT_SEED = 300_000_000, 800_000_000
+MOTIONS = ("wave", "turn left", "lift", "turn right", "lean")  # between two images, in place
+
+DATASET = """\
+[general]
+resolution = [96, 96]
+caption_extension = ".txt"
+enable_bucket = true
+batch_size = {batch}
+
+[[datasets]]
+image_directory = "{name}/target"
+control_directory = "{name}/start"
+cache_directory = "{name}/cache"
+fp_1f_clean_indices = {controls}
+fp_1f_target_index = {target}
+fp_1f_layout = "{layout}"
+"""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One model and what it is asked. Its files are in a folder of its name."""
+
+    model: str  # i2v or flf2v
+    pairs: int
+    steps: int
+    tests: int
+    name: str = ""  # default: that of the model
+    controls: tuple[int, ...] = ()  # time indices; default: those of the model
+    target: int = 1
+    layout: str = "independent"
+    batch: int = 4
+    rank: int = 16
+    learning_rate: str = "2e-3"
+    seed: int = 1
+    sampling_steps: int = 8
+    device: str = "cpu"
+    training_flags: tuple[str, ...] = ()
+    generation_flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.model)
+        object.__setattr__(self, "controls", self.controls or ((0,) if self.model == "i2v" else (0, 2)))
+
+    @property
+    def one_frame(self) -> str:
+        """The value of --of"""
+        indices = ";".join(map(str, self.controls))
+        return f"control_index={indices},target_index={self.target},layout={self.layout}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Start pictures (one, or two for flf2v) and the edited picture, [3, height, width] uint8."""
+
+    scene: Scene
+    starts: list[Tensor]
+    plain: Tensor  # the truth without the edit: what the unedited parts are compared with
+    truth: Tensor
+
+
+def example(lesson: Lesson, number: int, held_out: bool) -> Example:
+    """The example of this number. One image: the same moment in uniform; two: the moment between them in uniform."""
+    seed = (HELD_OUT_SEED if held_out else TRAINING_SEED) + number
+    if len(lesson.controls) == 1:
+        scene = sample_scene(seed, held_out, action="stand")
+        start = clip(scene, (0,))[0]
+        return Example(scene, [start], start, clip(in_uniform(scene), (0,))[0])
+    scene = sample_scene(seed, held_out, action=MOTIONS[number % len(MOTIONS)])
+    first, middle, last = clip(scene, (0, 2, 4))
+    return Example(scene, [first, last], middle, clip(in_uniform(scene), (2,))[0])
+
+
+def write_data(lesson: Lesson, out: Path) -> None:
+    """Pairs with captions, and the start pictures of the tests."""
+    folder = out / lesson.name
+    for part in ("target", "start", "test"):
+        (folder / part).mkdir(parents=True)
+    for number in range(lesson.pairs):
+        pair = example(lesson, number, held_out=False)
+        save_picture(pair.truth, folder / f"target/{number:03}.png")
+        (folder / f"target/{number:03}.txt").write_text(pair.scene.edit_caption, encoding="utf-8")
+        save_starts(pair, folder / "start", number)
+    lines = []
+    for number in range(lesson.tests):
+        test = example(lesson, number, held_out=True)
+        images = " ".join(f"--ci {lesson.name}/test/{name}" for name in save_starts(test, folder / "test", number))
+        width, height = test.scene.size
+        size = f"--w {width} --h {height} --d {number} --s {lesson.sampling_steps}"
+        lines.append(f"{test.scene.edit_caption} {images} --of {lesson.one_frame} {size} --l 1 --fs 3")
+    (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    text = DATASET.format(
+        name=lesson.name,
+        batch=lesson.batch,
+        controls=list(lesson.controls),
+        target=lesson.target,
+        layout=lesson.layout,
+    )
+    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+
+def save_starts(pair: Example, folder: Path, number: int) -> list[str]:
+    """Writes `003.png`, or `003_0.png` and `003_1.png`; returns the names."""
+    suffixes = [""] if len(pair.starts) == 1 else [f"_{i}" for i in range(len(pair.starts))]
+    names = [f"{number:03}{suffix}.png" for suffix in suffixes]
+    for start, name in zip(pair.starts, names, strict=True):
+        save_picture(start, folder / name)
+    return names
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    Image.fromarray(picture.movedim(0, -1).numpy()).save(path)
+
+
+def load_picture(path: Path) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).movedim(-1, 0)
+
+
+def commands(lesson: Lesson, models: Path) -> dict[str, list[str]]:
+    """What each step runs, a script and its arguments: `latents`, `texts`, `train`, `base` and `edited`.
+
+    Paths are relative to the folder that holds the lesson's.
+    """
+    name = lesson.name
+    paths = {kind: str(models / FILES[kind]) for kind in FILES}
+    device = ["--device", lesson.device]
+    dit = ["--task", f"{lesson.model}-14B", "--dit", paths[lesson.model], "--dit_dtype", "float32", *device]
+    vae, clip_model = ["--vae", paths["vae"], "--vae_dtype", "float32"], ["--clip", paths["clip"]]
+    t5 = ["--t5", paths["t5"], "--t5_tokenizer", paths["tokenizer"]]
+    data = ["--dataset_config", f"{name}/dataset.toml"]
+    generate = ["wan_generate_video.py", *dit, *vae, *t5, *clip_model, "--from_file", f"{name}/prompts.txt"]
+    generate += ["--exact_size", "--output_type", "images", *lesson.generation_flags]
+    return {
+        "latents": ["wan_cache_latents.py", *data, *vae, *clip_model, "--one_frame", *device],
+        "texts": ["wan_cache_text_encoder_outputs.py", *data, *t5, *device],
+        "train": [
+            *("wan_train_network.py", *dit, *data, "--network_module", "networks.lora_wan"),
+            *("--network_dim", str(lesson.rank), "--network_alpha", str(lesson.rank)),
+            *("--learning_rate", lesson.learning_rate, "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
+            *("--timestep_sampling", "shift", "--discrete_flow_shift", "2", "--seed", str(lesson.seed)),
+            *("--max_train_steps", str(lesson.steps), "--max_data_loader_n_workers", "0"),
+            *("--output_dir", f"{name}/lora", "--output_name", "uniform", *lesson.training_flags),
+        ],
+        "base": [*generate, "--save_path", f"{name}/base"],
+        "edited": [*generate, "--save_path", f"{name}/edited", "--lora_weight", f"{name}/lora/uniform.safetensors"],
+    }
+
+
+def run(command: list[str], out: Path, log: Path | None = None) -> None:
+    """Run a script of the project in `out`, and end with its exit code when it fails. log: a file for its output.
+
+    On one thread unless the environment says otherwise: so small a model gains little from more, and on a busy machine
+    two were ten times slower.
+    """
+    script, *arguments = command
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    call = [sys.executable, str(ROOT / script), *arguments]
+    if log is None:
+        print(f"\n$ python {shlex.join(command)}", flush=True)
+        code = subprocess.call(call, cwd=out, env=environment)
+    else:
+        with log.open("ab") as file:
+            code = subprocess.call(call, cwd=out, env=environment, stdout=file, stderr=file)
+    if code:
+        print(f"{script} ended with {code}" + (f"; see {log}" if log else ""), file=sys.stderr)
+        sys.exit(code)
+
+
+def outputs(lesson: Lesson, out: Path, kind: str) -> list[Tensor]:
+    """The pictures of all tests that the step `kind` (base or edited) wrote."""
+    paths = sorted((out / lesson.name / kind).glob("*.png"))  # their names begin with the time
+    assert len(paths) == lesson.tests, f"{len(paths)} pictures of {lesson.tests} tests"
+    return [load_picture(path) for path in paths]
+
+
+def judge(lesson: Lesson, out: Path) -> tuple[list[Row], list[tuple[Score, Score]]]:
+    """Pictures and figures (base model, LoRA) of each test."""
+    rows, scores = [], []
+    pictures = zip(outputs(lesson, out, "base"), outputs(lesson, out, "edited"), strict=True)
+    for number, pair in enumerate(pictures):
+        test = example(lesson, number, held_out=True)
+        base, edited = (score(test.scene, test.plain, test.truth, output) for output in pair)
+        note = f"{edited.psnr:.1f} dB (base {base.psnr:.1f}), uniform: {'yes' if edited.attribute else 'no'}"
+        rows.append(Row([*test.starts, *pair, test.truth], f"{test.scene.edit_caption}: {note}"))
+        scores.append((base, edited))
+    return rows, scores
