@@ -1,6 +1,7 @@
 """Encode the images of a dataset with the VAE and CLIP, one cache file per item. Worked example: docs/one_frame.md"""
 
 from utils import cli
+from wan import explain
 from wan.caching import LatentCachingConfig, run_latents
 from wan.models import CLIPConfig, DeviceConfig, ReleaseConfig, VAEConfig
 from wan.processes import join
@@ -16,6 +17,7 @@ _REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     cli.add_fields(parser, LatentCachingConfig, ReleaseConfig, VAEConfig, CLIPConfig, DeviceConfig)
+    cli.add_fields(parser, explain.ExplainConfig)
     cli.ignore(parser, _IGNORED)
     cli.refuse(parser, _REFUSED)
     return parser
@@ -26,6 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     files = cli.build(ReleaseConfig, args)
     run = cli.build(LatentCachingConfig, args)
     vae, clip = (files.fill(cli.build(section, args)) for section in (VAEConfig, CLIPConfig))
+    if cli.build(explain.ExplainConfig, args).explain:
+        vae.check()
+        clip.check()
+        weights = (vae.vae, clip.clip)
+        print(*explain.latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights), sep="\n")
+        return
     processes, device = join(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_latents(run, vae, clip, device, processes)

@@ -1,6 +1,7 @@
 """Encode the captions of a dataset with T5, one cache file per item. Worked example: docs/one_frame.md"""
 
 from utils import cli
+from wan import explain
 from wan.caching import CachingConfig, run_texts
 from wan.models import DeviceConfig, ReleaseConfig, T5Config
 from wan.processes import join
@@ -8,7 +9,7 @@ from wan.processes import join
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig)
+    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig, explain.ExplainConfig)
     return parser
 
 
@@ -16,6 +17,10 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     run = cli.build(CachingConfig, args)
     t5 = cli.build(ReleaseConfig, args).fill(cli.build(T5Config, args))
+    if cli.build(explain.ExplainConfig, args).explain:
+        t5.check()
+        print(*explain.texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
+        return
     processes, device = join(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_texts(run, t5, device, processes)

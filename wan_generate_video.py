@@ -14,10 +14,13 @@ from utils.files import require_writable_dir
 from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from utils.prompts import Prompt, parse_line, read_file
 from utils.terminal import history_file, typed_lines
+from wan import explain
 from wan.checkpoint import save_dit
 from wan.config import TaskSpec
 from wan.dit import WanDiT
+from wan.generation import Generation
 from wan.guidance import GuidanceConfig
+from wan.lora_files import TrainedFor
 from wan.memory import GenerationMemoryConfig, prepare_
 from wan.models import (
     AttentionConfig,
@@ -29,11 +32,12 @@ from wan.models import (
     T5Config,
     VAEConfig,
 )
-from wan.one_frame import OneFrameLayout
-from wan.outputs import OutputConfig, latent_metadata, read_latent, result_stem, save_image, save_latent
-from wan.pipeline import Pipeline, Resident, denoise
+from wan.outputs import OutputConfig, read_latent, result_stem, save_image
+from wan.pipeline import Pipeline
+from wan.preview import PreviewConfig
 from wan.recipe import Recipe, parse_args
-from wan.request import Request, SamplingConfig
+from wan.request import SamplingConfig
+from wan.sweep import Cell, SweepConfig
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,9 @@ class PromptConfig:
     )
     image_path: str | None = option(None, help="start image: aspect ratio and CLIP feature; default: earliest control")
     end_image_path: str | None = option(None, help="end image of flf2v: CLIP feature; default: the latest control")
-    video_size: tuple[int, ...] = option((256, 256), help="height and width; see --exact_size", nargs=2)
+    video_size: tuple[int, ...] | None = option(
+        None, help="height and width, see --exact_size; default 256 256, or with auto that of the LoRA", nargs=2
+    )
     infer_steps: int | None = option(None, help="default: that of the task")
     flow_shift: float | None = option(None, help="default: that of the task")
     guidance_scale: float | None = option(None, help="1 skips the second forward pass; default: that of the task")
@@ -76,13 +82,13 @@ class PromptConfig:
             raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one")
         if self.infer_steps is not None and not 1 <= self.infer_steps <= 1000:
             raise ConfigError(f"--infer_steps {self.infer_steps}: must be 1 to 1000")
-        if min(self.video_size) < 16:
+        if self.video_size is not None and min(self.video_size) < 16:
             raise ConfigError(f"--video_size {' '.join(map(str, self.video_size))}: each side needs 16 pixels")
 
     @property
     def base(self) -> Prompt:
         """The flags as a prompt; lines go over it."""
-        height, width = self.video_size
+        height, width = self.video_size or (None, None)
         return Prompt(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
@@ -107,14 +113,14 @@ class PromptConfig:
         return [prompt.over(self.base) for prompt in read_file(self.from_file, "--from_file", training=False)]
 
     def typed(
-        self, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
-    ) -> Iterator[list[Request]]:
-        """One request per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
+        self, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor, lora: LoRAConfig
+    ) -> Iterator[list[Cell]]:
+        """One picture per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
         for line in typed_lines("> ", history_file("wan-one-frame")):
             if line.strip():
                 try:
                     prompt = parse_line(line, "line", training=False).over(self.base)
-                    yield [Request.resolve(prompt, task, sampling, trained)]
+                    yield SweepConfig().cells(prompt, task, sampling, trained, lora)
                 except ConfigError as error:
                     log.error("%s", error)
 
@@ -146,12 +152,12 @@ _MODELS = (
     *(DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig),
     *(AttentionConfig, LoRAConfig, GenerationMemoryConfig),
 )
-_OPTIONS = (PromptConfig, SamplingConfig, GuidanceConfig, OutputConfig)
+_OPTIONS = (PromptConfig, SamplingConfig, GuidanceConfig, OutputConfig, SweepConfig, PreviewConfig)
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, *_OPTIONS, MergedModelConfig, ReleaseConfig, *_MODELS)
+    cli.add_fields(parser, *_OPTIONS, MergedModelConfig, explain.ExplainConfig, ReleaseConfig, *_MODELS)
     cli.refuse(parser, GENERATION_REFUSED)
     cli.ignore(parser, GENERATION_IGNORED)
     return parser
@@ -164,63 +170,62 @@ def main(argv: list[str] | None = None) -> None:
     dit, vae, t5, clip, device, attention, lora, memory = models
     device = device.torch_device
     merged = cli.build(MergedModelConfig, args)
+    explaining = cli.build(explain.ExplainConfig, args).explain
+    if explaining and (merged.save_merged_model or args.latent_path or args.interactive):
+        raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
     if merged.save_merged_model is not None:
         merged.write(dit, lora)
         return
-    prompts, sampling, guidance, output = (cli.build(section, args) for section in _OPTIONS)
+    prompts, sampling, guidance, output, sweep, preview = (cli.build(section, args) for section in _OPTIONS)
     output.log_substitute()
+    if sweep.axes and (prompts.interactive or prompts.latent_path or not output.wants_image):
+        raise ConfigError("--sweep needs --prompt or --from_file, and images as --output_type")
 
     # Everything that can be wrong is looked at before any weights load.
     vae.check()
-    require_writable_dir(output.save_path, "--save_path")
+    if not explaining:  # it makes the folder
+        require_writable_dir(output.save_path, "--save_path")
     pipeline = Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive)
     if prompts.latent_path:
         decode_files(prompts.latent_path, pipeline, output, Recipe.of(device, vae))
         return
     task = dit.check()
-    trained = lora.trained_layout
-    requests = [Request.resolve(prompt, task, sampling, trained) for prompt in prompts.prompts()]
+    trained = lora.trained_for
+    cells = [cell for prompt in prompts.prompts() for cell in sweep.cells(prompt, task, sampling, trained, lora)]
     t5.check(dit.spec)
     clip.check(dit.spec)
-    merger = lora.merger(dit)
+    used = dict.fromkeys([cell.multipliers for cell in cells] or [lora.lora_multiplier])
+    mergers = {multipliers: lora.merger(dit, multipliers) for multipliers in used}
     memory.check(dit.spec, dit.stored_dtype, device)
     guidance.check(dit.spec.num_layers)
-    common = Recipe.of(device, *models, sampling, guidance)
+    if explaining:
+        requests = [cell.request for cell in cells]
+        print(*explain.generation(requests, task, dit, memory, guidance), sep="\n")
+        return
 
-    def load(to: torch.device) -> WanDiT:
-        network = dit.load(to, merger=merger, attention=attention.function, memory=memory)
+    def load(multipliers: tuple[float, ...], to: torch.device) -> WanDiT:
+        network = dit.load(to, merger=mergers[multipliers], attention=attention.function, memory=memory)
         prepare_(network, memory, to)
         return network
 
-    model = Resident(load, device, wanted_again=prompts.interactive)
-
-    def make(group: list[Request]) -> None:
-        encoded, failed = pipeline.encode(group), 0
-        with model.on_device() as network:
-            for number, one in enumerate(encoded, start=1):
-                recipe = None if output.no_metadata else common.adding(one.request.options)
-                latents = denoise(network, one, device, f"image {number}/{len(encoded)}", guidance)
-                if not latents.isfinite().all():
-                    failed += 1
-                    continue
-                stem = result_stem(one.request.seed)
-                if output.wants_latent:
-                    metadata = recipe and latent_metadata(one.request, task.name, lora.names, recipe)
-                    save_latent(output.save_path, stem, latents, metadata)
-                if output.wants_image:
-                    save_image(output.save_path, stem, pipeline.decode(latents), recipe)
-        if failed:
-            raise ConfigError(
-                f"{failed} of {len(encoded)} images came out as no numbers (NaN) and were not saved; check the model "
-                "files, and give --dit_dtype bfloat16 if it is float16"
-            )
-
+    generation = Generation(
+        pipeline=pipeline,
+        load=load,
+        task=task.name,
+        loras=lora.names,
+        recipe=Recipe.of(device, *models, sampling, guidance),
+        guidance=guidance,
+        output=output,
+        sweep=sweep,
+        preview=preview,
+    )
     if not prompts.interactive:
-        make(requests)
+        generation.make(cells)
         return
-    for group in prompts.typed(task, sampling, trained):
+    kept = generation.resident(lora.lora_multiplier, wanted_again=True)
+    for group in prompts.typed(task, sampling, trained, lora):
         try:
-            make(group)
+            generation.make(group, kept)
         except KeyboardInterrupt:
             log.error("stopped; Ctrl-D ends the program")
         except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from utils import cli
 from utils.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
+from wan.explain import ExplainConfig
 from wan.memory import TrainingMemoryConfig
 from wan.metadata import MetadataConfig
 from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
@@ -25,7 +26,7 @@ _OPTIONS = (
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     parser.read_options_from("--config_file")
-    cli.add_fields(parser, ReleaseConfig, *_MODELS, *_OPTIONS, TimestepPlotConfig)
+    cli.add_fields(parser, ReleaseConfig, *_MODELS, *_OPTIONS, TimestepPlotConfig, ExplainConfig)
     cli.refuse(parser, TRAINING_REFUSED)
     cli.ignore(parser, TRAINING_IGNORED)
     return parser
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.show_timesteps:
         training_run.show_timesteps(options, args.show_timesteps)
+    elif args.explain:
+        training_run.explain(training_run.TrainingModels(*models), options)
     else:
         training_run.run(training_run.TrainingModels(*models), options)
 

@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dataset.sources import Item
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.files import written_whole
+from utils.files import fingerprint, written_whole
 from wan.config import VAE_STRIDE
 from wan.one_frame import OneFrameLayout, layout_of_cache, parse
 
@@ -177,6 +178,35 @@ def read_latent_cache(path: Path) -> LatentCache:
         clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
         mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in _keys(file) else None
     return LatentCache(latents, condition, clip if clip is None or clip.dim() == 3 else clip[None], header.layout, mask)
+
+
+def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
+    """The settings of an item's cache. models: what is recorded about VAE and CLIP, by field name. Reads the files."""
+    masks = tuple(mask and fingerprint(mask) for mask in (item.target_mask, *item.control_masks))
+    return LatentSettings(
+        bucket=item.bucket,
+        target=fingerprint(item.target),
+        controls=tuple(fingerprint(path) for path in item.controls),
+        masks=masks if any(masks) else None,
+        causal_order=item.layout.causal_order,
+        own_layout=str(item.layout) if item.owns_layout else None,
+        **models,
+    )
+
+
+def latent_source_reason(path: Path, item: Item) -> str | None:
+    """Like `latent_stale_reason`, whatever VAE and CLIP it was made with. Raises ConfigError for a damaged file."""
+    metadata = read_header(path).metadata
+    if "settings" not in metadata:
+        sources = (item.target, *item.controls, item.target_mask, *item.control_masks)
+        if any(source is not None and source.stat().st_mtime > path.stat().st_mtime for source in sources):
+            return "an image is newer than the cache"
+    try:
+        recorded = dict(json.loads(metadata.get("settings", "{}")))
+    except ValueError:
+        recorded = {}
+    models = {name: recorded.get(name, "") for name in ("vae", "clip", "vae_dtype", "clip_dtype")}
+    return latent_stale_reason(path, latent_settings(item, models))
 
 
 def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:

@@ -203,7 +203,7 @@ def _read_datasets(document: Any, defaults: dict[str, Any], need_sources: bool) 
     for i, entry in enumerate(entries):
         dataset = _complete(f"datasets[{i}]", defaults | _read_table(f"datasets[{i}]", entry, _FIELDS))
         if need_sources:
-            _check_sources(f"datasets[{i}]", dataset)
+            check_sources(f"datasets[{i}]", dataset)
         datasets.append(dataset)
     _check_caches(datasets)
     return tuple(datasets)
@@ -250,7 +250,7 @@ def _complete(place: str, values: dict[str, Any]) -> ImageDatasetConfig:
     return dataset
 
 
-def _check_sources(place: str, dataset: ImageDatasetConfig) -> None:
+def check_sources(place: str, dataset: ImageDatasetConfig) -> None:
     """Raise ConfigError unless the files and folders that the images come from exist and make sense together."""
     if dataset.image_directory is None:
         require_file(dataset.image_jsonl_file, f"{place}.image_jsonl_file")

@@ -40,7 +40,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What the folder or list says about an item, before any image is looked at."""
 
     target: Path
@@ -81,32 +81,41 @@ def find_items(config: ImageDatasetConfig, index: int, need_controls: bool) -> l
     shared = _check_controls(sources, config, place) if need_controls else config.layout
     items = []
     for source in sources:
-        layout = source.layout or shared
-        count = len(layout.control_indices) if need_controls else 0
-        size = check_image(source.target, key)
-        item = Item(
-            stem=source.target.stem,
-            target=source.target,
-            controls=source.controls[:count],
-            caption=source.caption,
-            dataset=index,
-            size=size,
-            bucket=_bucket(config, source.target, size, key),
-            layout=layout,
-            owns_layout=source.layout is not None,
-            target_mask=source.target_mask if need_controls else None,
-            control_masks=source.control_masks[:count],
-        )
+        item = make_item(source, config, index, shared, check_image(source.target, key), key, need_controls)
         _check_pictures(item, key, control_key)
         items.append(item)
     return items
 
 
-def _bucket(config: ImageDatasetConfig, target: Path, size: tuple[int, int], key: str) -> tuple[int, int]:
+def make_item(
+    source: Source,
+    config: ImageDatasetConfig,
+    index: int,
+    shared: OneFrameLayout,
+    size: tuple[int, int],
+    key: str,
+    need_controls: bool = True,
+) -> Item:
+    """The item of a source whose target has `size`; shared: the layout of those without one of their own."""
+    layout = source.layout or shared
+    count = len(layout.control_indices) if need_controls else 0
     try:
-        return config.buckets.choose(size)
+        bucket = config.buckets.choose(size)
     except ConfigError as error:
-        raise ConfigError(f"{key} {target}: {error}") from None
+        raise ConfigError(f"{key} {source.target}: {error}") from None
+    return Item(
+        stem=source.target.stem,
+        target=source.target,
+        controls=source.controls[:count],
+        caption=source.caption,
+        dataset=index,
+        size=size,
+        bucket=bucket,
+        layout=layout,
+        owns_layout=source.layout is not None,
+        target_mask=source.target_mask if need_controls else None,
+        control_masks=source.control_masks[:count],
+    )
 
 
 def _check_pictures(item: Item, key: str, control_key: str) -> None:
@@ -128,25 +137,32 @@ def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> Non
     check_mask_size(mask, check_image(mask, f"mask of {key}"), image, size)
 
 
-def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) -> list[_Source]:
-    targets = _images(config.image_directory)
+def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) -> list[Source]:
+    targets = list_images(config.image_directory)
     stems = {target.stem for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     control_masks: dict[Path, Path] = {}
     target_masks: dict[Path, Path] = {}
     if need_controls and config.control_directory is not None:
-        control_masks, candidates = _masks_beside(stems, _images(config.control_directory))
-        controls = _match(stems, candidates, place)
+        control_masks, candidates = masks_beside(stems, list_images(config.control_directory))
+        controls, strangers = match_controls(stems, candidates)
+        if strangers:
+            log.warning(
+                "%s.control_directory: %s ignored, because the name doesn't end in _<number>: %s",
+                place,
+                _images_are(strangers),
+                _some(strangers),
+            )
     if need_controls and config.target_mask_directory is not None:
         target_masks = _target_masks(targets, config.target_mask_directory, place)
     sources, uncaptioned = [], []
     for target in targets:
         caption_file = target.with_name(target.stem + config.caption_extension)
         if caption_file.is_file():
-            caption = _read_text(caption_file, f"{place}.caption_extension").strip()
+            caption = read_text(caption_file, f"{place}.caption_extension").strip()
             own = controls.get(target.stem, ())
             masks = tuple(control_masks.get(control) for control in own)
-            sources.append(_Source(target, caption, own, masks, target_masks.get(target)))
+            sources.append(Source(target, caption, own, masks, target_masks.get(target)))
         else:
             uncaptioned.append(target)
     if not sources:
@@ -159,11 +175,12 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
     return sources
 
 
-def _images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """The images of a dataset's folder by name."""
     return sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES and path.is_file())
 
 
-def _masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
+def masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
     """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: of the targets."""
     masked = {f"{path.stem}_mask": path for path in images}
     found = {masked[path.stem]: path for path in images if path.stem in masked and path.stem not in stems}
@@ -172,7 +189,7 @@ def _masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path]
 
 def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, Path]:
     """Target -> the image of the same name in the folder; ConfigError when no target has one."""
-    by_stem = {path.stem: path for path in _images(folder)}
+    by_stem = {path.stem: path for path in list_images(folder)}
     found = {target: by_stem[target.stem] for target in targets if target.stem in by_stem}
     if not found:
         raise ConfigError(f"{place}.target_mask_directory {folder}: holds no image named like a target; check the path")
@@ -181,8 +198,10 @@ def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, P
     return found
 
 
-def _match(stems: set[str], candidates: list[Path], place: str) -> dict[str, tuple[Path, ...]]:
+def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
     """Stem of a target -> its control images in order: `S`, then `S_0`, `S_1`, ... by number, then by file name.
+
+    Also returns the images that begin like a target but don't end in a number.
 
     A control image belongs to the longest stem S with which its name begins, `S.` or `S_`; captions play no part in
     that, so the images of an uncaptioned target don't go to another one.
@@ -201,22 +220,15 @@ def _match(stems: set[str], candidates: list[Path], place: str) -> dict[str, tup
             found.setdefault(stem, []).append((int(number) + 1, path.name, path))
         else:
             strangers.append(path)
-    if strangers:
-        log.warning(
-            "%s.control_directory: %s ignored, because the name doesn't end in _<number>: %s",
-            place,
-            _images_are(strangers),
-            _some(strangers),
-        )
-    return {stem: tuple(path for *_, path in sorted(numbered)) for stem, numbered in found.items()}
+    return {stem: tuple(path for *_, path in sorted(numbered)) for stem, numbered in found.items()}, strangers
 
 
-def _from_jsonl(config: ImageDatasetConfig, place: str) -> list[_Source]:
+def _from_jsonl(config: ImageDatasetConfig, place: str) -> list[Source]:
     path, sources = config.image_jsonl_file, []
-    for number, line in enumerate(_read_text(path, place).split("\n"), start=1):  # splitlines() also cuts at U+2028
+    for number, line in enumerate(read_text(path, place).split("\n"), start=1):  # splitlines() also cuts at U+2028
         if line.strip():
             try:
-                sources.append(_parse_line(line, config))
+                sources.append(parse_line(line, config))
             except ConfigError as error:
                 raise ConfigError(f"{place} {path}:{number}: {error}") from None
     if not sources:
@@ -224,7 +236,8 @@ def _from_jsonl(config: ImageDatasetConfig, place: str) -> list[_Source]:
     return sources
 
 
-def _parse_line(line: str, config: ImageDatasetConfig) -> _Source:
+def parse_line(line: str, config: ImageDatasetConfig) -> Source:
+    """An item of a JSONL file. Raises ConfigError for what is wrong with its line."""
     try:
         fields = parse_json(line)
     except json.JSONDecodeError as error:
@@ -247,7 +260,7 @@ def _parse_line(line: str, config: ImageDatasetConfig) -> _Source:
     if lonely := sorted(masks.keys() - controls.keys()):
         raise ConfigError(f"control_mask_{lonely[0]}: there is no control image {lonely[0]}; add its control_path")
     order = sorted(controls)
-    return _Source(
+    return Source(
         target=target,
         caption=_text_field(fields, "caption", blank=True),
         controls=tuple(controls[number] for number in order),
@@ -283,7 +296,7 @@ def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
     return value
 
 
-def _refuse_same_stems(sources: list[_Source], place: str) -> None:
+def _refuse_same_stems(sources: list[Source], place: str) -> None:
     first: dict[str, Path] = {}
     for source in sources:
         same = first.setdefault(os.path.normcase(source.target.stem), source.target)
@@ -291,7 +304,7 @@ def _refuse_same_stems(sources: list[_Source], place: str) -> None:
             raise ConfigError(f"{place}: {same} and {source.target} would share their cache files; rename one of them")
 
 
-def _check_controls(sources: list[_Source], config: ImageDatasetConfig, place: str) -> OneFrameLayout:
+def _check_controls(sources: list[Source], config: ImageDatasetConfig, place: str) -> OneFrameLayout:
     """The layout of the items without one of their own, after comparing it with the control images they have."""
     own, sources = sources, [source for source in sources if source.layout is None]
     if not sources:
@@ -320,7 +333,8 @@ def _check_controls(sources: list[_Source], config: ImageDatasetConfig, place: s
     return layout
 
 
-def _read_text(path: Path, place: str) -> str:
+def read_text(path: Path, place: str) -> str:
+    """A UTF-8 file. Raises ConfigError when it is none, OSError when it can't be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,9 +1,7 @@
 """Training of the miniature i2v and flf2v models, as video models, the way Wan2.1 was trained."""
 
 import math
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from unittest import mock
+from collections.abc import Hashable
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +12,11 @@ from demo import miniature
 from demo.optimise import optimise
 from demo.recordings import Recordings, as_video, given_frames, video_mask
 from wan.clip import encode_image
-from wan.config import TEXT_LENGTH
 from wan.dit import WanDiT
 from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
 from wan.vae import WanVAE
 
 TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
-SHORT_TEXT = TEXT_LENGTH_IN_TRAINING + 1  # and one row for all padding
 TEXT_DROPOUT = 0.1
 NOISE_SHIFT = 2.0
 
@@ -62,33 +58,10 @@ class Lessons:
 
 
 def embed_text(t5: UMT5EncoderModel, tokens: Tensor, mask: Tensor) -> Tensor:
-    """[B, L] -> [B, L + 1, D]; the last row, zeros, stands for all rows that `pad_text` would add: see `attend`."""
+    """[B, L] -> [B, L + 1, D]; the last row, zeros, stands for all padding, as in `pad_text`."""
     scores = (1 - mask[:, None, None].float()) * torch.finfo(torch.float32).min  # as T5 would make it, but in one go
     hidden = t5(input_ids=tokens, attention_mask=scores).last_hidden_state * mask[..., None]
     return F.pad(hidden, (0, 0, 0, 1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention to the image tokens, or to a text as `embed_text` gives it: its last token counts as often as the
-    padding is long, so that most of the work for it is saved."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    scores = None
-    if k.shape[2] == SHORT_TEXT:
-        last = torch.arange(SHORT_TEXT, device=q.device) == SHORT_TEXT - 1
-        scores = (last * math.log(TEXT_LENGTH - SHORT_TEXT + 1)).to(q.dtype)[None, None, None].expand(*q.shape[:3], -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=scores).transpose(1, 2)
-
-
-@contextmanager
-def short_texts(dit: WanDiT) -> Iterator[None]:
-    """Within it the DiT takes texts as `embed_text` gives them."""
-    before = [block.cross_attn.attention for block in dit.blocks]
-    with mock.patch("wan.dit.TEXT_LENGTH", SHORT_TEXT):
-        for block in dit.blocks:
-            block.cross_attn.attention = attend
-        yield
-    for block, attention in zip(dit.blocks, before, strict=True):
-        block.cross_attn.attention = attention
 
 
 def train_dit(
@@ -125,8 +98,7 @@ def train_dit(
         return F.mse_loss(velocity.float(), velocity_target(latents, noise))
 
     parameters = [*dit.parameters(), *(t5.parameters() if text else ())]
-    with short_texts(dit):
-        optimise(parameters, steps, peak, batch_of, loss_of, dit.spec.model_type)
+    optimise(parameters, steps, peak, batch_of, loss_of, dit.spec.model_type)
     dit.requires_grad_(False)
 
 

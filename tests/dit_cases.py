@@ -1,6 +1,7 @@
 """A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wan.config import DiTSpec
@@ -52,6 +53,11 @@ def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) 
         *(pad_text(list(draw(7, spec.text_dim))), draw(257, spec.image_dim), torch.tensor([[0, 3]] * batch)),
     )
     return tuple(tensor.to(device) for tensor in inputs)
+
+
+def all_rows(text: Tensor) -> Tensor:
+    """A text from `pad_text` with the rows that it leaves out, for models that are not ours."""
+    return F.pad(text, (0, 0, 0, 512 - text.shape[1]))
 
 
 def velocity(model: WanDiT, **options) -> Tensor:

@@ -205,7 +205,7 @@ def test_training_records_the_layout_and_auto_reads_it_back(configs):
     with safe_open(lora, "pt") as file:
         assert file.metadata()["ss_one_frame"] == "control_index=0,target_index=1,layout=causal"
     control = ["--control_image_path", "data/start/cat.png", "--prompt", "a", "--seed", "3", "--infer_steps", "2"]
-    flags = ["--lora_weight", str(lora), *control, "--output_type", "latent_images"]
+    flags = ["--lora_weight", str(lora), *control, "--output_type", "latent_images", "--video_size", "32", "48"]
     told = [
         pixels(generate("i2v", "out", *flags, "--one_frame_inference", *more)[0])
         for more in (

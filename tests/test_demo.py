@@ -18,7 +18,7 @@ from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
 from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
 from demo.recordings import given_frames, record, video_mask
-from demo.train_dit import embed_text, new_dit, short_texts
+from demo.train_dit import embed_text, new_dit
 from demo.train_vae import (
     convolve_in_2d,
     decode,
@@ -88,21 +88,6 @@ def test_text_in_pretraining_is_embedded_as_in_the_scripts(family):
     expected = pad_text(encode_text(t5, load_tokenizer(folder / miniature.FILES["tokenizer"]), captions, CPU))
     assert_close(embed_text(t5, ids, mask), expected[:, :49], rtol=1e-4, atol=1e-4)
     assert not expected[:, 48:].any()
-
-
-def test_a_short_text_in_pretraining_stands_for_the_padded_one():
-    dit = new_dit("i2v", generator()).requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in dit.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    texts = [torch.randn(20, 64), torch.randn(48, 64)]
-    short = pad_text(texts, 49)
-    inputs = torch.randn(2, 16, 2, 8, 8), torch.randn(2, 20, 2, 8, 8), torch.tensor([500.0, 900.0])
-    rest = torch.randn(2, 257, 80), torch.tensor([[0, 1], [0, 1]])
-    padded = dit(*inputs, pad_text(texts), *rest)
-    with short_texts(dit):
-        assert_close(dit(*inputs, short, *rest), padded, atol=1e-4, rtol=1e-4)
-    assert torch.equal(dit(*inputs, pad_text(texts), *rest), padded)
 
 
 def test_the_untrained_models_tell_captions_and_pictures_apart(family):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from tests.dit_cases import all_rows
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
 from wan.attention import sdpa
 from wan.config import DiTSpec
@@ -114,7 +115,7 @@ def diffusers_output(model, inputs):
     if spec.model_type == "flf2v":
         image = image.unflatten(1, (2, 257)).flatten(0, 1)
     with torch.no_grad():
-        return other.eval()(x, inputs["timesteps"], inputs["text"], image).sample
+        return other.eval()(x, inputs["timesteps"], all_rows(inputs["text"]), image).sample
 
 
 @pytest.mark.parametrize("indices", [[0, 1], [0, 8], [3, 200]])
@@ -174,7 +175,7 @@ def test_every_image_token_of_flf2v_goes_through_the_image_keys_and_values():
             lambda _m, args, _o, name=name: seen.update({name: args[0].shape[1]})
         )
     model(**inputs)
-    assert seen == {"k": 512, "k_img": 514}
+    assert seen == {"k": 64, "k_img": 514}
 
 
 @pytest.mark.parametrize(("kind", "training"), [("t2v", False), ("i2v", True), ("i2v", False), ("flf2v", False)])
@@ -235,12 +236,25 @@ def test_bfloat16_weights_run_on_a_cpu_with_float32_time_embedding_residual_and_
 
 def test_text_is_padded_with_zeros_and_too_long_text_is_an_error():
     first, second = torch.randn(3, 4), torch.randn(5, 4)
-    padded = pad_text([first, second], length=6)
-    assert torch.equal(padded[0], torch.cat([first, torch.zeros(3, 4)]))
-    assert torch.equal(padded[1, :5], second)
-    assert pad_text([first]).shape == (1, 512, 4)
-    with pytest.raises(ValueError, match="of 5 tokens; at most 4 fit"):
-        pad_text([first, second], length=4)
+    padded = pad_text([first, second])
+    assert padded.shape == (2, 64, 4) and not padded[0, 3:].any() and not padded[1, 5:].any()
+    assert torch.equal(padded[0, :3], first) and torch.equal(padded[1, :5], second)
+    lengths = [pad_text([torch.ones(length, 4)]).shape[1] for length in (63, 64, 447, 448, 512)]
+    assert lengths == [64, 128, 448, 512, 512]  # a row of zeros is left, but where the text takes all
+    with pytest.raises(ValueError, match="of 513 tokens; at most 512 fit"):
+        pad_text([torch.ones(513, 4)])
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v", "flf2v"])
+def test_rows_of_text_that_are_left_out_count_like_the_last_one(kind):
+    model, inputs = random_dit(kind), random_inputs(kind, [[0, 3], [0, 1]])
+    text = inputs.pop("text")
+    whole = all_rows(text)
+    assert text.shape[1] == 64
+    with torch.no_grad():
+        assert_close(model(**inputs, text=text), model(**inputs, text=whole), atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="513 rows of text"):
+            model(**inputs, text=torch.cat([whole, text[:, :1]], dim=1))
 
 
 @pytest.mark.parametrize(

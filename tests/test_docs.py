@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dataset import config
+from dataset import config, problems
 from demo.tiny_models import FILES, write_models
 from tests.helpers import GOLDEN, TINY
 from tests.photos import PHOTOS, photo, write_pairs
+from tests.test_options import FLAGS
 from utils import prompts
 from utils.errors import ConfigError
 from wan import recipe
@@ -30,14 +31,15 @@ from wan.lora_files import read_lora
 from wan.network_options import NetworkArguments
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDE = (ROOT / "docs" / "one_frame.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-GENERATION, INTEROP, COMFYUI = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("generation", "interop", "comfyui")
-)
-PAGES = {"README.md": README, "docs/one_frame.md": GUIDE, "docs/training.md": TRAINING}
-PAGES |= {"docs/generation.md": GENERATION, "docs/interop.md": INTEROP, "docs/comfyui.md": COMFYUI}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*ROOT.glob("README*.md"), *sorted(ROOT.glob("docs/*.md")))
+}
+README, GUIDE, TRAINING = PAGES["README.md"], PAGES["docs/one_frame.md"], PAGES["docs/training.md"]
+GENERATION, INTEROP = PAGES["docs/generation.md"], PAGES["docs/interop.md"]
+ARCHITECTURE, MIGRATION = PAGES["docs/architecture.md"], PAGES["docs/migration.md"]
+JAPANESE = {name: name.replace(".md", ".ja.md") for name in ("README.md", "docs/one_frame.md")}
+ENGLISH = "".join(text for name, text in PAGES.items() if name not in JAPANESE.values())
 
 # A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
 _BLOCK = re.compile(r"(?:^`(?P<name>[\w.]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -64,13 +66,17 @@ def script_of(command: list[str]) -> int:
     return next(i for i, word in enumerate(command) if word.endswith(".py"))
 
 
-def table(heading: str) -> list[list[str]]:
+def table(heading: str, page: str = GUIDE) -> list[list[str]]:
     """The cells of the first table after a heading, without the two heading rows."""
-    rows = re.search(rf"^#+ {heading}$.*?^((?:\|[^\n]*\n)+)", GUIDE, re.MULTILINE | re.DOTALL)[1].splitlines()[2:]
+    rows = re.search(rf"^#+ {heading}$.*?^((?:\|[^\n]*\n)+)", page, re.MULTILINE | re.DOTALL)[1].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-@pytest.mark.parametrize("command", commands("".join(PAGES.values())), ids=lambda words: words[script_of(words)])
+def code(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+@pytest.mark.parametrize("command", commands(ENGLISH), ids=lambda words: words[script_of(words)])
 def test_every_flag_of_a_documented_command_exists(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("output").mkdir()
@@ -99,6 +105,57 @@ def test_a_misspelt_flag_would_be_noticed():
 def test_the_readme_shows_commands_of_the_guide():
     assert len(commands(README)) == 4
     assert all(block in blocks(GUIDE, "bash") for block in blocks(README, "bash"))
+
+
+@pytest.mark.parametrize(("english", "japanese"), JAPANESE.items(), ids=["README", "one_frame"])
+def test_the_japanese_edition_has_the_same_commands_and_files(english, japanese):
+    english, japanese = PAGES[english], PAGES[japanese]
+    for kind in ("bash", "toml", "json", "jsonl"):
+        assert blocks(japanese, kind) == blocks(english, kind)
+    assert files(japanese) == files(english)
+
+
+def test_the_tables_of_the_japanese_guide_name_the_same_flags_and_keys():
+    english, japanese = (
+        [code(line) for line in page.splitlines() if line.startswith("|")]
+        for page in (GUIDE, PAGES[JAPANESE["docs/one_frame.md"]])
+    )
+    assert japanese == english
+
+
+def test_the_architecture_page_lists_every_module_and_none_else():
+    listed = {"utils": [], "dataset": [], "wan": []}
+    for folder, rows in re.findall(r"^\| in `(\w+)/`.*\n\|---.*\n((?:\|.*\n)+)", ARCHITECTURE, re.MULTILINE):
+        listed[folder] += [name for row in rows.splitlines() for name in code(row.split("|")[1])]
+    for folder, names in listed.items():
+        assert sorted(names) == sorted({path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"})
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"), [("utils", "utils"), ("dataset", r"utils|dataset|wan\.(config|one_frame|timesteps)")]
+)
+def test_imports_point_down_as_the_architecture_page_says(folder, allowed):
+    for path in (ROOT / folder).glob("*.py"):
+        imports = re.findall(
+            r"^\s*(?:from|import) ((?:utils|dataset|wan)\b[\w.]*)", path.read_text("utf-8"), re.MULTILINE
+        )
+        assert all(re.match(rf"({allowed})\b", name) for name in imports), path
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"),
+    [("Flags that are refused", "refused"), ("Flags without effect", "ignored"), ("Flags that are only here", "ours")],
+)
+def test_the_migration_page_lists_the_flags_of_each_kind(heading, kind):
+    listed = {flag.removeprefix("--") for row in table(heading, MIGRATION) for flag in code(row[0])}
+    assert listed == {flag for flags in FLAGS.values() for flag in flags[kind].split()}
+
+
+def test_every_flag_and_key_that_the_migration_page_names_is_known():
+    flags = {flag for kinds in FLAGS.values() for names in kinds.values() for flag in names.split()}
+    assert set(re.findall(r"--(\w+)", MIGRATION)) <= flags | set(prompts._OPTIONS)
+    named = {word for row in table("Datasets", MIGRATION) for word in code(row[0]) if re.fullmatch(r"\w+", word)}
+    assert named <= {*config._FIELDS, *config._REFUSED, "target_mask"}
 
 
 def test_every_option_and_key_that_the_training_page_names_exists():
@@ -131,13 +188,19 @@ def test_the_picture_sizes_in_the_text_are_right():
 
 def test_links_and_pictures_lead_somewhere():
     for page, text in ((ROOT / name, text) for name, text in PAGES.items()):
-        for link in re.findall(r"\]\(([^)]+)\)", text):
+        for link in re.findall(r"\]\((?!https:)([^)]+)\)", text):
             path, _, anchor = link.partition("#")
             target = (page.parent / path) if path else page
             assert target.is_file(), link
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}, link
+
+
+def test_the_readme_leads_to_every_page():
+    for readme, pages in (("README.md", set(PAGES)), ("README.ja.md", set(PAGES) - {"docs/one_frame.md"})):
+        linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", PAGES[readme])}
+        assert pages - {readme} <= linked, readme
 
 
 def test_the_install_line_names_the_pinned_torch():
@@ -276,3 +339,34 @@ def test_the_commands_of_the_page_on_generation_run_as_they_stand_and_repeat_a_p
     assert fast.read_bytes() == again.read_bytes() and fast.read_bytes() != other.read_bytes()
     settings = recipe.read(fast).options
     assert 4 <= settings["infer_steps"] <= 8 and settings["guidance_scale"] == 1 and len(settings["lora_weight"]) == 2
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the commands are written for bash")
+def test_the_commands_of_the_page_on_other_tools_run_as_they_stand(workplace):
+    dit, output = workplace / "models" / FILES["i2v"], workplace / "output"
+    for name in ("my-lora", "other-lora"):
+        if not (output / f"{name}.safetensors").is_file():
+            write_lora(output / f"{name}.safetensors", dit, ["blocks.0.self_attn.q"])
+    tuned = load_file(dit)
+    tuned["blocks.0.self_attn.q.weight"] *= 2
+    save_file(tuned, workplace / "models" / "tuned.safetensors")
+    run_blocks(INTEROP, workplace)
+    written = {path.name for path in output.iterdir()}
+    assert {word.partition("/")[2] for words in commands(INTEROP) for word in words if "output/" in word} <= written
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the commands are written for bash")
+def test_the_commands_of_the_page_on_datasets_run_as_they_stand_and_write_nothing_but_the_sheet(workplace):
+    caching = "".join(f"```bash\n{block}```\n" for block in blocks(README, "bash")[:2])
+    if not (workplace / "data/cache").is_dir():
+        run_blocks(caching, workplace)
+    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
+    run_blocks(PAGES["docs/dataset.md"], workplace)
+    after = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path) and path.suffix != ".pyc"}
+    assert changed == {"sheet.html", "sheet.png"}
+
+
+def test_the_page_on_datasets_lists_every_kind_of_problem():
+    listed = re.findall(r"^\| (D\d+) \| (error|warning) \| .{10,} \|$", PAGES["docs/dataset.md"], re.MULTILINE)
+    assert listed == [(code, kind.severity) for code, kind in problems.KINDS.items()]

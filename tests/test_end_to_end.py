@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import wan.generation
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
@@ -22,7 +23,9 @@ from tests.photos import write_pairs
 from utils.errors import ConfigError
 from utils.prompts import parse_line
 from wan.config import TASKS
-from wan.models import CLIPConfig, T5Config, VAEConfig
+from wan.lora_files import TrainedFor
+from wan.models import CLIPConfig, LoRAConfig, T5Config, VAEConfig
+from wan.one_frame import OneFrameLayout
 from wan.pipeline import Pipeline
 from wan.request import Request, SamplingConfig
 
@@ -237,14 +240,14 @@ def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
 
 
 def test_ctrl_c_and_a_broken_picture_end_one_image_and_not_the_typing(monkeypatch, caplog):
-    denoise, cut = wan_generate_video.denoise, Path("data/cut.png")
+    denoise, cut = wan.generation.denoise, Path("data/cut.png")
     cut.write_bytes(Path("data/start/cat.png").read_bytes()[:2000])
 
-    def stopped_once(*arguments):
-        monkeypatch.setattr(wan_generate_video, "denoise", denoise)
+    def stopped_once(*_arguments, **_more):
+        monkeypatch.setattr(wan.generation, "denoise", denoise)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wan_generate_video, "denoise", stopped_once)
+    monkeypatch.setattr(wan.generation, "denoise", stopped_once)
     broken = I2V.replace("data/start/cat.png", str(cut))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{I2V}\n{broken}\n{I2V}\n"))
     (path,) = generate("i2v", "out", "--interactive", "--no_metadata")
@@ -317,6 +320,19 @@ def test_auto_takes_the_indices_of_the_lora_and_others_are_warned_about(caplog):
         from_lines("i2v", "out", lines[0])
 
 
+def test_auto_takes_the_size_of_the_lora_where_none_is_given():
+    trained = LoRAConfig(lora_weight=(train("i2v", "pairs.toml", "sized"),)).trained_for
+    assert trained == TrainedFor(OneFrameLayout((0,), 1), (48, 48))
+
+    def asked(one_frame: str, size: str = "") -> tuple[int, int]:
+        line = f"a cat --ci data/start/cat.png --of {one_frame} {size}"
+        prompt = parse_line(line, "test", training=False)
+        return Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(), trained).asked
+
+    assert asked("auto") == (48, 48) and asked("auto", "--w 64 --h 32") == (64, 32)
+    assert asked("control_index=0,target_index=1") == (256, 256)
+
+
 def test_a_lora_file_names_its_task_and_indices():
     from safetensors import safe_open
 
@@ -328,6 +344,7 @@ def test_a_lora_file_names_its_task_and_indices():
         metadata = file.metadata()
     assert metadata["ss_one_frame"] == "control_index=0,target_index=9"
     assert metadata["ss_one_frame_task"] == "i2v-14B" and metadata["ss_network_module"] == "networks.lora_wan"
+    assert metadata["ss_one_frame_size"] == "48x48"
     assert metadata["modelspec.architecture"] == "wan2.1/lora" and metadata["ss_steps"] == "2"
     weights = {
         path: torch.cat([tensor.flatten() for tensor in load_file(path).values()]) for path in (honoured, legacy, near)

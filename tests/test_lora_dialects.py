@@ -11,14 +11,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.dit_cases import SPEC, arguments, random_dit, velocity
+from tests.dit_cases import SPEC, all_rows, arguments, random_dit, velocity
 from tests.helpers import MANIFESTS, needs_shared, rel_l2
 from tests.test_dit import DIFFUSERS_NAMES
 from utils.errors import ConfigError
 from wan.config import DiTSpec
 from wan.dit import WanDiT
 from wan.lora_dialects import DIALECTS, diffusers_name, dotted_name, lora_name
-from wan.lora_files import Merger, layout_from_metadata, parse_lora, read_lora
+from wan.lora_files import Merger, layout_from_metadata, parse_lora, read_lora, size_from_metadata
 from wan.lora_tools import convert
 from wan.one_frame import OneFrameLayout
 
@@ -122,7 +122,7 @@ def theirs(name):
 def outputs(other):
     """Of diffusers' model, plain or wrapped by PEFT; frame indices 0 and 1, which are its own."""
     latents, condition, timesteps, text, image, _ = arguments()
-    return other(torch.cat([latents, condition], 1), timesteps, text, image, return_dict=False)[0]
+    return other(torch.cat([latents, condition], 1), timesteps, all_rows(text), image, return_dict=False)[0]
 
 
 @torch.no_grad()
@@ -457,6 +457,13 @@ def test_a_module_without_a_name_in_wan_can_only_be_written_in_musubis_form(tmp_
 )
 def test_the_time_indices_are_those_the_lora_was_trained_at(metadata, layout):
     assert layout_from_metadata(metadata) == (OneFrameLayout(*layout) if isinstance(layout, tuple) else layout)
+
+
+@pytest.mark.parametrize("text", ["832", "832x", "8x480", "832x480x1", "a\nb", "-32x48", "999999x48"])
+def test_a_size_that_makes_no_sense_is_refused_in_one_line(text):
+    assert size_from_metadata({}) is None and size_from_metadata({"ss_one_frame_size": "832x480"}) == (832, 480)
+    with pytest.raises(ConfigError, match=r"^ss_one_frame_size = '[^\n]*': must be like 832x480; give --video_size"):
+        size_from_metadata({"ss_one_frame_size": text})
 
 
 def test_time_indices_that_make_no_sense_are_refused_in_one_line():

@@ -53,6 +53,7 @@ CASES = {
         "clip": ("", "more/clip", "weights"),
         "clip_dtype": ("", "bf16", "weights"),
         "one_frame_layout": ("", "causal", "weights"),
+        "explain": ("", "", "printed"),
         "device": ("", "quantum", "outcome"),
     },
     "wan_cache_text_encoder_outputs": {
@@ -65,6 +66,7 @@ CASES = {
         "t5": ("", "more/t5", "weights"),
         "t5_dtype": ("", "bf16", "weights"),
         "t5_tokenizer": ("", "more/tokenizer", "weights"),
+        "explain": ("", "", "printed"),
         "device": ("", "quantum", "outcome"),
     },
     "wan_train_network": {
@@ -158,6 +160,8 @@ CASES = {
         "sample_every_n_steps": ("--sample_prompts a.txt", "2", "files"),
         "sample_solver": (SAMPLES, "vanilla", "pictures"),
         "exact_size": (SAMPLES, "", "pictures"),
+        "reasoning_frames": ("--sample_prompts far.txt --sample_at_first", "2", "pictures"),
+        "reasoning_steps": ("--sample_prompts far.txt --sample_at_first --reasoning_frames 2", "2", "pictures"),
         "validation_split": ("--validate_every_n_steps 1", "1", "outcome"),
         "validate_every_n_steps": ("--validation_split 1 --validate_every_n_epochs 9", "1", "metrics"),
         "validate_every_n_epochs": ("--validation_split 1 --validate_every_n_steps 9", "1", "metrics"),
@@ -180,6 +184,7 @@ CASES = {
         "metadata_reso": ("", "512,512", "metadata"),
         "metadata_arch": ("", "wan2.1-i2v", "metadata"),
         "show_timesteps": ("", "console", "printed"),
+        "explain": ("", "", "printed"),
     },
 }
 RELEASE = "fills in paths that are left out; tests/test_checkpoint_layouts.py and test_end_to_end.py have it"
@@ -265,6 +270,7 @@ def workspace(tmp_path_factory):
         Path("wandb.toml").write_text('[wandb]\ntags = ["cats"]')
         Path("a.txt").write_text(PROMPT.format("cat"))
         Path("b.txt").write_text(PROMPT.format("dog"))
+        Path("far.txt").write_text(PROMPT.format("cat").replace("target_index=1", "target_index=7"))
         for name, code in {"wandb": WANDB_PACKAGE, "tensorboard": ""}.items():
             Path("site", name).mkdir(parents=True)
             Path("site", name, "__init__.py").write_text(code)

@@ -25,13 +25,13 @@ FLAGS = {
     "wan_cache_latents": {
         "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
         "disable_cudnn_backend",
-        "ours": "clip_dtype ckpt_dir one_frame_layout",
+        "ours": "clip_dtype ckpt_dir one_frame_layout explain",
         "refused": "debug_mode",
         "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
     },
     "wan_cache_text_encoder_outputs": {
         "works": "dataset_config t5 device batch_size num_workers skip_existing keep_cache fp8_t5",
-        "ours": "t5_dtype t5_tokenizer ckpt_dir",
+        "ours": "t5_dtype t5_tokenizer ckpt_dir explain",
         "refused": "",
         "ignored": "",
     },
@@ -52,8 +52,10 @@ FLAGS = {
         "metadata_license metadata_tags metadata_reso metadata_arch sample_prompts sample_at_first "
         "sample_every_n_epochs sample_every_n_steps logging_dir log_with log_prefix log_tracker_name "
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
-        "ours": "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
+        "ours": "explain "
+        "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
         "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
+        "reasoning_frames reasoning_steps "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
@@ -72,7 +74,8 @@ FLAGS = {
         "blocks_to_swap use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale "
         "slg_start slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph "
         "compile_cache_size_limit",
-        "ours": "recipe dit_backend separate_passes cuda_allow_tf32 cuda_cudnn_benchmark one_frame_layout exact_size "
+        "ours": "explain recipe sweep preview reasoning_frames reasoning_steps "
+        "dit_backend separate_passes cuda_allow_tf32 cuda_cudnn_benchmark one_frame_layout exact_size "
         "dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "
         "compile_args trim_tail_frames "

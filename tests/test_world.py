@@ -114,7 +114,7 @@ def test_new_clothes_leave_everybody_where_they_belong():
         for held_out in (False, True):
             scene = sample_scene(seed, held_out, action="clothes")
             names = {colour: name for name, colour in COLOURS.items()}
-            look = scene.look.split("/")[:2] + [scene.change.top, names[scene.change.top_colour]]
+            look = [*scene.look.split("/")[:2], scene.change.top, names[scene.change.top_colour]]
             assert is_held_out("/".join(look)) == held_out and names[scene.change.top_colour] in scene.caption
             assert moment_at(scene, 0.0).scene.outfit == scene.outfit
             assert moment_at(scene, 1 / (FRAMES - 1)).scene.outfit == scene.change

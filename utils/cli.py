@@ -283,6 +283,13 @@ class _Tuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
+class Collected(argparse.Action):
+    """Values as a tuple, of all places where the flag stands; for `action=` of an `option`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
+
+
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         raise ConfigError(f"{option_string}: {self.const}")

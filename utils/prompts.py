@@ -91,13 +91,24 @@ def parse_line(line: str, place: str, *, training: bool) -> Prompt:
             key = "cfg_scale"
         if not argument and name != "n":
             raise ConfigError(f"{place}: --{name} has no value")
-        try:
-            value = read(argument)
-        except ValueError:
-            kind = "whole number" if read is int else "number"
-            raise ConfigError(f"{place}: --{name} {argument}: is no {kind}") from None
+        value = _read(read, argument, f"{place}: --{name} {argument}")
         values[key] = (*values.get(key, ()), value) if key in _COLLECTED else value
     return _checked(values, place, training)
+
+
+def parse_value(key: str, text: str, place: str) -> Prompt:
+    """The text of one value, a number or a string, -> Prompt with nothing else set. `key` is that of TOML files.
+
+    Raises ConfigError, starting with `place`, for a value that a prompt line could not have.
+    """
+    return _checked({key: _read(dict(_OPTIONS.values())[key], text, f"{place}: {key} = {text}")}, place, training=False)
+
+
+def _read(read: Callable[[str], Any], text: str, place: str) -> Any:
+    try:
+        return read(text)
+    except ValueError:
+        raise ConfigError(f"{place}: is no {'whole number' if read is int else 'number'}") from None
 
 
 def read_file(path: Path, flag: str, *, training: bool) -> list[Prompt]:

@@ -21,6 +21,7 @@ from dataset.cache import (
     LatentSettings,
     TextSettings,
     latent_cache_path,
+    latent_settings,
     latent_stale_reason,
     list_latent_caches,
     list_text_caches,
@@ -128,7 +129,7 @@ def run_latents(
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
-            return latent_stale_reason(latent_path(config, item), _settings(item, models))
+            return latent_stale_reason(latent_path(config, item), latent_settings(item, models))
 
         todo = _stale(items, reason, run, processes)
     todo = _share(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
@@ -296,20 +297,7 @@ def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
     masks = tuple(mask and latent_mask(mask, item.bucket) for mask in masks)
     if masks[0] is not None and not masks[0].any():
         raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
-    return _LoadedItem(item, _settings(item, models), frames, controls, masks)
-
-
-def _settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
-    masks = tuple(mask and fingerprint(mask) for mask in (item.target_mask, *item.control_masks))
-    return LatentSettings(
-        bucket=item.bucket,
-        target=fingerprint(item.target),
-        controls=tuple(fingerprint(path) for path in item.controls),
-        masks=masks if any(masks) else None,
-        causal_order=item.layout.causal_order,
-        own_layout=str(item.layout) if item.owns_layout else None,
-        **models,
-    )
+    return _LoadedItem(item, latent_settings(item, models), frames, controls, masks)
 
 
 def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:

@@ -15,16 +15,27 @@ from wan.attention import Attention, sdpa
 from wan.config import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
 from wan.rope import apply_rope, grid_positions, rope_angles
 
+_ROWS_OF_TEXT = 64  # `pad_text` makes a multiple of it, so that few programs serve texts of all lengths
 
-def pad_text(embeddings: list[Tensor], length: int = TEXT_LENGTH) -> Tensor:
-    """Text embeddings, each [L, text_dim] -> [B, length, text_dim], zeros after the end.
 
-    The model was trained without a text mask, so the zeros take part in the attention. ValueError when one is longer.
+def pad_text(embeddings: list[Tensor]) -> Tensor:
+    """Text embeddings, each [L, text_dim] -> [B, rows, text_dim], zeros after the end.
+
+    The model was trained without a text mask, so zeros up to TEXT_LENGTH take part in the attention. They are all the
+    same: `rows` has room for one of them behind the longest text, which WanDiT takes for all that are left out.
+    ValueError when a text is longer than TEXT_LENGTH.
     """
     longest = max(len(embedding) for embedding in embeddings)
-    if longest > length:
-        raise ValueError(f"text embedding of {longest} tokens; at most {length} fit")
-    return torch.stack([F.pad(embedding, (0, 0, 0, length - len(embedding))) for embedding in embeddings])
+    if longest > TEXT_LENGTH:
+        raise ValueError(f"text embedding of {longest} tokens; at most {TEXT_LENGTH} fit")
+    rows = min((longest // _ROWS_OF_TEXT + 1) * _ROWS_OF_TEXT, TEXT_LENGTH)
+    return torch.stack([F.pad(embedding, (0, 0, 0, rows - len(embedding))) for embedding in embeddings])
+
+
+def _repeat_last(x: Tensor) -> Tensor:
+    """[B, rows, dim] -> [B, TEXT_LENGTH, dim]: the last row stands for all that are missing."""
+    missing = TEXT_LENGTH - x.shape[1]
+    return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x
 
 
 def timestep_features(timesteps: Tensor, dim: int) -> Tensor:
@@ -72,11 +83,12 @@ class KeysValues(NamedTuple):
 class Context:
     """What the cross attention of one block looks at.
 
-    tokens: [B, image tokens + TEXT_LENGTH, dim]. As in the official code all but the last TEXT_LENGTH are image tokens:
-    257 in i2v, 514 in flf2v. keep: the keys and values that the first call makes serve the next ones too.
+    tokens: [B, image tokens + text_rows, dim]; 257 image tokens in i2v, 514 in flf2v. The last of the text rows stands
+    for all up to TEXT_LENGTH. keep: the keys and values that the first call makes serve the next ones too.
     """
 
     tokens: Tensor
+    text_rows: int
     keep: bool = False
     kept: KeysValues | None = None
 
@@ -133,8 +145,9 @@ class CrossAttention(nn.Module):
         """Those that `context` has kept, or else new ones."""
         if context.kept is not None:
             return context.kept
-        image, text = context.tokens[:, :-TEXT_LENGTH], context.tokens[:, -TEXT_LENGTH:]
-        made = KeysValues(split_heads(self.norm_k(self.k(text))), split_heads(self.v(text)), None, None)
+        image, text = context.tokens[:, : -context.text_rows], context.tokens[:, -context.text_rows :]
+        keys, values = _repeat_last(self.norm_k(self.k(text))), _repeat_last(self.v(text))
+        made = KeysValues(split_heads(keys), split_heads(values), None, None)
         if self.has_image:
             keys, values = split_heads(self.norm_k_img(self.k_img(image))), split_heads(self.v_img(image))
             made = KeysValues(made.keys, made.values, keys, values)
@@ -259,14 +272,14 @@ class WanDiT(nn.Module):
         """Velocity of noisy latents.
 
         latents: [B, 16, F, H, W]. condition: [B, 20, F, H, W], 4 mask and 16 latent channels; None for t2v.
-        timesteps: [B] in 0..1000. text: [B, TEXT_LENGTH, text_dim], see `pad_text`.
+        timesteps: [B] in 0..1000. text: [B, rows, text_dim], see `pad_text`.
         image: [B, n * 257, image_dim], CLIP features of n images (flf2v: 2); None for t2v.
         frame_indices: [B, F] integer, the time index of each latent frame.
         skip_blocks: numbers of blocks that are left out (skip-layer guidance).
         cache: see `StepCache`; without one nothing is kept.
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
-        self._check(latents, condition, image, frame_indices)
+        self._check(latents, condition, text, image, frame_indices)
         x = latents if condition is None else torch.cat([latents, condition], dim=1)
         x = self.patch_embedding(x.to(self.dtype))
         grid = x.shape[2:]
@@ -291,15 +304,19 @@ class WanDiT(nn.Module):
         tokens = self.text_embedding(text.to(self.dtype))
         if image is not None:
             tokens = torch.cat([self.img_emb(image, self.dtype), tokens], dim=1)
-        contexts = [Context(tokens, keep) for _ in self.blocks]
+        contexts = [Context(tokens, text.shape[1], keep) for _ in self.blocks]
         return Prepared(angles.cos().float(), angles.sin().float(), contexts)
 
-    def _check(self, latents: Tensor, condition: Tensor | None, image: Tensor | None, frame_indices: Tensor) -> None:
+    def _check(
+        self, latents: Tensor, condition: Tensor | None, text: Tensor, image: Tensor | None, frame_indices: Tensor
+    ) -> None:
         kind, needs_image = self.spec.model_type, self.spec.image_dim is not None
         if (condition is not None) != needs_image or (image is not None) != needs_image:
             raise ValueError(f"{kind} takes {'both' if needs_image else 'neither'} of condition and image")
         if latents.shape[3] % PATCH[1] or latents.shape[4] % PATCH[2]:
             raise ValueError(f"latent of {latents.shape[3]} x {latents.shape[4]}; both sides must be even")
+        if text.shape[1] > TEXT_LENGTH:
+            raise ValueError(f"{text.shape[1]} rows of text; at most {TEXT_LENGTH}")
         if frame_indices.shape != (latents.shape[0], latents.shape[2]):
             raise ValueError(f"frame_indices {tuple(frame_indices.shape)} for latents {tuple(latents.shape)}")
 

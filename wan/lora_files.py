@@ -313,6 +313,25 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
     return OneFrameLayout(controls, places[layout.target_index], layout.causal)
 
 
+def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Width and height in pixels that a LoRA was trained at; None when its file does not tell. ConfigError as above."""
+    text = metadata.get("ss_one_frame_size")
+    if text is None:
+        return None
+    size = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text)
+    if size is None or min(map(int, size.groups())) < 16:
+        raise ConfigError(f"ss_one_frame_size = '{shown(text)}': must be like 832x480; give --video_size yourself")
+    return int(size[1]), int(size[2])
+
+
+@dataclass(frozen=True)
+class TrainedFor:
+    """What LoRA files say that they were trained for; None where none says it or they differ."""
+
+    layout: OneFrameLayout | None
+    size: tuple[int, int] | None  # width and height in pixels
+
+
 def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file, whole or not at all, with `metadata` and the two hashes that WebUIs look files up by.
 

@@ -84,6 +84,7 @@ def lora_metadata(
         "one_frame": layouts[0],
         "one_frame_layouts": json.dumps([str(layout) for layout in layouts]),
         "one_frame_task": task.name,
+        "one_frame_size": "{}x{}".format(*datasets.datasets[0].resolution),
         "one_frame_legacy_indices": run.one_frame_legacy_indices,
         "one_frame_loss": run.one_frame_loss,
         "one_frame_target_range": run.one_frame_target_range,

@@ -26,9 +26,16 @@ from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
 from wan.fused import can_fuse
 from wan.fused_vae import fuse_vae_
-from wan.lora_files import LoRAFile, Merger, choose_modules, layout_from_metadata, read_lora
+from wan.lora_files import (
+    LoRAFile,
+    Merger,
+    TrainedFor,
+    choose_modules,
+    layout_from_metadata,
+    read_lora,
+    size_from_metadata,
+)
 from wan.memory import MemoryConfig
-from wan.one_frame import OneFrameLayout
 
 log = logging.getLogger(__name__)
 Section = TypeVar("Section")
@@ -231,26 +238,29 @@ class LoRAConfig:
         return [read_lora(path, "--lora_weight") for path in self.lora_weight]
 
     @property
-    def trained_layout(self) -> OneFrameLayout | None:
-        """The time indices that the files were trained at, as far as they say; None too when they differ."""
-        layouts = set()
+    def trained_for(self) -> TrainedFor:
+        """What the files say in their metadata. ConfigError for metadata that can't be read."""
+        layouts, sizes = set(), set()
         for file in self.files:
             try:
                 layouts.add(layout_from_metadata(file.metadata))
+                sizes.add(size_from_metadata(file.metadata))
             except ConfigError as error:
                 raise ConfigError(f"--lora_weight {file.path}: {error}") from None
         layouts.discard(None)
+        sizes.discard(None)
         if len(layouts) > 1:
             log.warning("the LoRA files were trained at different indices: %s", " and ".join(sorted(map(str, layouts))))
-        return layouts.pop() if len(layouts) == 1 else None
+        return TrainedFor(*(found.pop() if len(found) == 1 else None for found in (layouts, sizes)))
 
-    def merger(self, dit: DiTConfig) -> Merger | None:
-        """Checks the files."""
+    def merger(self, dit: DiTConfig, multipliers: tuple[float, ...] | None = None) -> Merger | None:
+        """Checks the files. multipliers: in place of `lora_multiplier`."""
         chosen = [
             choose_modules(file, include, exclude)
             for file, include, exclude in zip_longest(self.files, self.include_patterns, self.exclude_patterns)
         ]
-        return build_merger(chosen, self.lora_multiplier, dit, "--lora_weight", "--lora_multiplier")
+        multipliers = self.lora_multiplier if multipliers is None else multipliers
+        return build_merger(chosen, multipliers, dit, "--lora_weight", "--lora_multiplier")
 
 
 def build_merger(

@@ -15,7 +15,7 @@ wan/first_last_frame2video.py of Wan2.1). A latent frame after the first stands 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ from utils.errors import ConfigError, suggest
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("independent", "causal")
-_KEYS = ("control_index", "target_index", "layout")
+KEYS = ("control_index", "target_index", "layout")
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 _MASK_CHANNELS = 4  # one per video frame of a latent frame
 
@@ -122,10 +122,8 @@ def parse(text: str, default_layout: str | None = None) -> OneFrameLayout:
         key, equals, value = (part.strip() for part in item.partition("="))
         if key in _FRAMEPACK_WORDS and not equals:
             log.warning("one-frame option '%s' belongs to FramePack and has no effect on Wan", key)
-        elif key not in _KEYS or not equals:
-            raise ConfigError(
-                f"unknown key '{key}'{suggest(key, _KEYS) or '; use control_index=..., target_index=...'}"
-            )
+        elif key not in KEYS or not equals:
+            raise ConfigError(f"unknown key '{key}'{suggest(key, KEYS) or '; use control_index=..., target_index=...'}")
         elif key in values:
             raise ConfigError(f"'{key}' is given twice; separate several control indices by ';'")
         else:
@@ -136,6 +134,12 @@ def parse(text: str, default_layout: str | None = None) -> OneFrameLayout:
         _index("target_index", values.get("target_index", "0")),
         is_causal(values.get("layout", default_layout)),
     )
+
+
+def with_values(text: str, values: Mapping[str, str]) -> str:
+    """The text for `parse` that has these values, by key of KEYS, in place of those in `text`."""
+    kept = [item for item in text.split(",") if item.strip() and item.partition("=")[0].strip() not in values]
+    return ",".join([*kept, *(f"{key}={value}" for key, value in values.items())])
 
 
 def is_causal(name: str | None) -> bool:

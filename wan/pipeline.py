@@ -15,10 +15,11 @@ from tqdm import tqdm
 from utils.images import from_pixels, open_image, open_masked, to_pixels
 from wan import one_frame, sampling
 from wan.dit import StepCache, WanDiT, pad_text
-from wan.encoding import encode_blank, encode_causal_condition, encode_clip, encode_images, frame_pixels, latent_mask
+from wan.encoding import encode_blank, encode_clip, encode_images, encode_video, frame_pixels, latent_mask
 from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.one_frame import OneFrameLayout
+from wan.preview import LatentPreview, synthetic_images
 from wan.request import Request
 from wan.t5 import encode_text
 from wan.vae import WanVAE
@@ -26,6 +27,7 @@ from wan.vae import WanVAE
 log = logging.getLogger(__name__)
 
 
+_PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
 _ROOM_FOR_THE_NEXT = 24 << 30  # bytes: umT5-XXL (11 GB) and the activations of any stage
 
 
@@ -37,7 +39,7 @@ class Encoded:
     text: Tensor  # [L, D]
     negative: Tensor | None  # [L, D]; None when guidance is 1
     image: Tensor  # [257 or 514, D]: CLIP features
-    condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order
+    condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order; reasoning frames included
 
 
 class Resident:
@@ -83,7 +85,7 @@ class Pipeline:
         self._t5_config, self._tokenizer = t5, None
         self._texts: dict[str, Tensor] = {}
         self._features: dict[tuple, Tensor] = {}
-        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor]] = {}
+        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
 
     def _load_t5(self, device: torch.device) -> nn.Module:
@@ -103,6 +105,17 @@ class Pipeline:
         with self._vae.on_device() as vae:
             pixels = vae.decode(latents[None].to(self.device))
         return from_pixels(pixels[0, :, -1].float().cpu())
+
+    @torch.inference_mode()
+    def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
+        """What shows latents roughly: fitted on synthetic pictures and on control images of the requests."""
+        sizes = {path: _size(request) for request in requests for path in request.controls}
+        pixels = synthetic_images()
+        for path, size in [*sizes.items()][:_PREVIEW_CONTROLS]:
+            pixels.append(frame_pixels(open_image(path, "control image"), size))
+        with self._vae.on_device() as vae:
+            latents = [encode_images(vae, image[None])[0] for image in pixels]
+        return LatentPreview.fit(pixels, latents)
 
     @torch.inference_mode()
     def _encode_texts(self, texts: set[str]) -> None:
@@ -129,16 +142,16 @@ class Pipeline:
         if missing:
             with self._vae.on_device() as vae:
                 for key, request in missing.items():
-                    self._conditions[key] = request.layout, _condition(vae, request, self._blanks)
+                    self._conditions[key] = request.layout, *_condition(vae, request, self._blanks)
 
     def _assemble(self, request: Request) -> Encoded:
-        layout, condition = self._conditions[_condition_key(request)]
+        layout, condition, added = self._conditions[_condition_key(request)]
         return Encoded(
             request=request,
             text=self._texts[request.prompt],
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
             image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
-            condition=one_frame.relayout(condition, layout, request.layout),
+            condition=request.reasoning.insert(one_frame.relayout(condition, layout, request.layout), added),
         )
 
 
@@ -149,81 +162,117 @@ def denoise(
     device: torch.device,
     label: str = "denoising",
     guidance: GuidanceConfig | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """The latents to decode the picture from (`pick_target`), float32 on the CPU. Draws only the seeded noise."""
+    """The latents to decode the picture from (`pick_target`), float32 on the CPU. Draws only the seeded noise.
+
+    watch: is called in each step with its number, from 0, and what these latents will be as far as it can tell then.
+    """
     request, guidance = encoded.request, guidance or GuidanceConfig()
-    condition = encoded.condition[None].to(device)
+    reasoning, condition = request.reasoning, encoded.condition[None].to(device)
     texts = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
-    texts = {name: pad_text([text]).to(device) for name, text in texts.items()}
+    texts = dict(zip(texts, pad_text([*texts.values()]).to(device).split(1), strict=True))
     image = encoded.image[None].to(device)
-    frame_indices = torch.tensor([request.layout.frame_indices], device=device)
-    frames, height, width = condition.shape[2:]
-    noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise)
+    frame_indices = torch.tensor([reasoning.frame_indices], device=device)
+    own = torch.tensor(reasoning.own_slots, device=device)
+    own_condition, own_indices = condition[:, :, own], frame_indices[:, own]
+    size = (16, len(own), *condition.shape[3:])
+    noise = initial_noise(size, request.seed, device, request.cpu_noise, reasoning.count)
+    noise = reasoning.insert(noise[:, : len(own)], noise[:, len(own) :])
     guided_steps = guidance.guided_steps(request.steps)
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
     timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
+    sigmas = schedule.sigmas.tolist()
     caches = defaultdict(StepCache)
 
     def velocity(x: Tensor, _timestep: Tensor, step: int) -> Tensor:
+        whole = reasoning.count == 0 or step < request.reasoning_steps
+
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
-            inputs = x[None], condition, timesteps[step, None]
+            frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
+            inputs = frames[0][None], frames[1], timesteps[step, None]
             latents, conditions, times, images, indices = (
-                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frame_indices)
+                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, conditions, times, text, images, indices, skip_blocks, cache=caches[names])
+            return dit(latents, conditions, times, text, images, indices, skip_blocks, cache=caches[names, whole])
 
-        if "negative" not in texts or not guided_steps[step]:
-            return run("prompt")[0]
-        skips_layers = guidance.skips_layers(step, request.steps)
-        if skips_layers:
-            skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
-        if skips_layers and guidance.slg_mode == "uncond":
-            return sampling.guided(run("prompt")[0], skipped, request.guidance)
-        if guidance.separate_passes:
-            conditional, unconditional = run("prompt")[0], run("negative")[0]
-        else:
-            conditional, unconditional = run("prompt", "negative")
-        guided = sampling.guided(conditional, unconditional, request.guidance)
-        return guided + guidance.slg_scale * (conditional - skipped) if skips_layers else guided
+        result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
+        if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
+            result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
+        if watch is not None:
+            watch(step, one_frame.pick_target(request.layout, (x - sigmas[step] * result)[:, own]))
+        return result
 
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
-    return one_frame.pick_target(request.layout, latents).cpu()
+    return one_frame.pick_target(request.layout, latents[:, own]).cpu()
 
 
-def initial_noise(shape: tuple[int, ...], seed: int, device: torch.device, cpu_noise: bool) -> Tensor:
-    """Standard normal float32 `shape` on `device`: the first draw of a generator there, or of a CPU one."""
+def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
+    """The velocity [16, F, H, W] of a step, of one to three that `run` gives by the names of their texts."""
+    if not guided:
+        return run("prompt")[0]
+    skips_layers = guidance.skips_layers(step, request.steps)
+    if skips_layers:
+        skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
+    if skips_layers and guidance.slg_mode == "uncond":
+        return sampling.guided(run("prompt")[0], skipped, request.guidance)
+    if guidance.separate_passes:
+        conditional, unconditional = run("prompt")[0], run("negative")[0]
+    else:
+        conditional, unconditional = run("prompt", "negative")
+    result = sampling.guided(conditional, unconditional, request.guidance)
+    return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
+
+
+def initial_noise(
+    shape: tuple[int, ...], seed: int, device: torch.device, cpu_noise: bool, more_frames: int = 0
+) -> Tensor:
+    """Standard normal float32 `shape` on `device`: the first draw of a generator there, or of a CPU one.
+
+    more_frames: behind the others in dimension 1, of the second draw, so that the first stays what it is.
+    """
     source = torch.device("cpu") if cpu_noise else device
     generator = torch.Generator(source).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=source, dtype=torch.float32).to(device)
+    shapes = [shape, (shape[0], more_frames, *shape[2:])][: 1 + bool(more_frames)]
+    noise = [torch.randn(one, generator=generator, device=source, dtype=torch.float32) for one in shapes]
+    return torch.cat(noise, dim=1).to(device)
 
 
 def _texts(request: Request) -> tuple[str, ...]:
     return (request.prompt,) if request.guidance == 1 else (request.prompt, request.negative_prompt)
 
 
-def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tensor]) -> Tensor:
-    """[20, F, H, W] float32 on the CPU, of the same bits as caching makes. `blanks` keeps the blank of each size."""
-    layout, size = request.layout, _size(request)
+def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """[20, F, H, W], of the same bits as caching makes, and [20, n, H, W] of the reasoning frames: float32 on the CPU.
+
+    In the causal layout these are grey frames of the same video, and change what comes after them. `blanks` keeps the
+    blank of each size.
+    """
+    layout, size, reasoning = request.layout, _size(request), request.reasoning
     if layout.causal:
         images = [open_image(path, "control image") for path in request.controls]
-        return encode_causal_condition(vae, layout, [frame_pixels(image, size) for image in images]).float().cpu()
+        video = one_frame.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
+        latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
+        own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
+        return one_frame.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
     pairs = zip(request.controls, request.control_masks, strict=True)
     opened = [open_masked(path, "control image", mask) for path, mask in pairs]
     controls = [encode_images(vae, frame_pixels(image, size)[None])[0] for image, _ in opened]
     masks = [mask and latent_mask(mask, size) for _, mask in opened]
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
-    return one_frame.stack_condition(layout, controls, blanks[size], masks).float().cpu()
+    condition = one_frame.stack_condition(layout, controls, blanks[size], masks).float().cpu()
+    return condition, condition[:, [layout.target_slot] * reasoning.count]
 
 
 def _condition_key(request: Request) -> tuple:
     """What the condition depends on, apart from time indices: see `relayout`."""
     controls = tuple(map(_version, request.controls))
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
-    return request.layout.causal_order, controls, masks, _size(request)
+    return request.layout.causal_order, request.reasoning_frames, controls, masks, _size(request)
 
 
 def _size(request: Request) -> tuple[int, int]:

@@ -13,10 +13,14 @@ from utils.images import check_image, check_mask_size, floor16, size_for_area
 from utils.prompts import Prompt
 from wan import one_frame
 from wan.config import TaskSpec
+from wan.lora_files import TrainedFor
 from wan.one_frame import LayoutConfig, OneFrameLayout
+from wan.reasoning import ReasoningFrames
 from wan.sampling import SOLVERS, schedule
 
 log = logging.getLogger(__name__)
+
+NOTHING_TOLD = TrainedFor(layout=None, size=None)
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,19 @@ class SamplingConfig(LayoutConfig):
 
     sample_solver: str = option("unipc", choices=SOLVERS, help="solver; vanilla is Euler")
     cpu_noise: bool = option(False, help="draw the initial noise on the CPU (the same on every device)")
+    reasoning_frames: int = option(
+        0, help="frames between control and target that are denoised along in the first steps and then dropped"
+    )
+    reasoning_steps: int | None = option(None, help="the steps that they take part in; default: a fifth of all")
     exact_size: bool = option(
         False, help="crop to the given width and height instead of keeping the start image's aspect ratio at that area"
     )
+
+    def __post_init__(self) -> None:
+        if self.reasoning_frames < 0:
+            raise ConfigError(f"--reasoning_frames {self.reasoning_frames}: must be at least 0")
+        if self.reasoning_steps is not None and self.reasoning_steps < 1:
+            raise ConfigError(f"--reasoning_steps {self.reasoning_steps}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +63,24 @@ class Request:
     clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
     solver: str = "unipc"
     cpu_noise: bool = False
+    reasoning_frames: int = 0
+    reasoning_steps: int = 0  # the steps that these take part in
+
+    @property
+    def reasoning(self) -> ReasoningFrames:
+        """Where the reasoning frames sit. ConfigError when there is no room."""
+        return ReasoningFrames(self.layout, self.reasoning_frames)
 
     @classmethod
     def resolve(
-        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None = None
+        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor = NOTHING_TOLD
     ) -> "Request":
         """Fill in the task's defaults and check everything that can be checked before models load.
 
         The requested width and height give the area and the start image the aspect ratio; with `exact_size` they are
         taken as they are, rounded down to multiples of 16. Without a seed one is drawn.
-        trained: the indices that the LoRA was trained at, which `one_frame = auto` stands for.
+        trained: what the LoRA was trained for: the indices that `one_frame = auto` stands for, and the size where auto
+        is given without one.
         Raises ConfigError naming where the prompt stands.
         """
         try:
@@ -67,13 +89,12 @@ class Request:
             raise ConfigError(f"{prompt.place}: {error}") from None
 
     @classmethod
-    def _resolved(
-        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: OneFrameLayout | None
-    ) -> "Request":
-        layout, controls = _controls(prompt, sampling.one_frame_layout, trained)
+    def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor) -> "Request":
+        layout, controls = _controls(prompt, sampling.one_frame_layout, trained.layout)
         control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
-        asked = (prompt.width or 256, prompt.height or 256)
+        usual = trained.size if trained.size and prompt.one_frame.strip() == "auto" else (256, 256)
+        asked = (prompt.width or usual[0], prompt.height or usual[1])
         if sampling.exact_size:
             width, height = map(floor16, asked)
         else:
@@ -89,6 +110,7 @@ class Request:
         texts = prompt.prompt or "", given(prompt.negative_prompt, task.negative_prompt)
         _check_values(guidance, seed, texts)
         schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
+        ReasoningFrames(layout, sampling.reasoning_frames)  # so does this
         return cls(
             prompt=texts[0],
             negative_prompt=texts[1],
@@ -105,6 +127,8 @@ class Request:
             clip_images=clip_images,
             solver=sampling.sample_solver,
             cpu_noise=sampling.cpu_noise,
+            reasoning_frames=sampling.reasoning_frames,
+            reasoning_steps=given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
         )
 
     @property
@@ -124,8 +148,11 @@ class Request:
             "infer_steps": self.steps,
             "flow_shift": self.shift,
             "guidance_scale": self.guidance,
+            "sample_solver": self.solver,
             "seed": self.seed,
         }
+        if self.reasoning_frames:
+            options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
         if any(self.control_masks):
             options["control_image_mask_path"] = [str(path) for path in self.control_masks]
         usual = one_frame.clip_controls(self.layout, len(self.clip_images)) if self.controls else []

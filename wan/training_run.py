@@ -11,6 +11,7 @@ from utils import cli
 from utils.files import require_writable_dir, written_whole
 from wan import training
 from wan.config import TaskSpec
+from wan.explain import training as explained
 from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
 from wan.pipeline import Pipeline
 from wan.request import Request
@@ -66,6 +67,21 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         )
         job = training.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
         training.Trainer(accelerator, job, state).run()
+
+
+def explain(models: TrainingModels, options: TrainingOptions) -> None:
+    """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    task, _ = _check(models, options, datasets)
+    accelerator = training.build_accelerator(models.device.device)
+    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    state = training.find_state(options.save)
+    training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)
+    training.base_merger(models.dit, options.network)
+    weights = training.network_start(models.dit, options.network, state)
+    if accelerator.is_main_process:
+        lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
+        print(*lines, sep="\n")
 
 
 def show_timesteps(options: TrainingOptions, mode: str) -> None:

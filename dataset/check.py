@@ -1,0 +1,280 @@
+"""All problems of a dataset at once. Caching stops at the first one, and does not look at the pictures themselves."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dataset.buckets import Fit
+from dataset.cache import (
+    latent_cache_path,
+    latent_source_reason,
+    list_latent_caches,
+    list_text_caches,
+    parse_latent_name,
+    read_text_header,
+    text_cache_path,
+)
+from dataset.config import DatasetsConfig, ImageDatasetConfig, check_sources, read_config
+from dataset.pictures import look
+from dataset.problems import ERROR, BucketRow, Problem, Report
+from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import fingerprint, written_whole
+from wan.config import TEXT_LENGTH
+from wan.one_frame import LayoutConfig, OneFrameLayout, layout_from_toml
+
+_FIRST_WIDE_LETTER = 0x2E80  # CJK starts here in Unicode: about a token a letter, others about four letters a token
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(LayoutConfig):
+    """checking"""
+
+    dataset_config: Path = option(help="dataset TOML")
+    alignment: bool = option(False, help="also look for targets that are shifted against their control")
+    json: Path | None = option(None, help="write the problems and the bucket table to this file too")
+
+
+def run_check(run: CheckConfig) -> None:
+    """Print the report. Raises ConfigError when it has errors, which stop caching or training."""
+    report = check(run.dataset_config, run.one_frame_layout, run.alignment)
+    print(*report.lines(), sep="\n")
+    if run.json is not None:
+        with written_whole(run.json) as temporary:
+            temporary.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False), encoding="utf-8")
+    if report.count(ERROR):
+        raise ConfigError(f"{run.dataset_config}: {report.summary}; mend what is listed above")
+
+
+def check(path: Path, layout: str | None = None, alignment: bool = False) -> Report:
+    """Look at everything that a dataset configuration file names, without changing anything.
+
+    layout: of the datasets that don't name theirs; alignment: also look for targets that are shifted against their
+    control. Raises nothing for mistakes: they are what is reported.
+    """
+    try:
+        config = read_config(path, layout=layout, need_sources=False)
+    except ConfigError as error:
+        return Report((Problem.of_error("D01", path, error),), ())
+    found: list[Problem] = []
+    items: list[Item] = []
+    for i, dataset in enumerate(config.datasets):
+        place = f"{config.path}: datasets[{i}]"
+        sources = _sources(found, dataset, place)
+        shared = _layout(found, dataset, sources, place) if sources else None
+        usable = _items(found, sources, dataset, i, shared, alignment) if shared else []
+        if not usable:
+            found.append(Problem("D28", place, "has no usable item", "mend the problems of its files"))
+        _check_caches(found, dataset, usable, {source.target.stem for source in sources})
+        items += usable
+    _check_twins(found, config, items)
+    buckets = tuple(_buckets(config, items))
+    for row in buckets:
+        size = config.datasets[row.dataset].batch_size
+        if row.items * config.datasets[row.dataset].num_repeats < size:
+            place = f"{config.path}: datasets[{row.dataset}]"
+            message = f"{row.items} items of {row.width}x{row.height} never fill batch_size {size}"
+            found.append(Problem("D27", place, message, "crop them to the shape of others, or lower batch_size"))
+    return Report(tuple(found), buckets)
+
+
+def _sources(found: list[Problem], dataset: ImageDatasetConfig, place: str) -> list[Source]:
+    """What the folders or the list hold, in their order, without the entries that no item can be made of."""
+    try:
+        check_sources("", dataset)
+        sources = _of_folder(found, dataset) if dataset.image_directory else _of_list(found, dataset)
+    except ConfigError as error:
+        found.append(Problem.of_error("D02", place, ConfigError(str(error).removeprefix("."))))
+        return []
+    except OSError as error:
+        found.append(Problem("D02", str(error.filename), f"cannot be read ({error.strerror})", "check the permissions"))
+        return []
+    first: dict[str, Path] = {}
+    for source in sources:
+        same = first.setdefault(os.path.normcase(source.target.stem), source.target)
+        if same is not source.target:
+            message = f"would share its cache files with {same}"
+            found.append(Problem("D04", str(source.target), message, "rename one of them"))
+    for source in sources:
+        _check_caption(found, source)
+    return sources
+
+
+def _check_caption(found: list[Problem], source: Source) -> None:
+    if not source.caption.strip():
+        found.append(Problem("D12", str(source.target), "its caption is empty", "say what the edit does"))
+    tokens = sum(1 if ord(letter) >= _FIRST_WIDE_LETTER else 0.25 for letter in source.caption)
+    if tokens > TEXT_LENGTH:
+        message = f"its caption has about {tokens:.0f} tokens, and the model reads the first {TEXT_LENGTH}"
+        found.append(Problem("D13", str(source.target), message, "shorten it"))
+
+
+def _of_folder(found: list[Problem], dataset: ImageDatasetConfig) -> list[Source]:
+    targets = list_images(dataset.image_directory)
+    stems = {target.stem for target in targets}
+    controls, masks, target_masks = {}, {}, {}
+    if dataset.control_directory is not None:
+        masks, candidates = masks_beside(stems, list_images(dataset.control_directory))
+        controls, _ = match_controls(stems, candidates)
+        claimed = {path for paths in controls.values() for path in paths}
+        for path in candidates:
+            if path not in claimed:
+                fix = f"add a target of that name to {dataset.image_directory}, or end the name in _<number>"
+                found.append(Problem("D07", str(path), "belongs to no target", fix))
+    if dataset.target_mask_directory is not None:
+        for mask in list_images(dataset.target_mask_directory):
+            if mask.stem in stems:
+                target_masks[mask.stem] = mask
+            else:
+                found.append(Problem("D10", str(mask), "belongs to no target", "name it like its target"))
+    sources = []
+    for target in targets:
+        caption_file = target.with_name(target.stem + dataset.caption_extension)
+        if not caption_file.is_file():
+            found.append(Problem("D11", str(target), "is left out, because it has no caption", f"write {caption_file}"))
+            continue
+        try:
+            caption = read_text(caption_file, "").strip()
+        except ConfigError as error:
+            found.append(Problem.of_error("D14", caption_file, ConfigError(str(error).lstrip())))
+            continue
+        own = controls.get(target.stem, ())
+        sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(target.stem)))
+    return sources
+
+
+def _of_list(found: list[Problem], dataset: ImageDatasetConfig) -> list[Source]:
+    path, sources = dataset.image_jsonl_file, []
+    for number, line in enumerate(read_text(path, "image_jsonl_file").split("\n"), start=1):
+        if line.strip():
+            try:
+                sources.append(parse_line(line, dataset))
+            except ConfigError as error:
+                found.append(Problem.of_error("D03", f"{path}:{number}", error))
+    return sources
+
+
+def _layout(
+    found: list[Problem], dataset: ImageDatasetConfig, sources: Sequence[Source], place: str
+) -> OneFrameLayout | None:
+    """The layout of the items without one of their own; None when there is none that fits."""
+    most = max((len(source.controls) for source in sources if source.layout is None), default=0)
+    assumed = max(most, 1) if dataset.clean_indices is None else None
+    try:
+        return layout_from_toml(dataset.clean_indices, dataset.target_index, assumed, dataset.causal)
+    except ConfigError as error:
+        found.append(Problem.of_error("D05", place, error))
+        return None
+
+
+def _items(
+    found: list[Problem],
+    sources: Sequence[Source],
+    dataset: ImageDatasetConfig,
+    index: int,
+    shared: OneFrameLayout,
+    alignment: bool,
+) -> list[Item]:
+    """The items that can be made; their pictures are looked at in threads."""
+    with ThreadPoolExecutor() as pool:
+        looked = list(pool.map(partial(look, dataset, index, shared, alignment), sources))
+    found += [problem for _, problems in looked for problem in problems]
+    return [item for item, _ in looked if item is not None]
+
+
+def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[Item]) -> None:
+    """Items made of the same bytes, in one use or in both."""
+    trained: dict[str, Path] = {}
+    first: dict[tuple, Path] = {}
+    by_use = sorted(items, key=lambda item: config.datasets[item.dataset].validation)
+    for item in by_use:
+        validation, target = config.datasets[item.dataset].validation, fingerprint(item.target)
+        if not validation:
+            trained.setdefault(target, item.target)
+        elif target in trained:
+            message = f"is for validation, but {trained[target]} is the same picture and trained on"
+            found.append(Problem("D30", str(item.target), message, "keep one of them"))
+        made_of = (validation, target, *map(fingerprint, item.controls), item.caption)
+        same = first.setdefault(made_of, item.target)
+        if same is not item.target:
+            message = f"is the same as {same}, controls and caption too"
+            found.append(Problem("D29", str(item.target), message, "remove one; num_repeats repeats on purpose"))
+
+
+def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRow]:
+    groups: dict[tuple, list[Item]] = defaultdict(list)
+    for item in items:
+        groups[item.dataset, item.bucket, 1 + len(item.controls)].append(item)
+    for (index, (width, height), frames), group in sorted(groups.items()):
+        dataset = config.datasets[index]
+        count = len(group) * dataset.num_repeats
+        batches = -(-count // dataset.batch_size)
+        fits = [Fit(item.size, item.bucket) for item in group]
+        scales, losses = [fit.scale for fit in fits], [fit.cropped for fit in fits]
+        yield BucketRow(
+            dataset=index,
+            width=width,
+            height=height,
+            frames=frames,
+            items=len(group),
+            batches=batches,
+            unused_places=batches * dataset.batch_size - count,
+            scale=(min(scales), max(scales)),
+            cropped_mean=sum(losses) / len(losses),
+            cropped_most=max(losses),
+        )
+
+
+def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequence[Item], stems: set[str]) -> None:
+    """stems: those of all entries, also of the ones that are no usable items."""
+    folder = dataset.cache_directory
+    if not folder.is_dir():
+        return
+    again = "run wan_cache_latents.py again"
+    latents = {latent_cache_path(folder, item.stem, item.size): item for item in items}
+    cached = list_latent_caches(folder)
+    for path, item in latents.items():
+        if not path.is_file():
+            if cached:
+                found.append(Problem("D34", str(item.target), "has no latent cache, others have", again))
+            continue
+        try:
+            if reason := latent_source_reason(path, item):
+                found.append(Problem("D32", str(path), reason, again))
+        except ConfigError as error:
+            found.append(Problem.of_error("D31", path, error))
+    _check_texts(found, dataset, items)
+    failed = stems - {item.stem for item in items}
+    texts = {text_cache_path(folder, item.stem) for item in items}
+    texts |= {text_cache_path(folder, stem) for stem in failed}
+    latent_strangers = [path for path in _strangers(cached, latents) if parse_latent_name(path)[0] not in failed]
+    for path in (*latent_strangers, *_strangers(list_text_caches(folder), texts)):
+        message = "belongs to no item; training would use it all the same"
+        found.append(Problem("D35", str(path), message, "delete it, or cache again without --keep_cache"))
+
+
+def _strangers(paths: Iterable[Path], known: Iterable[Path]) -> list[Path]:
+    names = {os.path.normcase(path) for path in known}
+    return [path for path in paths if os.path.normcase(path) not in names]
+
+
+def _check_texts(found: list[Problem], dataset: ImageDatasetConfig, items: Iterable[Item]) -> None:
+    folder, again = dataset.cache_directory, "run wan_cache_text_encoder_outputs.py again"
+    some = bool(list_text_caches(folder))
+    for item in items:
+        path = text_cache_path(folder, item.stem)
+        if not path.is_file():
+            if some:
+                found.append(Problem("D34", str(item.target), "has no text cache, others have", again))
+            continue
+        try:
+            if read_text_header(path).caption != item.caption:
+                found.append(Problem("D33", str(path), "the caption has changed", again))
+        except ConfigError as error:
+            found.append(Problem.of_error("D31", path, error))

@@ -1,0 +1,336 @@
+"""`--explain`: what a run would do, as text: frames, sizes, tokens, memory. No weights are loaded for it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dataset.buckets import Fit
+from dataset.cache import read_header, read_latent_cache
+from dataset.config import DatasetsConfig, read_config
+from dataset.loader import TrainingItem, TrainingSet
+from dataset.sources import Item, find_all_items
+from utils.cli import option
+from utils.dtypes import dtype_name, parse_dtype
+from utils.images import check_image, open_masked
+from utils.tables import table
+from wan.checkpoint import load_tokenizer
+from wan.config import CLIP_TOKENS, PATCH, TEXT_LENGTH, VAE_STRIDE, DiTSpec, TaskSpec
+from wan.dit import WanDiT
+from wan.encoding import latent_mask
+from wan.guidance import GuidanceConfig
+from wan.lora import LoRANetwork, inject_lora_
+from wan.lora_files import LoRAFile
+from wan.memory import MemoryConfig
+from wan.models import DiTConfig
+from wan.network_options import NetworkConfig
+from wan.one_frame import OneFrameLayout, relayout
+from wan.report import dataset_rows, expected_memory, start_table
+from wan.request import Request
+from wan.t5 import clean_prompt
+from wan.training_options import TrainingOptions
+
+_SHOWN = 8  # frame tables of one run
+_PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
+_H100_FLOPS = 2.8e14  # a second: the forward pass of docs/performance.md, 8192 tokens in 0.89 s
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """explaining"""
+
+    explain: bool = option(
+        False, help="print frames, sizes, tokens and expected memory of the run, and end before weights are loaded"
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is put into one slot."""
+
+    name: str  # "control 0", "target"
+    file: str
+    fit: Fit | None  # None: nothing is resized
+    used: float | None  # share that its mask leaves; None without a mask
+
+
+def frame_table(layout: OneFrameLayout, frames: Sequence[_Frame], size: tuple[int, int]) -> list[str]:
+    """A row per slot. frames: the controls as given, then the target; size: (width, height) in pixels."""
+    rows = [("slot", "role", "RoPE index", "file", "size", "cropped", "mask used", "tokens")]
+    for slot, i in enumerate(layout.order):
+        frame = frames[i]
+        wide = "{}x{}".format(*size)
+        rows.append(
+            (
+                *(str(slot), frame.name, str(layout.frame_indices[slot]), frame.file),
+                "{}x{} -> {}".format(*frame.fit.size, wide) if frame.fit else wide,
+                f"{frame.fit.cropped:.1%}" if frame.fit else "",
+                "all" if frame.used is None else f"{frame.used:.0%}",
+                str(frame_tokens(size)),
+            )
+        )
+    return table(rows)
+
+
+def frame_tokens(size: tuple[int, int]) -> int:
+    """Tokens of a frame of (width, height) pixels."""
+    return size[0] // (VAE_STRIDE * PATCH[1]) * (size[1] // (VAE_STRIDE * PATCH[2]))
+
+
+def _file_frame(name: str, path: Path, mask: Path | None, size: tuple[int, int], masked: bool) -> _Frame:
+    """masked: whether a mask counts at all."""
+    coverage = open_masked(path, name, mask)[1] if masked else None
+    used = None if coverage is None else float(latent_mask(coverage, size).mean())
+    return _Frame(name, str(path), Fit(check_image(path, name), size), used)
+
+
+def _tokens_line(layout: OneFrameLayout, size: tuple[int, int], images: int) -> str:
+    frames, each = len(layout.order), frame_tokens(size)
+    context = f"{TEXT_LENGTH} of the text and {CLIP_TOKENS * images} of CLIP"
+    return f"tokens per forward: {frames} frames x {each} = {frames * each}, which also look at {context}"
+
+
+# --- caching
+
+
+def latents(dataset_config: Path, layout: str | None, batch_size: int | None, weights: Sequence[Path]) -> list[str]:
+    """Latent caching: the first item of each dataset, size and layout. weights: the model files, for their sizes."""
+    config = read_config(dataset_config, batch_size, layout)
+    items = find_all_items(config, need_controls=True)
+    groups: dict[tuple, list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.dataset, item.bucket, str(item.layout)), []).append(item)
+    lines = []
+    for (index, size, _), group in list(groups.items())[:_SHOWN]:
+        item = group[0]
+        wide = "{}x{}".format(*size)
+        lines += [f"dataset {index}, {wide}, {item.layout}: {len(group)} items, the first is {item.stem}"]
+        lines += [*frame_table(item.layout, _item_frames(item), size), ""]
+    lines += _left_out(len(groups))
+    images = sum(1 + len(item.controls) for item in items)
+    largest = max(items, key=lambda item: item.bucket[0] * item.bucket[1])
+    rows = [
+        ("runs", f"the VAE over {images} images, CLIP over {images - len(items)} control images, each uncropped"),
+        ("writes", f"{len(items)} caches to {_folders(config)}"),
+        ("batches", ", ".join(f"dataset {i}: {one.batch_size}" for i, one in enumerate(config.datasets)) + " at most"),
+        ("largest image", "{}x{}".format(*largest.bucket)),
+        ("weights", _file_sizes(weights)),
+    ]
+    return [*lines, start_table(rows)]
+
+
+def _item_frames(item: Item) -> list[_Frame]:
+    pairs = list(zip(item.controls, item.control_masks, strict=True))
+    controls = [
+        _file_frame(f"control {i}", path, mask, item.bucket, masked=not item.layout.causal)
+        for i, (path, mask) in enumerate(pairs)
+    ]
+    return [*controls, _file_frame("target", item.target, item.target_mask, item.bucket, masked=True)]
+
+
+def texts(dataset_config: Path, batch_size: int | None, tokenizer: Path | None, weights: Path) -> list[str]:
+    """Text caching: how long the captions are."""
+    config = read_config(dataset_config, batch_size)
+    items = find_all_items(config, need_controls=False)
+    read = load_tokenizer(tokenizer)
+    lengths = {item.caption: len(read(clean_prompt(item.caption)).input_ids) for item in items}
+    counts = [lengths[item.caption] for item in items]
+    longest = max(items, key=lambda item: lengths[item.caption])
+    rows = [
+        ("runs", f"T5 over {len(items)} captions, {len(lengths)} of them different"),
+        ("tokens", f"{min(counts)} to {max(counts)}, {sum(counts) / len(counts):.0f} in the mean"),
+        ("longest caption", str(longest.target)),
+        ("cut", f"{sum(count > TEXT_LENGTH for count in counts)} captions at {TEXT_LENGTH} tokens"),
+        ("writes", f"{len(items)} caches to {_folders(config)}"),
+        ("weights", _file_sizes([weights])),
+    ]
+    return [start_table(rows)]
+
+
+def _folders(config: DatasetsConfig) -> str:
+    return ", ".join(str(dataset.cache_directory) for dataset in config.datasets)
+
+
+def _file_sizes(paths: Sequence[Path]) -> str:
+    return ", ".join(f"{path.name} {_bytes(path.stat().st_size)}" for path in paths)
+
+
+def _left_out(count: int) -> list[str]:
+    return [f"... and {count - _SHOWN} more", ""] if count > _SHOWN else []
+
+
+# --- generation
+
+
+def generation(
+    requests: Sequence[Request],
+    task: TaskSpec,
+    dit: DiTConfig,
+    memory: MemoryConfig,
+    guidance: GuidanceConfig,
+) -> list[str]:
+    """A table per picture, then what all of them need."""
+    lines, forwards, flops, most = [], 0, 0.0, 0
+    for number, request in enumerate(requests, start=1):
+        together, passes = _passes(request, guidance)
+        each, reasoning = frame_tokens((request.width, request.height)), request.reasoning
+        own, tokens = (len(frames) * each for frames in (request.layout.order, reasoning.frame_indices))
+        at_length = request.reasoning_steps if reasoning.count else 0
+        steps = ((own, request.steps - at_length), (tokens, at_length))
+        cost = passes * sum(count * forward_flops(dit.spec, length) for length, count in steps)
+        forwards, flops, most = forwards + passes * request.steps, flops + cost, max(most, tokens * together)
+        if number <= _SHOWN:
+            lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {request.prompt}"]
+            lines += [*_request_lines(request, passes, together, cost), ""]
+    lines += _left_out(len(requests))
+    dtype = parse_dtype(dit.dit_dtype) if dit.dit_dtype else dit.stored_dtype
+    held, _ = weightless_dit(dit, dtype, memory)
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in held.parameters())
+    rows = [
+        ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
+        ("runs", f"T5, CLIP and the VAE once per text and image, the DiT {forwards} times over one prompt"),
+        ("expected time", _time(flops)),
+        ("expected memory", _memory(("DiT", weights), ("activations", most * dit.spec.dim * _PASS_BYTES))),
+    ]
+    return [*lines, start_table(rows)]
+
+
+def _request_lines(request: Request, passes: int, together: int, cost: float) -> list[str]:
+    size = (request.width, request.height)
+    frames = [
+        _file_frame(f"control {i}", path, mask, size, masked=not request.layout.causal)
+        for i, (path, mask) in enumerate(zip(request.controls, request.control_masks, strict=True))
+    ]
+    added = request.reasoning.indices
+    reasoning = [
+        f"reasoning frames at RoPE index {', '.join(map(str, added))} in the first {request.reasoning_steps} steps: "
+        f"{len(request.reasoning.frame_indices) * frame_tokens(size)} tokens"
+    ]
+    how = "one prompt" if passes == 1 else f"both prompts {'together' if together == 2 else 'one after the other'}"
+    return [
+        *frame_table(request.layout, [*frames, _Frame("target", "(generated)", None, None)], size),
+        _tokens_line(request.layout, size, len(request.clip_images)),
+        *(reasoning if added else ()),
+        f"CLIP sees {', '.join(map(str, request.clip_images))}",
+        f"{request.steps} steps of {request.solver}, shift {request.shift:g}, guidance {request.guidance:g}: {how} "
+        f"in each, {cost / 1e12:.3g} TFLOP",
+    ]
+
+
+def _passes(request: Request, guidance: GuidanceConfig) -> tuple[int, int]:
+    """(prompts in one forward pass, prompts in one step), as far as every step is guided."""
+    if request.guidance == 1:
+        return 1, 1
+    return (1 if guidance.separate_passes else 2), 2
+
+
+# --- training
+
+
+def training(
+    options: TrainingOptions,
+    dit: DiTConfig,
+    task: TaskSpec,
+    training_set: TrainingSet,
+    weights: LoRAFile | None,
+    processes: int,
+) -> list[str]:
+    """A table per dataset, size and layout, then what a step needs. weights: the LoRA that training starts from."""
+    run, memory = options.run, options.memory
+    groups: dict[tuple, TrainingItem] = {}
+    for item in training_set.items:
+        groups.setdefault((item.key.split("/")[0], read_header(item.latents).bucket, str(item.layout)), item)
+    lines = []
+    for (dataset, size, layout), item in list(groups.items())[:_SHOWN]:
+        lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
+        lines += frame_table(item.layout, _cached_frames(item), size)
+        lines += [_tokens_line(item.layout, size, task.clip_images), ""]
+    lines += _left_out(len(groups))
+    dtype = run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
+    held, network = weightless_dit(dit, dtype, memory, options.network, weights)
+    steps = len(training_set.epoch_steps(1, run.gradient_accumulation_steps * processes))
+    total = run.max_train_epochs * steps if run.max_train_epochs else run.max_train_steps
+    epoch = sum(_training_flops(dit.spec, training_set, recomputed=memory.gradient_checkpointing != "none"))
+    rows = [
+        ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
+        *dataset_rows(training_set),
+        ("network", str(network.summary())),
+        ("precision", f"DiT {dtype_name(dtype)}, LoRA float32"),
+        ("steps", f"{total}, {steps} in an epoch" + f", in {processes} processes" * (processes > 1)),
+        ("expected time", _time(epoch * total / steps)),
+        ("expected memory", expected_memory(held, network, dit.spec, training_set.buckets, memory)),
+    ]
+    return [*lines, start_table(rows)]
+
+
+def _cached_frames(item: TrainingItem) -> list[_Frame]:
+    cache = read_latent_cache(item.latents)
+    condition = relayout(cache.condition, cache.layout, item.layout)
+    used: dict[int, float] = {}
+    for slot, i in enumerate(item.layout.order):
+        given: Tensor = condition[:4, slot].amax(dim=0).float()
+        if i < len(item.layout.control_indices) and bool((given < 1).any()):
+            used[i] = float(given.mean())
+    names = [f"control {i}" for i in range(len(item.layout.control_indices))]
+    target = None if cache.target_mask is None else float(cache.target_mask.mean())
+    return [
+        *(_Frame(name, "(cached)", None, used.get(i)) for i, name in enumerate(names)),
+        _Frame("target", "(cached)", None, target),
+    ]
+
+
+def _training_flops(spec: DiTSpec, training_set: TrainingSet, recomputed: bool) -> Iterator[float]:
+    """Of the items of each bucket: forward, the gradients of the activations, and forward again when recomputed."""
+    for bucket in training_set.buckets:
+        tokens = bucket.frames * frame_tokens((bucket.width * VAE_STRIDE, bucket.height * VAE_STRIDE))
+        yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, tokens)
+
+
+# --- estimates
+
+
+def forward_flops(spec: DiTSpec, tokens: int) -> float:
+    """Floating point operations of one forward pass of one item: 2 per weight and token, 4 per pair of tokens and
+    channel for attention. Text and image tokens are left out."""
+    per_block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim  # q, k, v, o; q and o of the text; both layers of the ffn
+    return spec.num_layers * (2.0 * tokens * per_block + 4.0 * tokens**2 * spec.dim)
+
+
+def weightless_dit(
+    config: DiTConfig,
+    dtype: torch.dtype,
+    memory: MemoryConfig,
+    network: NetworkConfig | None = None,
+    weights: LoRAFile | None = None,
+) -> tuple[WanDiT, LoRANetwork | None]:
+    """On the meta device, what the options keep on the real one: of blocks in host memory the two that are in use.
+
+    Of a network all layers are trained, those of left-out blocks too. The scales of fp8 weights are not counted.
+    """
+    with torch.device("meta"):
+        dit = WanDiT(config.spec).to(dtype).requires_grad_(False)
+        made = inject_lora_(dit, network, weights=weights) if network else None
+    if memory.fp8_kind:
+        for module in dit.blocks.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - 2)]
+    return dit, made
+
+
+def _memory(*parts: tuple[str, float]) -> str:
+    total = _bytes(sum(size for _, size in parts))
+    return f"about {total} while denoising: " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _time(flops: float) -> str:
+    """On the one GPU that was measured; others differ."""
+    seconds = flops / _H100_FLOPS
+    shown = f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{flops / 1e12:.3g} TFLOP, about {shown} on an H100 without fp8 and compiling"

@@ -1,0 +1,30 @@
+"""Look at a dataset before it is cached and trained on. Worked examples: docs/dataset.md"""
+
+from dataset.check import CheckConfig, run_check
+from utils import cli
+from wan.models import DeviceConfig, VAEConfig
+from wan.sheet import SheetConfig, run_sheet
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help, *sections in (
+        ("check", "list every problem of a dataset, with the fixes, and what becomes of its sizes", CheckConfig),
+        ("sheet", "draw the items as the model will see them", SheetConfig, VAEConfig, DeviceConfig),
+    ):
+        cli.add_fields(commands.add_parser(name, help=help, description=help), *sections)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    match args.command:
+        case "check":
+            run_check(cli.build(CheckConfig, args))
+        case "sheet":
+            run_sheet(*(cli.build(section, args) for section in (SheetConfig, VAEConfig, DeviceConfig)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
