@@ -4,8 +4,9 @@
     python -m demo.experiments base --device cuda
 
 indices: indices honoured or ignored in training.  base: the base model alone at further target indices, in both
-layouts.  loss: on all frames or the target only.  size: rank, steps and pairs.  Each training is repeated with every
-seed; a row is the mean over the held-out starts and, after ±, the standard deviation over the seeds.
+layouts.  loss: on all frames or the target only, controls free or pinned in sampling.  size: rank, steps and pairs.
+Each training is repeated with every seed; a row is the mean over the held-out starts and, after ±, the standard
+deviation over the seeds.
 """
 
 import argparse
@@ -52,11 +53,15 @@ def index_trials() -> list[Trial]:
 
 
 def loss_trials() -> list[Trial]:
-    """--one_frame_loss for both models."""
+    """--one_frame_loss and --pin_controls for both models."""
     return [
-        Trial(f"{lesson.model}, loss on {loss}", with_training_flags(lesson, ("--one_frame_loss", loss)))
+        Trial(
+            f"{lesson.model}, loss on {loss}, controls {'pinned' if pinned else 'free'}",
+            replace(with_training_flags(lesson, ("--one_frame_loss", loss)), generation_flags=pinned),
+        )
         for lesson in (I2V, FLF2V)
         for loss in ("all", "target")
+        for pinned in ((), ("--pin_controls",))
     ]
 
 

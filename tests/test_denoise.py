@@ -1,5 +1,6 @@
 """Denoising against the formulas of guidance: how many passes there are, and of what, changes nothing but rounding."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from wan.guidance import GuidanceConfig
 from wan.one_frame import OneFrameLayout
 from wan.pipeline import Encoded, denoise, initial_noise
 from wan.request import Request
+from wan.sampling import SOLVERS
 
 STEPS, SCALE = 4, 3.0
 UNCOND = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 0.5}
@@ -109,6 +111,29 @@ def test_both_passes_of_a_step_are_one_batch_unless_they_are_to_be_separate(case
     dit = Recorder()
     denoise(dit, encoded(), CPU, guidance=GuidanceConfig(**CASES[case]))
     assert dit.passes == passes
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(solver):
+    item = encoded(guidance=1.0)
+    item.condition[:4], item.condition[:4, 0] = 0, 1
+    item.condition[:4, 0, :2] = 0.5  # a mask: only partly given
+    seen, dit = [], random_dit()
+
+    def note(latents, *rest, **cache):
+        seen.append(latents[0])
+        return dit(latents, *rest, **cache)
+
+    free = denoise(dit, replace(item, request=replace(item.request, solver=solver)), CPU)
+    pinned = denoise(note, replace(item, request=replace(item.request, solver=solver, pin_controls=True)), CPU)
+    noise = initial_noise((16, 2, 4, 6), item.request.seed, CPU, False)
+    control = item.condition[4:, 0]
+    for latents, sigma in zip(seen, sampling.schedule(solver, STEPS, item.request.shift).sigmas, strict=False):
+        exact = (1 - sigma) * control + sigma * noise[:, 0]
+        assert rel_l2(latents[:, 0, 2:], exact[:, 2:]) < 1e-3  # UniPC starts at 0.9997, with noise alone
+        if sigma < 1:
+            assert rel_l2(latents[:, 0, :2], exact[:, :2]) > 1e-2
+    assert len(seen) == STEPS and rel_l2(pinned, free) > 1e-4
 
 
 def test_without_guidance_there_is_one_pass_per_step():

@@ -201,6 +201,8 @@ def denoise(
         result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
+        if request.pin_controls:
+            result = one_frame.pin_controls(result, condition[0], noise)
         if watch is not None:
             watch(step, one_frame.pick_target(request.layout, (x - sigmas[step] * result)[:, own]))
         return result

@@ -33,6 +33,10 @@ class SamplingConfig(LayoutConfig):
         0, help="frames between control and target that are denoised along in the first steps and then dropped"
     )
     reasoning_steps: int | None = option(None, help="the steps that they take part in; default: a fifth of all")
+    pin_controls: bool = option(
+        False,
+        help="in each step the control frames are their own images with the step's noise, not what the model makes",
+    )
     exact_size: bool = option(
         False, help="crop to the given width and height instead of keeping the start image's aspect ratio at that area"
     )
@@ -63,6 +67,7 @@ class Request:
     clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
     solver: str = "unipc"
     cpu_noise: bool = False
+    pin_controls: bool = False
     reasoning_frames: int = 0
     reasoning_steps: int = 0  # the steps that these take part in
 
@@ -91,6 +96,8 @@ class Request:
     @classmethod
     def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor) -> "Request":
         layout, controls = _controls(prompt, sampling.one_frame_layout, trained.layout)
+        if sampling.pin_controls and layout.causal:
+            raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
         control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
         usual = trained.size if trained.size and prompt.one_frame.strip() == "auto" else (256, 256)
@@ -127,6 +134,7 @@ class Request:
             clip_images=clip_images,
             solver=sampling.sample_solver,
             cpu_noise=sampling.cpu_noise,
+            pin_controls=sampling.pin_controls,
             reasoning_frames=sampling.reasoning_frames,
             reasoning_steps=given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
         )
