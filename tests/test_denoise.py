@@ -131,7 +131,7 @@ def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(
     for latents, sigma in zip(seen, sampling.schedule(solver, STEPS, item.request.shift).sigmas, strict=False):
         exact = (1 - sigma) * control + sigma * noise[:, 0]
         assert rel_l2(latents[:, 0, 2:], exact[:, 2:]) < 1e-3  # UniPC starts at 0.9997, with noise alone
-        if sigma < 1:
+        if sigma < 0.99:
             assert rel_l2(latents[:, 0, :2], exact[:, :2]) > 1e-2
     assert len(seen) == STEPS and rel_l2(pinned, free) > 1e-4
 

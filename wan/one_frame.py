@@ -267,8 +267,8 @@ def pin_controls(velocity: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
     """The velocity of a step, with that of all places which are given made exact: noise minus their latents.
 
     A solver that starts at `noise` then keeps them at their own noised latents, as closely as its first sigma is to 1.
-    velocity, noise: [C, F, H, W];
-    condition: [4 + C, F, H, W] of the independent layout, where all latents that are given are those of the control.
+    velocity, noise: [C, F, H, W]; condition: [4 + C, F, H, W] of the independent layout, where all latents that are
+    given are those of a control.
     """
     given = condition[:_MASK_CHANNELS].amin(dim=0, keepdim=True) == 1
     return torch.where(given, noise - condition[_MASK_CHANNELS:], velocity)
