@@ -142,13 +142,14 @@ def test_a_cpu_runs_the_plain_path_and_refuses_the_other():
         MemoryConfig(dit_backend="fused").check(SPEC, torch.bfloat16, CPU)
 
 
-def test_on_cuda_with_triton_the_fused_path_is_the_default(monkeypatch):
+def test_auto_is_the_fused_path_on_cuda_with_triton(monkeypatch):
     monkeypatch.setattr(wan.fused, "find_spec", lambda name: object())
     cuda = torch.device("cuda")
-    assert MemoryConfig().fuses(cuda) and not MemoryConfig(dit_backend="plain").fuses(cuda)
-    assert not MemoryConfig(compile=True).fuses(cuda)
+    auto = MemoryConfig(dit_backend="auto")
+    assert auto.fuses(cuda) and not auto.fuses(CPU) and not MemoryConfig().fuses(cuda)
+    assert not MemoryConfig(dit_backend="auto", compile=True).fuses(cuda)
     monkeypatch.setattr(wan.fused, "find_spec", lambda name: None)
-    assert not MemoryConfig().fuses(cuda)
+    assert not auto.fuses(cuda)
 
 
 def test_prepare_fuses_when_the_settings_say_so(monkeypatch):

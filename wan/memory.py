@@ -43,7 +43,7 @@ class MemoryConfig:
     compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
     compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
     dit_backend: str = option(
-        "auto",
+        "plain",  # until the table of docs/performance.md has figures of the fused path
         help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
         choices=("auto", "plain", "fused"),
     )

@@ -24,8 +24,6 @@ from wan.attention import Attention, sdpa, select_attention
 from wan.checkpoint_layouts import release_files
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
-from wan.fused import can_fuse
-from wan.fused_vae import fuse_vae_
 from wan.lora_files import (
     LoRAFile,
     Merger,
@@ -294,11 +292,8 @@ class VAEConfig:
         return _dtype(self.vae_dtype, "--vae_dtype") or default_dtype(device, torch.bfloat16)
 
     def load(self, device: torch.device):
-        """The VAE in its dtype for `device`, fused in 16 bits on CUDA."""
-        vae = checkpoint.load_vae(self.vae, self.dtype(device), device)
-        if vae.dtype.itemsize == 2 and can_fuse(device):
-            fuse_vae_(vae)
-        return vae
+        """The VAE in its dtype for `device`."""
+        return checkpoint.load_vae(self.vae, self.dtype(device), device)
 
 
 @dataclass(frozen=True)
