@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from demo import miniature
 from demo.optimise import optimise
 from demo.recordings import Recordings, as_video
+from wan.fused_vae import norms_before_silu
 from wan.vae import (
     VAE_MEAN,
     VAE_STD,
@@ -109,16 +109,15 @@ def train_vae(vae: WanVAE, sets: list[Recordings], stage: VAEStage) -> None:
 
 def hasten_(vae: WanVAE, kernels: bool) -> None:
     """Convolutions in 2-D; with `kernels` normalisation and activation as one Triton kernel. For training only."""
-    if kernels:
-        from demo.kernels import normalised_silu
     for layer in vae.modules():
         if isinstance(layer, CausalConv3d):
             layer.forward = partial(convolve_in_2d, layer)
-        if kernels and isinstance(layer, nn.Sequential):
-            for norm, activation in pairwise(layer):
-                if isinstance(norm, ChannelNorm) and isinstance(activation, nn.SiLU):
-                    norm.forward = partial(normalise_and_activate, normalised_silu, norm)
-                    activation.forward = _unchanged
+    if kernels:
+        from demo.kernels import normalised_silu
+
+        for norm, activation in norms_before_silu(vae):
+            norm.forward = partial(normalise_and_activate, normalised_silu, norm)
+            activation.forward = _unchanged
 
 
 def normalise_and_activate(compute: Callable[[Tensor, Tensor], Tensor], norm: ChannelNorm, x: Tensor) -> Tensor:
@@ -133,9 +132,11 @@ def _unchanged(x: Tensor) -> Tensor:
 
 def convolve_in_2d(layer: CausalConv3d, x: Tensor) -> Tensor:
     """What `layer` computes, with the frames that its kernel sees as more channels: cuDNN is much faster in 2-D."""
+    if x.ndim == 4:
+        return CausalConv3d.forward(layer, x)
     taps, frames = layer.kernel_size[0], x.shape[2]
     if frames == 1:
-        return CausalConv3d.forward(layer, x)
+        return CausalConv3d.forward(layer, x[:, :, 0])[:, :, None]
     padded = F.pad(x, (0, 0, 0, 0, taps - 1, 0))
     seen = torch.cat([padded[:, :, i : i + frames] for i in range(taps)], dim=1).transpose(1, 2)
     weight = layer.weight.transpose(1, 2).flatten(1, 2)

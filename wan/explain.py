@@ -86,6 +86,13 @@ def _file_frame(name: str, path: Path, mask: Path | None, size: tuple[int, int],
     return _Frame(name, str(path), Fit(check_image(path, name), size), used)
 
 
+def _control_frames(made: Item | Request, size: tuple[int, int]) -> list[_Frame]:
+    """The control images of an item or a picture. The causal layout takes no masks of them."""
+    pairs = zip(made.controls, made.control_masks, strict=True)
+    masked = not made.layout.causal
+    return [_file_frame(f"control {i}", path, mask, size, masked) for i, (path, mask) in enumerate(pairs)]
+
+
 def _tokens_line(layout: OneFrameLayout, size: tuple[int, int], images: int) -> str:
     frames, each = len(layout.order), frame_tokens(size)
     context = f"{TEXT_LENGTH} of the text and {CLIP_TOKENS * images} of CLIP"
@@ -122,12 +129,8 @@ def latents(dataset_config: Path, layout: str | None, batch_size: int | None, we
 
 
 def _item_frames(item: Item) -> list[_Frame]:
-    pairs = list(zip(item.controls, item.control_masks, strict=True))
-    controls = [
-        _file_frame(f"control {i}", path, mask, item.bucket, masked=not item.layout.causal)
-        for i, (path, mask) in enumerate(pairs)
-    ]
-    return [*controls, _file_frame("target", item.target, item.target_mask, item.bucket, masked=True)]
+    target = _file_frame("target", item.target, item.target_mask, item.bucket, masked=True)
+    return [*_control_frames(item, item.bucket), target]
 
 
 def texts(dataset_config: Path, batch_size: int | None, tokenizer: Path | None, weights: Path) -> list[str]:
@@ -199,10 +202,7 @@ def generation(
 
 def _request_lines(request: Request, passes: int, together: int, cost: float) -> list[str]:
     size = (request.width, request.height)
-    frames = [
-        _file_frame(f"control {i}", path, mask, size, masked=not request.layout.causal)
-        for i, (path, mask) in enumerate(zip(request.controls, request.control_masks, strict=True))
-    ]
+    frames = _control_frames(request, size)
     added = request.reasoning.indices
     reasoning = [
         f"reasoning frames at RoPE index {', '.join(map(str, added))} in the first {request.reasoning_steps} steps: "

@@ -3,7 +3,7 @@
 wan/vae.py is the reference; weights and results are the same but for rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -32,10 +32,16 @@ def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Callable | Non
             module.forward = partial(_norm, module, normalize, silu=False)
         elif isinstance(module, FrameAttention):
             module._attend = partial(_attend, module, attend or attention)
+    for first, second in norms_before_silu(vae):
+        first.forward, second.forward = partial(_norm, first, normalize, silu=True), lambda x: x
+
+
+def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, nn.SiLU]]:
+    """The pairs of layers that one kernel can do."""
     for sequence in vae.modules():
-        for first, second in pairwise(sequence.children()) if isinstance(sequence, nn.Sequential) else ():
+        for first, second in pairwise(sequence) if isinstance(sequence, nn.Sequential) else ():
             if isinstance(first, ChannelNorm) and isinstance(second, nn.SiLU):
-                first.forward, second.forward = partial(_norm, first, normalize, silu=True), lambda x: x
+                yield first, second
 
 
 def _last_channels(weight: Tensor) -> Tensor:
