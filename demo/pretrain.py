@@ -26,7 +26,7 @@ from wan.vae import (
 
 HELD_OUT_SEED, SEED, BLAZER_SEED = 900_000_000, 200_000_000, 250_000_000
 HELD_OUT_CLIPS, VAE_CLIPS, BLAZER_CLIPS = 60, 12_000, 4_000
-STEPS = (7_500, 4_000, 2_500, 10_000, 3_000)  # of the VAE: stills, clips, blazers; of i2v, of flf2v
+STEPS = (7_500, 4_000, 2_500, 30_000, 8_000)  # of the VAE: stills, clips, blazers; of i2v, of flf2v
 DIT_RATE = 1.2e-3
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, nargs=5, default=STEPS, metavar=("STILLS", "CLIPS", "BLAZERS", "I2V", "FLF2V")
     )
-    parser.add_argument("--clips", type=int, default=20_000)
+    parser.add_argument("--clips", type=int, default=40_000)
     parser.add_argument(
         "--batch", type=int, default=128, help="clips per step of a DiT; the VAE takes half as many stills"
     )
