@@ -1,4 +1,4 @@
-"""Teach the miniature an edit that it does not know, "wears a school uniform", with the four scripts on this machine:
+"""Teach the miniature an edit that it does not know, "in a school photo", with the four scripts on this machine:
 
     python -m demo.edit            about 40 pairs, 16 held-out starts; then the same between two images with flf2v
     python -m demo.edit --short    a small part of it, to see that everything works
@@ -49,7 +49,7 @@ def figures(scores: list[tuple[Score, Score]], limits: Limits) -> list[tuple[str
     return [
         ("PSNR above the base model's, dB", gain, limits.gain, gain >= limits.gain),
         ("PSNR in the edited region, dB", inside, limits.edited_psnr, inside >= limits.edited_psnr),
-        ("share in uniform", right, limits.attribute, right >= limits.attribute),
+        ("share with the backdrop", right, limits.attribute, right >= limits.attribute),
         ("difference elsewhere", drift, limits.drift, drift <= limits.drift),
     ]
 

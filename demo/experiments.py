@@ -107,7 +107,7 @@ def run_trials(trials: list[Trial], options: argparse.Namespace, folder: str) ->
     for number, trial in enumerate(trials):
         columns = zip(*results[number * seeds : (number + 1) * seeds], strict=True)
         rows.append([trial.label, *map(spread, columns, (1, 1, 2, 3))])
-    print_table(["trial", "gain over base, dB", "edited region, dB", "in uniform", "difference elsewhere"], rows)
+    print_table(["trial", "gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere"], rows)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

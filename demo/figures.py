@@ -49,7 +49,7 @@ def shapes(scene: Scene, frame: int) -> Tensor:
     canvas = Canvas(light=scene.light, side=scene.side)
     # Units of the picture's height, from the point on the ground where the figure stands
     ground = Canvas(width / 2, 0.93 * height, height * moment.zoom, 0.0, scene.light, scene.side, canvas.rows)
-    draw_place(ground, scene.place, scene.place_hue, scene.place_seed, width / height)
+    draw_place(ground, scene.place, width / height)
     across = (moment.x - 0.5) * width / height
     ground.ellipse(across, 0.0, (0.17 * scene.height, 0.022), (0.16, 0.16, 0.2), shade=0.0)
     unit = scene.height * min(1.0, 1.15 * width / height)
@@ -98,6 +98,8 @@ def moment_at(scene: Scene, time: float) -> Moment:
             return replace(now, scene=replace(scene, hat=None if hatless else scene.hat), hat_drop=0.25 * (1 - early))
         case "clothes":
             return replace(now, scene=replace(scene, outfit=scene.outfit if time < 0.06 else scene.change))
+        case "place":
+            return replace(now, scene=replace(scene, place=scene.place if time < 0.06 else scene.change))
         case "surprise":
             return replace(now, mouth=early, lift=0.012 * sway)
         case _:
@@ -145,7 +147,7 @@ def _draw_torso(body: Canvas, scene: Scene, outfit: Outfit, turn: float) -> None
     body.block(turn, 0.57, (0.035, 0.035), 0.04, scene.skin)
     if outfit.has_skirt and top != "dress":
         body.block(0, 0.27, (0.14, 0.09), 0.085, outfit.bottom_colour, corner=0.01)
-        if top == "uniform":
+        if top == "blazer":
             for x in (-0.05, 0.05):
                 body.block(x, 0.262, (0.016, 0.01), 0.075, _darker(outfit.bottom_colour, 0.75))
     elif top != "dress":
@@ -163,7 +165,7 @@ def _draw_torso(body: Canvas, scene: Scene, outfit: Outfit, turn: float) -> None
         body.block(turn, 0.38, (0.1, 0.085), 0.09, colour, corner=0.012)
         for side in (-1, 1):
             body.block(turn + side * 0.06, 0.5, (0.014, 0.014), 0.05, colour)
-    elif top == "uniform":
+    elif top == "blazer":
         _draw_blazer(body, outfit, turn)
     else:
         body.block(turn, middle, (0.1, 0.1), half, colour, corner=0.015)

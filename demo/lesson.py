@@ -16,7 +16,7 @@ from demo.figures import clip
 from demo.judge import Score, score
 from demo.miniature import FILES
 from demo.page import Row
-from demo.world import Scene, in_uniform, sample_scene
+from demo.world import Scene, in_studio, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING_SEED, HELD_OUT_SEED = 300_000_000, 800_000_000
@@ -82,15 +82,15 @@ class Example:
 
 
 def example(lesson: Lesson, number: int, held_out: bool) -> Example:
-    """The example of this number. One image: the same moment in uniform; two: the moment between them in uniform."""
+    """The example of this number. One image: the same moment on a school photo; two: the moment between them on one."""
     seed = (HELD_OUT_SEED if held_out else TRAINING_SEED) + number
     if len(lesson.controls) == 1:
         scene = sample_scene(seed, held_out, action="stand")
         start = clip(scene, (0,))[0]
-        return Example(scene, [start], start, clip(in_uniform(scene), (0,))[0])
+        return Example(scene, [start], start, clip(in_studio(scene), (0,))[0])
     scene = sample_scene(seed, held_out, action=MOTIONS[number % len(MOTIONS)])
     first, middle, last = clip(scene, (0, 2, 4))
-    return Example(scene, [first, last], middle, clip(in_uniform(scene), (2,))[0])
+    return Example(scene, [first, last], middle, clip(in_studio(scene), (2,))[0])
 
 
 def write_data(lesson: Lesson, out: Path) -> None:
@@ -161,10 +161,10 @@ def commands(lesson: Lesson, models: Path) -> dict[str, list[str]]:
             *("--learning_rate", lesson.learning_rate, "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "2", "--seed", str(lesson.seed)),
             *("--max_train_steps", str(lesson.steps), "--max_data_loader_n_workers", "0"),
-            *("--output_dir", f"{name}/lora", "--output_name", "uniform", *lesson.training_flags),
+            *("--output_dir", f"{name}/lora", "--output_name", "photo", *lesson.training_flags),
         ],
         "base": [*generate, "--save_path", f"{name}/base"],
-        "edited": [*generate, "--save_path", f"{name}/edited", "--lora_weight", f"{name}/lora/uniform.safetensors"],
+        "edited": [*generate, "--save_path", f"{name}/edited", "--lora_weight", f"{name}/lora/photo.safetensors"],
     }
 
 
@@ -201,8 +201,8 @@ def judge(lesson: Lesson, out: Path) -> tuple[list[Row], list[tuple[Score, Score
     pictures = zip(outputs(lesson, out, "base"), outputs(lesson, out, "edited"), strict=True)
     for number, pair in enumerate(pictures):
         test = example(lesson, number, held_out=True)
-        base, edited = (score(test.scene, test.plain, test.truth, output) for output in pair)
-        note = f"{edited.psnr:.1f} dB (base {base.psnr:.1f}), uniform: {'yes' if edited.attribute else 'no'}"
+        base, edited = (score(test.plain, test.truth, output) for output in pair)
+        note = f"{edited.psnr:.1f} dB (base {base.psnr:.1f}), backdrop: {'yes' if edited.attribute else 'no'}"
         rows.append(Row([*test.starts, *pair, test.truth], f"{test.scene.edit_caption}: {note}"))
         scores.append((base, edited))
     return rows, scores

@@ -48,7 +48,7 @@ def write_page(
         )
     style = "body{font:15px sans-serif;margin:2em}td,th{padding:2px 14px 2px 0;text-align:left}"
     page = f"<!doctype html><meta charset=utf-8><title>wan-one-frame demo</title><style>{style}</style>"
-    page += f"<h1>A LoRA that puts on a school uniform</h1><p>{seconds / 60:.1f} minutes.</p>{''.join(parts)}"
+    page += f"<h1>A LoRA that takes school photos</h1><p>{seconds / 60:.1f} minutes.</p>{''.join(parts)}"
     (folder / "index.html").write_text(page, encoding="utf-8")
     stacked = Image.new("RGB", (max(s.width for s in sheets.values()), sum(s.height for s in sheets.values())), "white")
     top = 0

@@ -1,18 +1,22 @@
-"""The eight places of the demo's world."""
+"""The eight places of the demo's world, and the backdrop of school photos."""
 
 import random
+from dataclasses import replace
 
 from demo.drawing import Canvas, Colour
+from demo.world import Place
+
+STUDIO_BLUE: Colour = (0.62, 0.72, 0.86)
 
 
-def draw_place(ground: Canvas, place: str, hue: float, seed: int, aspect: float) -> None:
+def draw_place(ground: Canvas, place: Place, aspect: float) -> None:
     """Background of a picture: units of its height, origin on the ground in the middle, 0.93 above it is the top.
 
-    hue: -1..1, warmer or cooler colours; seed: where things stand; aspect: width over height.
+    aspect: width over height.
     """
-    rng = random.Random(seed)
+    rng = random.Random(place.seed)
     half = aspect / 2 * 1.5  # a little more than is seen, for a camera that moves away
-    _PLACES[place](_Place(ground, hue, half), rng)
+    _PLACES[place.name](_Place(ground, place.hue, half), rng)
 
 
 class _Place:
@@ -122,6 +126,11 @@ def _stage(place: _Place, rng: random.Random) -> None:
     place.band(-0.3, 0.13, (0.55, 0.38, 0.25), fade=0.1)
 
 
+def _studio(place: _Place, _rng: random.Random) -> None:
+    """As bright in any light"""
+    _Place(replace(place.canvas, light=(1.0, 1.0, 1.0)), 0.0, place.half).band(-0.3, 1.4, STUDIO_BLUE, fade=-0.15)
+
+
 _PLACES = {
     "meadow": _meadow,
     "beach": _beach,
@@ -131,4 +140,5 @@ _PLACES = {
     "snow": _snow,
     "hills": _hills,
     "stage": _stage,
+    "studio": _studio,
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from demo.drawing import rasterise, stack_shapes
 from demo.figures import shapes
-from demo.world import CLOTHES, FRAMES, SIZES, in_blazer, sample_scene
+from demo.world import CHANGES, FRAMES, SIZES, in_blazer, sample_scene
 
 
 @dataclass
@@ -35,7 +35,7 @@ def record(
 ) -> list[Recordings]:
     """Clips of the seeds first_seed, first_seed + 1, ...; one set per size in SIZES.
 
-    blazers: somebody wears one in every second clip. changes: somebody changes clothes in every second clip.
+    blazers: in every second clip somebody wears one. changes: in every second clip clothes or place change at once.
     """
     tasks = [
         (seed, held_out, *(seed % 2 == 1 and wanted for wanted in (blazers, changes)))
@@ -61,7 +61,7 @@ def record(
 def _shapes_of(task: tuple[int, bool, bool, bool]) -> tuple[list[np.ndarray], str, tuple[int, int]]:
     torch.set_num_threads(1)
     seed, held_out, blazer, change = task
-    scene = sample_scene(seed, held_out, CLOTHES if change else None)
+    scene = sample_scene(seed, held_out, CHANGES[seed // 2 % 2] if change else None)
     scene = in_blazer(scene, seed) if blazer else scene
     return [shapes(scene, frame).numpy() for frame in range(FRAMES)], scene.caption, scene.size
 

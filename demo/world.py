@@ -1,7 +1,7 @@
 """The demo's world: who stands where, what happens, and how a caption says it. Deterministic from a seed.
 
 `sample_scene` draws a scene, `picture` (demo/figures.py) draws it. A held-out character has a combination of hair and
-clothes that no training character has. Nobody wears a school uniform unless `in_uniform` dresses them.
+clothes that no training character has. Nobody is on a school photo unless `in_studio` takes it.
 """
 
 import random
@@ -60,7 +60,7 @@ LIGHTS: dict[str, tuple[Colour, str]] = {
 }
 PEOPLE = {"girl": "she", "boy": "he", "woman": "she", "man": "he", "child": "they", "person": "they"}
 
-CLOTHES = "clothes"  # the action that the video models see more often than others: it is drawn by name only
+CHANGES = ("clothes", "place")  # actions that the video models see more often than others: drawn by name only
 
 # What happens -> ways to say it. {one} is she, he or they; {colour} and {hat} are those of the change.
 ACTIONS: dict[str, tuple[str, ...]] = {
@@ -82,9 +82,10 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "hair colour": ("the hair turns {colour}", "{one} has {colour} hair now"),
     "hat": ("{one} puts on a {hat}", "a {hat} appears", "{one} wears a {hat} now"),
     "surprise": ("{one} is surprised", "the mouth opens wide"),
-    CLOTHES: ("{one} wears {clothes} now", "{one} changes into {clothes}", "{one} is dressed in {clothes}"),
+    "clothes": ("{one} wears {clothes} now", "{one} puts on {clothes}", "{one} is dressed in {clothes}"),
+    "place": ("{one} is {place} now", "now {one} stands {place}", "the {person} appears {place}"),
 }
-EDIT_CAPTION = "the {person} wears a school uniform"
+EDIT_CAPTION = "the {person} in a school photo"
 WORDS = (  # words of prompts that no caption has; the tokenizer knows them, the models do not
     "school uniform and its with without frame between the first last same picture photo image style new old "
     "dressed clothes become becomes becoming student pupil class jacket tie suit armour robe gown kimono pyjamas"
@@ -106,8 +107,11 @@ class Outfit:
         return self.top == "dress" or (self.bottom == "skirt" and self.top != "overalls")
 
 
-UNIFORM_NAVY: Colour = (0.12, 0.15, 0.34)
-UNIFORM_GREY: Colour = (0.5, 0.5, 0.53)
+@dataclass(frozen=True)
+class Place:
+    name: str
+    hue: float  # -1..1, warmer or cooler colours
+    seed: int  # where trees, clouds and windows are
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,7 @@ class Scene:
     hat_colour: Colour
     holds: str | None
     object_colour: Colour
-    place: str
-    place_hue: float  # -1..1, varies the colours of the place
-    place_seed: int  # where trees, clouds and windows are
+    place: Place
     light: Colour
     side: float
     size: tuple[int, int]
@@ -135,7 +137,7 @@ class Scene:
     facing: float  # -1 left .. 1 right
     arms: tuple[float, float]  # radians, 0 hangs down
     action: str
-    change: Colour | Outfit | None  # what the action makes of the attribute that it changes
+    change: Colour | Outfit | Place | None  # what the action makes of the attribute that it changes
     caption: str
 
     @property
@@ -143,10 +145,12 @@ class Scene:
         return EDIT_CAPTION.format(person=self.person)
 
 
-def in_uniform(scene: Scene) -> Scene:
-    """The same scene in a school uniform: navy blazer, white collar, red tie, grey skirt or trousers."""
-    bottom = "skirt" if scene.outfit.has_skirt else "trousers"
-    return replace(scene, outfit=Outfit("uniform", UNIFORM_NAVY, COLOURS["red"], bottom, UNIFORM_GREY))
+STUDIO = Place("studio", 0.0, 0)
+
+
+def in_studio(scene: Scene) -> Scene:
+    """The same figure on a school photo: before a plain blue backdrop, of the same colours in every light."""
+    return replace(scene, place=STUDIO)
 
 
 def in_blazer(scene: Scene, seed: int) -> Scene:
@@ -154,7 +158,7 @@ def in_blazer(scene: Scene, seed: int) -> Scene:
     know pictures of all kinds. The video models never see any."""
     rng = random.Random(seed)
     top, tie, below = (tuple(rng.random() for _ in range(3)) for _ in range(3))
-    return replace(scene, outfit=Outfit("uniform", top, tie, rng.choice(("skirt", "trousers")), below))
+    return replace(scene, outfit=Outfit("blazer", top, tie, rng.choice(("skirt", "trousers")), below))
 
 
 def sample_scene(seed: int, held_out: bool = False, action: str | None = None) -> Scene:
@@ -178,7 +182,7 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
     hat = rng.choice(HATS) if rng.random() < 0.25 else None
     place, light = rng.choice(list(PLACES)), rng.choice(list(LIGHTS))
     object_colour, hat_colour = rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
-    action = action or rng.choice([name for name in ACTIONS if name != CLOTHES])
+    action = action or rng.choice([name for name in ACTIONS if name not in CHANGES])
     if action == "lift" and holds is None:
         holds = rng.choice(OBJECTS)
     if action == "hat":
@@ -199,10 +203,12 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
     arms = (rng.uniform(0.1, 0.7), rng.uniform(0.1, 0.9))
     varied = [min(1.0, part * rng.uniform(0.93, 1.05)) for part in COLOURS[top_colour]]
     change = palette[new_colour] if action in ("top colour", "hair colour") else None
-    if action == CLOTHES:
-        change, names["clothes"] = _new_clothes(
-            rng, hair, hair_colour, is_held_out("/".join((hair, hair_colour, top, top_colour)))
-        )
+    if action == "clothes":
+        held_out = is_held_out("/".join((hair, hair_colour, top, top_colour)))
+        change, names["clothes"] = _new_clothes(rng, hair, hair_colour, held_out)
+    if action == "place":
+        change = Place(rng.choice([name for name in PLACES if name != place]), *_surroundings(rng))
+        names["place"] = PLACES[change.name]
     return Scene(
         person=person,
         look="/".join((hair, hair_colour, top, top_colour)),
@@ -214,9 +220,7 @@ def _scene(rng: random.Random, action: str | None, hair: str, hair_colour: str, 
         hat_colour=COLOURS[hat_colour],
         holds=holds,
         object_colour=COLOURS[object_colour],
-        place=place,
-        place_hue=rng.uniform(-1, 1),
-        place_seed=rng.randrange(1 << 30),
+        place=Place(place, *_surroundings(rng)),
         light=LIGHTS[light][0],
         side=rng.choice((-1.0, 1.0)),
         size=size,
@@ -239,6 +243,11 @@ def _new_clothes(rng: random.Random, hair: str, hair_colour: str, held_out: bool
     bottom, bottom_colour, second = rng.choice(BOTTOMS), rng.choice(list(COLOURS)), rng.choice(list(COLOURS))
     name = f"a {colour} {top}" + ("" if top in ("dress", "overalls") else f" and {bottom_colour} {bottom}")
     return Outfit(top, COLOURS[colour], COLOURS[second], bottom, COLOURS[bottom_colour]), name
+
+
+def _surroundings(rng: random.Random) -> tuple[float, int]:
+    """Hue and seed of a place."""
+    return rng.uniform(-1, 1), rng.randrange(1 << 30)
 
 
 def vocabulary() -> list[str]:

@@ -1,4 +1,4 @@
-"""The demo's world: shapes against exact areas, scenes, captions and the school uniform."""
+"""The demo's world: shapes against exact areas, scenes, captions and the school photo."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from demo.drawing import Canvas, rasterise, stack_shapes
 from demo.figures import clip, moment_at, picture
 from demo.miniature import build_tokenizer, write_tokenizer
 from demo.tiny_models import FILES
-from demo.world import ACTIONS, COLOURS, FRAMES, PLACES, SIZES, in_uniform, is_held_out, sample_scene
+from demo.world import ACTIONS, CHANGES, COLOURS, FRAMES, PLACES, SIZES, Place, in_studio, is_held_out, sample_scene
 from utils.images import STEP
 from wan.checkpoint import load_tokenizer
 
@@ -93,7 +93,7 @@ def test_held_out_characters_look_like_no_training_character():
 def test_every_place_fills_the_picture_in_every_size(place):
     for size in SIZES:
         assert not size[0] % STEP and not size[1] % STEP
-        drawn = picture(replace(sample_scene(3), place=place, size=size, light=(1.0, 1.0, 1.0)))
+        drawn = picture(replace(sample_scene(3), place=Place(place, 0.5, 3), size=size, light=(1.0, 1.0, 1.0)))
         assert tuple(drawn.shape) == (3, size[1], size[0])
         assert drawn.amax(0).min() > 20  # black shows through nowhere; eyes and shoes are lighter than that
 
@@ -120,8 +120,16 @@ def test_new_clothes_leave_everybody_where_they_belong():
             assert moment_at(scene, 1 / (FRAMES - 1)).scene.outfit == scene.change
 
 
-def test_only_those_who_ask_for_them_see_changes_of_clothes():
-    assert not any(sample_scene(seed).action == "clothes" for seed in range(300))
+def test_another_place_is_there_from_the_second_frame_on_and_in_the_caption():
+    for seed in range(20):
+        scene = sample_scene(seed, action="place")
+        assert scene.change.name != scene.place.name and PLACES[scene.change.name] in scene.caption
+        moved = moment_at(scene, 1 / (FRAMES - 1)).scene
+        assert moved == replace(scene, place=scene.change) and moment_at(scene, 0.0).scene == scene
+
+
+def test_only_those_who_ask_for_them_see_sudden_changes():
+    assert not any(sample_scene(seed).action in CHANGES for seed in range(300))
 
 
 def test_walking_right_moves_right_and_walking_left_moves_left():
@@ -129,27 +137,28 @@ def test_walking_right_moves_right_and_walking_left_moves_left():
     assert moment_at(right, 1.0).x > right.x and moment_at(left, 1.0).x < left.x
 
 
-def test_the_uniform_changes_nothing_but_the_clothes():
+def test_a_school_photo_changes_nothing_but_the_place():
     for seed in range(12):
         scene = sample_scene(seed)
-        dressed = in_uniform(scene)
-        assert replace(dressed, outfit=scene.outfit) == scene and dressed.outfit.top == "uniform"
-        changed = (picture(scene).int() - picture(dressed).int()).abs().amax(0) > 0
-        rows = changed.any(1).nonzero()
-        height = scene.size[1]
-        figure = scene.height * min(1.0, 1.15 * scene.size[0] / height) * height
-        feet = 0.93 * height
-        # between the soles and the top of the neck, arms raised or not
-        assert rows.min() > feet - 0.64 * figure and rows.max() < feet
-        assert 0.02 < changed.float().mean() < 0.4
+        taken = in_studio(scene)
+        assert replace(taken, place=scene.place) == scene
+        other = in_studio(replace(scene, place=Place("forest", 0.5, 7)))
+        assert torch.equal(picture(taken), picture(other))
+        changed = (picture(scene).int() - picture(taken).int()).abs().amax(0) > 8
+        assert 0.4 < changed.float().mean() < 0.95
 
 
-def test_no_caption_speaks_of_a_uniform_and_all_its_words_are_known(tmp_path):
+def test_the_backdrop_is_the_same_in_every_light():
+    bright, dark = (picture(in_studio(replace(sample_scene(3), light=light))) for light in ((1, 1, 1), (0.5, 0.5, 0.6)))
+    assert torch.equal(bright[:, 0], dark[:, 0]) and not torch.equal(bright, dark)
+
+
+def test_no_caption_speaks_of_a_photo_and_all_its_words_are_known(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path / FILES["tokenizer"])
     for seed in range(200):
         scene = sample_scene(seed)
-        assert "uniform" not in scene.caption and "uniform" in scene.edit_caption
+        assert "photo" not in scene.caption and "school photo" in scene.edit_caption
         for text in (scene.caption, scene.edit_caption):
             ids = tokenizer(text).input_ids
             assert tokenizer.unk_token_id not in ids and ids[-1] == tokenizer.eos_token_id
@@ -160,7 +169,7 @@ def test_all_words_of_the_grammar_are_known():
     tokenizer = build_tokenizer()
     phrases = [phrase for phrases in ACTIONS.values() for phrase in phrases]
     names = {"one": "they", "person": "girl", "colour": "red", "top": "striped shirt", "hat": "cap", "object": "book"}
-    names["clothes"] = "a red coat and blue shorts"
+    names |= {"clothes": "a red coat and blue shorts", "place": "on a beach"}
     for phrase in (*phrases, *PLACES.values()):
         assert 2 not in tokenizer.encode(phrase.format(**names)).ids, phrase
     assert tokenizer.encode("SHE Waves").ids == tokenizer.encode("she waves").ids
