@@ -16,7 +16,7 @@ from wan.dit import WanDiT
 from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
 from wan.vae import WanVAE
 
-TEXT_LENGTH_IN_TRAINING = 48  # the longest caption has fewer words
+TEXT_LENGTH_IN_TRAINING = 56  # the longest caption has fewer words
 TEXT_DROPOUT = 0.1
 NOISE_SHIFT = 2.0
 
