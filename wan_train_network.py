@@ -8,6 +8,7 @@ from wan.metadata import MetadataConfig
 from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
+from wan.preview import PreviewConfig
 from wan.request import SamplingConfig
 from wan.samples import SampleConfig
 from wan.timestep_plot import TimestepPlotConfig
@@ -19,7 +20,7 @@ from wan.validation import ValidationConfig
 _MODELS = (DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig, AttentionSwitches)
 _OPTIONS = (
     *(RunConfig, NetworkConfig, OptimizerConfig, NoiseConfig, TrainingMemoryConfig, SaveConfig),
-    *(SampleConfig, SamplingConfig, ValidationConfig, TrackingConfig, MetadataConfig),
+    *(SampleConfig, SamplingConfig, PreviewConfig, ValidationConfig, TrackingConfig, MetadataConfig),
 )
 
 

@@ -198,6 +198,7 @@ EXCUSED = {  # options without a case, and why
         "one_frame": "names the only mode there is, as commands for musubi-tuner do",
         "cpu_noise": "the noise of a run on the CPU is drawn there anyway",
         "fp8_t5": "reaches T5 as it does in text caching, where it has a case",
+        "preview": "leaves nothing behind; tests/test_preview.py watches it",
         **dict.fromkeys(
             ("flash_attn", "flash3", "xformers"), "need packages for CUDA; tests/test_attention.py has them"
         ),

@@ -55,7 +55,7 @@ FLAGS = {
         "ours": "explain "
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
         "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
-        "reasoning_frames reasoning_steps pin_controls "
+        "reasoning_frames reasoning_steps pin_controls preview "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import wan.generation
 from tests import test_end_to_end
 from tests.dit_cases import CPU
-from tests.test_end_to_end import generate
+from tests.test_end_to_end import I2V, generate, train
 from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
 from wan import sampling
@@ -126,15 +126,21 @@ def test_watching_changes_nothing():
     )
 
 
-def test_the_script_writes_it_every_n_steps_and_takes_it_away_when_the_picture_is_there(monkeypatch):
-    saved, original = [], LatentPreview.save
+@pytest.fixture
+def saved(monkeypatch):
+    """Name, size and pixels of all previews that are written."""
+    seen, original = [], LatentPreview.save
 
     def save(self, latents, path):
         original(self, latents, path)
         with Image.open(path) as picture:
-            saved.append((path.name, picture.size, picture.tobytes()))
+            seen.append((path.name, picture.size, picture.tobytes()))
 
     monkeypatch.setattr(LatentPreview, "save", save)
+    return seen
+
+
+def test_the_script_writes_it_every_n_steps_and_takes_it_away_when_the_picture_is_there(saved):
     (plain,) = generate("i2v", "plain", *FLAGS, "--infer_steps", "5")
     assert saved == []
     (path,) = generate("i2v", "out", *FLAGS, "--infer_steps", "5", "--preview", "2")
@@ -142,6 +148,18 @@ def test_the_script_writes_it_every_n_steps_and_takes_it_away_when_the_picture_i
     stem = path.name.removesuffix("_000.png")
     assert [name for name, _, _ in saved] == [f"{stem}_preview.png"] * 2
     assert {size for _, size, _ in saved} == {Image.open(path).size} and saved[0] != saved[1]
+
+
+def test_a_training_sample_has_previews_too_and_is_the_same_picture(saved):
+    Path("prompts.txt").write_text(I2V, encoding="utf-8")
+    flags = ("--sample_prompts", "prompts.txt", "--sample_at_first")
+    train("i2v", "pairs.toml", "plain", *flags)
+    assert saved == []
+    train("i2v", "pairs.toml", "watched", *flags, "--preview", "1")
+    plain, watched = (next(Path("output/sample").glob(f"{name}_*")) for name in ("plain", "watched"))
+    assert watched.read_bytes() == plain.read_bytes() and len(list(Path("output/sample").glob("watched_*"))) == 1
+    assert saved and {name for name, _, _ in saved} == {watched.name.replace("_000.png", "_preview.png")}
+    assert {size for _, size, _ in saved} == {Image.open(watched).size}
 
 
 def test_a_picture_that_fails_leaves_its_preview(monkeypatch):

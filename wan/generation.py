@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from utils.errors import ConfigError
 from wan.guidance import GuidanceConfig
 from wan.outputs import OutputConfig, latent_metadata, result_stem, save_image, save_latent
 from wan.pipeline import Pipeline, Resident, denoise
-from wan.preview import LatentPreview, PreviewConfig
+from wan.preview import PreviewConfig
 from wan.recipe import Recipe
 from wan.sweep import Cell, SweepConfig
 
@@ -51,7 +50,7 @@ class Generation:
                     done += 1
                     label, stem = f"image {done}/{len(cells)}", result_stem(cells[i].request.seed) + cells[i].suffix
                     rough = self.output.save_path / f"{stem}_preview.png"
-                    watch = view and partial(self._show, view, rough)
+                    watch = view and partial(view.save_each, self.preview.preview, rough)
                     latents = denoise(dit, encoded[i], self.pipeline.device, label, self.guidance, watch)
                     if not latents.isfinite().all():
                         failed += 1
@@ -65,10 +64,6 @@ class Generation:
                 f"{failed} of {len(cells)} images came out as no numbers (NaN) and were not saved; check the model "
                 "files, and give --dit_dtype bfloat16 if it is float16"
             )
-
-    def _show(self, view: LatentPreview, path: Path, step: int, latents: Tensor) -> None:
-        if (step + 1) % self.preview.preview == 0:
-            view.save(latents, path)
 
     def _save(self, cell: Cell, stem: str, latents: Tensor) -> Image.Image | None:
         output = self.output

@@ -61,6 +61,11 @@ class LatentPreview:
         with written_whole(path) as temporary:
             self.image(latents).save(temporary)
 
+    def save_each(self, steps: int, path: Path, step: int, latents: Tensor) -> None:
+        """`save` after each so many steps, for who calls it after all of them. step: from 0."""
+        if (step + 1) % steps == 0:
+            self.save(latents, path)
+
 
 def synthetic_images() -> list[Tensor]:
     """[3, 128, 128] in [-1, 1] each, always the same: fields of all colours, from plain to finely patterned."""

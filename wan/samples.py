@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,12 +65,22 @@ class Sampler:
     `share` of (process, processes) picks the prompts of this process. A failing sample is reported and never raises.
     """
 
-    def __init__(self, requests: list[Request], pipeline: Pipeline, folder: Path, name: str, share=(0, 1)) -> None:
-        self._pipeline, self._folder, self._name = pipeline, folder, name
+    def __init__(
+        self,
+        requests: list[Request],
+        pipeline: Pipeline,
+        folder: Path,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        preview: int | None = None,
+    ) -> None:
+        self._pipeline, self._folder, self._name, self._preview = pipeline, folder, name, preview
         process, processes = share
         self._writes = True
         numbers = range(process, len(requests), processes)
-        encoded = pipeline.encode([requests[number] for number in numbers]) if numbers else []
+        mine = [requests[number] for number in numbers]
+        encoded = pipeline.encode(mine) if mine else []
+        self._view = pipeline.fit_preview(mine) if mine and preview else None
         self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
 
     def draw_together(self, gather: Callable[[list], list], writes: bool) -> None:
@@ -95,13 +106,17 @@ class Sampler:
         return paths
 
     def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> list[Path]:
-        latents = denoise(dit, encoded, self._pipeline.device, label=f"sample {number}")
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        time = datetime.now().strftime("%Y%m%d%H%M%S")
+        stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
+        rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
+        watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
+        latents = denoise(dit, encoded, self._pipeline.device, f"sample {number}", watch=watch)
         if not self._writes:
             return []
         image = self._pipeline.decode(latents)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        time = datetime.now().strftime("%Y%m%d%H%M%S")
-        name = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}_000.png"
-        with written_whole(self._folder / name) as temporary:
+        with written_whole(path) as temporary:
             image.save(temporary)
-        return [self._folder / name]
+        rough.unlink(missing_ok=True)
+        return [path]

@@ -13,6 +13,7 @@ from wan.memory import TrainingMemoryConfig
 from wan.metadata import MetadataConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
+from wan.preview import PreviewConfig
 from wan.request import SamplingConfig
 from wan.samples import SampleConfig
 from wan.timesteps import NoiseConfig
@@ -142,6 +143,7 @@ class TrainingOptions:
     save: SaveConfig
     samples: SampleConfig
     sampling: SamplingConfig
+    preview: PreviewConfig
     validation: ValidationConfig
     tracking: TrackingConfig
     metadata: MetadataConfig

@@ -120,7 +120,8 @@ def _sampler(
 ) -> Sampler:
     pipeline = Pipeline(models.vae, models.t5, models.clip, torch.device(accelerator.device))
     share = (accelerator.process_index, accelerator.num_processes)
-    return Sampler(requests, pipeline, options.save.output_dir / "sample", options.save.output_name, share)
+    folder = options.save.output_dir / "sample"
+    return Sampler(requests, pipeline, folder, options.save.output_name, share, options.preview.preview)
 
 
 def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:
