@@ -2,12 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from demo.muon import Muon
+
 Batch = tuple[Tensor, ...]
+_DECAY = 0.01
 _WARM_UP = 3  # of a recording: what libraries allocate on first use must not be part of it
 
 
@@ -57,24 +60,30 @@ def optimise(
     batch_of: Callable[[int], tuple[Hashable, Batch]],
     loss_of: Callable[..., Tensor],
     label: str,
+    matrices: Sequence[nn.Parameter] = (),
 ) -> None:
-    """AdamW with gradient clipping for `steps` steps; prints the mean loss now and then.
+    """AdamW, or Muon for `matrices`, with gradient clipping for `steps` steps; prints the mean loss now and then.
 
-    batch_of: step -> (key, tensors), where a key stands for one kind of step with fixed shapes; loss_of: (key,
-    *tensors) -> loss.
+    parameters: all of them. batch_of: step -> (key, tensors), where a key stands for one kind of step with fixed
+    shapes; loss_of: (key, *tensors) -> loss.
     """
     device = parameters[0].device
     on_gpu = device.type == "cuda"
     rate = torch.tensor(0.0, device=device)
     options = {"fused": True, "capturable": True} if on_gpu else {}
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, **options)
+    chosen = set(matrices)
+    others = [parameter for parameter in parameters if parameter not in chosen]
+    optimizer = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=_DECAY, **options)
+    muon = Muon(list(matrices), rate, _DECAY)
 
     def update(key: Hashable, *inputs: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         loss = loss_of(key, *inputs)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        muon.step()
         return loss.detach()
 
     run = Recorded(update) if on_gpu else update

@@ -14,11 +14,12 @@ from demo import edit, experiments, judge, miniature
 from demo.edit import FULL, SHORT, Limits
 from demo.judge import Score
 from demo.lesson import commands, example, load_picture, write_data
+from demo.muon import Muon, orthogonal
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
 from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
 from demo.recordings import given_frames, record, video_mask
-from demo.train_dit import embed_text, new_dit
+from demo.train_dit import count_padding_, embed_text, new_dit
 from demo.train_vae import (
     convolve_in_2d,
     decode,
@@ -171,11 +172,56 @@ def test_the_learning_rate_rises_and_falls_to_almost_nothing():
 
 
 def test_the_training_loop_finds_a_minimum(capsys):
-    x = torch.nn.Parameter(torch.zeros(2))
-    target = torch.tensor([0.3, -0.2])
-    optimise([x], 300, 0.05, lambda step: (step % 2, (target,)), lambda _, aim: (x - aim).square().sum(), "x")
+    x, y = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3, 2))
+    target, other = torch.tensor([0.3, -0.2]), torch.tensor([[0.3, 0.1], [-0.2, 0.0], [0.1, 0.2]])
+
+    def loss(_kind, aim, other_aim):
+        return (x - aim).square().sum() + (y - other_aim).square().sum()
+
+    optimise([x, y], 300, 0.05, lambda step: (step % 2, (target, other)), loss, "x", [y])
     assert_close(x.detach(), target, atol=0.01, rtol=0)
+    assert_close(y.detach(), other, atol=0.02, rtol=0)
     assert "x: step 300" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_an_orthogonal_matrix_has_the_same_vectors_and_singular_values_near_1(shape):
+    matrix = torch.randn(3, *shape, generator=generator())
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = (left.mT @ orthogonal(matrix).float() @ right.mT).diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.5 and values.max() < 1.3  # what the five iterations come to, as published
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has none")
+def test_muon_is_torchs_muon():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (4, 6), (6, 4))]
+    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
+    muon = Muon(ours, torch.tensor(0.02), weight_decay=0.1)
+    expected = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = one.grad.clone()
+        muon.step()
+        expected.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, atol=2e-3, rtol=0)  # it iterates in bfloat16
+
+
+def test_padding_that_counts_is_padding():
+    dit = new_dit("i2v", generator())
+    for parameter in dit.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator())
+    text = torch.randn(2, 57, miniature.TEXT_DIM, generator=generator())
+    text[:, -1] = 0
+    inputs = [torch.randn(2, channels, 2, 4, 4, generator=generator()) for channels in (16, 20)]
+    image, indices = torch.randn(2, 257, miniature.CLIP_DIM, generator=generator()), torch.tensor([[0, 1]] * 2)
+    arguments = (*inputs, torch.tensor([300.0, 700.0]), text, image, indices)
+    with torch.no_grad():
+        expected = dit(*arguments)
+        count_padding_(dit)
+        assert_close(dit(*arguments), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("frames", "kernel"), [(1, (3, 3, 3)), (5, (3, 3, 3)), (4, (3, 1, 1)), (3, (1, 1, 1))])
