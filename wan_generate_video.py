@@ -1,7 +1,7 @@
 """Generate one-frame images with Wan2.1. Worked examples: docs/one_frame.md"""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,12 @@ from wan import explain
 from wan.checkpoint import save_dit
 from wan.config import TaskSpec
 from wan.dit import WanDiT
+from wan.footprint import forward_tokens
 from wan.generation import Generation
 from wan.guidance import GuidanceConfig
 from wan.lora_files import TrainedFor
 from wan.memory import GenerationMemoryConfig, prepare_
+from wan.memory_plan import Plan, Room, plan_generation
 from wan.models import (
     AttentionConfig,
     CLIPConfig,
@@ -36,10 +38,12 @@ from wan.outputs import OutputConfig, read_latent, result_stem, save_image
 from wan.pipeline import Pipeline
 from wan.preview import PreviewConfig
 from wan.recipe import Recipe, parse_args
-from wan.request import SamplingConfig
+from wan.request import Request, SamplingConfig
 from wan.sweep import Cell, SweepConfig
 
 log = logging.getLogger(__name__)
+
+_TYPED = 2 * 3 * 4096  # tokens of both prompts with three frames of 1024 x 1024: what a typed line may ask for
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,13 @@ def main(argv: list[str] | None = None) -> None:
     mergers = {multipliers: lora.merger(dit, multipliers) for multipliers in used}
     memory.check(dit.spec, dit.stored_dtype, device)
     guidance.check(dit.spec.num_layers)
+    requests = [cell.request for cell in cells]
+    plan = memory_plan(dit, memory, requests, guidance, device)
     if explaining:
-        requests = [cell.request for cell in cells]
-        print(*explain.generation(requests, task, dit, memory, guidance), sep="\n")
+        print(*explain.generation(requests, task, dit, plan.memory, guidance), sep="\n")
         return
 
-    def load(multipliers: tuple[float, ...], to: torch.device) -> WanDiT:
+    def load(multipliers: tuple[float, ...], memory: GenerationMemoryConfig, to: torch.device) -> WanDiT:
         network = dit.load(to, merger=mergers[multipliers], attention=attention.function, memory=memory)
         prepare_(network, memory, to)
         return network
@@ -211,9 +216,10 @@ def main(argv: list[str] | None = None) -> None:
     generation = Generation(
         pipeline=pipeline,
         load=load,
+        plan=plan,
         task=task.name,
         loras=lora.names,
-        recipe=Recipe.of(device, *models, sampling, guidance),
+        recipe=Recipe.of(device, *models[:-1], plan.memory, sampling, guidance),
         guidance=guidance,
         output=output,
         sweep=sweep,
@@ -230,6 +236,22 @@ def main(argv: list[str] | None = None) -> None:
             log.error("stopped; Ctrl-D ends the program")
         except ConfigError as error:
             log.error("%s", error)
+
+
+def memory_plan(
+    dit: DiTConfig,
+    memory: GenerationMemoryConfig,
+    requests: Sequence[Request],
+    guidance: GuidanceConfig,
+    device: torch.device,
+) -> Plan:
+    """The one choice that there is, or with --memory auto those that fit. Typed prompts may need what `_TYPED` does."""
+    if memory.memory == "manual":
+        return Plan.of(memory)
+    tokens = max([forward_tokens(request, guidance) for request in requests], default=_TYPED)
+    plan = plan_generation(dit, dit.dtype, memory, tokens, Room.on(device))
+    log.info("memory: %s", plan)
+    return plan
 
 
 def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig, common: Recipe) -> None:

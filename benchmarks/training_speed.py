@@ -25,10 +25,10 @@ from dataset.loader import TrainingSet
 from utils import cli
 from wan.checkpoint import load_dit
 from wan.config import TASKS, DiTSpec
+from wan.footprint import expected_memory
 from wan.lora import inject_lora_
 from wan.memory import prepare_
 from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
-from wan.report import expected_memory
 from wan.training import Trainer, TrainingJob, build_accelerator
 from wan.training_options import TrainingOptions
 

@@ -18,10 +18,10 @@ from tests.photos import write_pairs
 from utils.errors import ConfigError
 from wan import checkpoint, explain
 from wan.config import DiTSpec
+from wan.footprint import expected_memory
 from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
 from wan.network_options import NetworkConfig
 from wan.one_frame import OneFrameLayout
-from wan.report import expected_memory
 
 TOML = """
 [[datasets]]

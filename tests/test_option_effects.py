@@ -199,6 +199,7 @@ EXCUSED = {  # options without a case, and why
         "cpu_noise": "the noise of a run on the CPU is drawn there anyway",
         "fp8_t5": "reaches T5 as it does in text caching, where it has a case",
         "preview": "leaves nothing behind; tests/test_preview.py watches it",
+        "memory": "chooses nothing where there is no GPU; tests/test_memory_plan.py tells it how much is free",
         **dict.fromkeys(
             ("flash_attn", "flash3", "xformers"), "need packages for CUDA; tests/test_attention.py has them"
         ),

@@ -56,7 +56,7 @@ FLAGS = {
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
         "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
         "reasoning_frames reasoning_steps pin_controls preview "
-        "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend",
+        "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
         "ddp_gradient_as_bucket_view ddp_static_graph lr_scheduler_type lr_scheduler_args huggingface_repo_id "
@@ -74,7 +74,7 @@ FLAGS = {
         "blocks_to_swap use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale "
         "slg_start slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph "
         "compile_cache_size_limit",
-        "ours": "explain recipe sweep preview reasoning_frames reasoning_steps pin_controls "
+        "ours": "explain recipe sweep preview memory reasoning_frames reasoning_steps pin_controls "
         "dit_backend separate_passes cuda_allow_tf32 cuda_cudnn_benchmark one_frame_layout exact_size "
         "dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "

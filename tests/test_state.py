@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from utils.errors import ConfigError
 from utils.files import written_whole
 from wan import state
-from wan.state import Progress, load_state, newest_state, remove_leftovers, save_state
+from wan.state import Progress, State, load_state, newest_state, remove_leftovers, save_state
 
 WEIGHTS = {"lora_unet_a.lora_down.weight": torch.randn(2, 3)}
 OPTIMIZER = {"optimizer": {"state": {0: {"exp_avg": torch.randn(2, 3), "step": torch.tensor(4.0)}}}}
@@ -17,7 +17,8 @@ OPTIMIZER = {"optimizer": {"state": {0: {"exp_avg": torch.randn(2, 3), "step": t
 
 def write(folder, name="run-step00000004-state", step=4, **more):
     path = folder / name
-    save_state(path, Progress(step=step, epoch=1, items=3, losses=(0.5, 0.25)), {"seed": 7}, WEIGHTS, OPTIMIZER, **more)
+    progress = Progress(step=step, epoch=1, items=3, losses=(0.5, 0.25))
+    save_state(State(path, progress, {"seed": 7}, WEIGHTS, OPTIMIZER), **more)
     return path
 
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dataset.buckets import Fit
 from dataset.cache import read_header, read_latent_cache
@@ -13,27 +12,34 @@ from dataset.config import DatasetsConfig, read_config
 from dataset.loader import TrainingItem, TrainingSet
 from dataset.sources import Item, find_all_items
 from utils.cli import option
-from utils.dtypes import dtype_name, parse_dtype
+from utils.dtypes import dtype_name
 from utils.images import check_image, open_masked
 from utils.tables import table
 from wan.checkpoint import load_tokenizer
-from wan.config import CLIP_TOKENS, PATCH, TEXT_LENGTH, VAE_STRIDE, DiTSpec, TaskSpec
-from wan.dit import WanDiT
+from wan.config import CLIP_TOKENS, TEXT_LENGTH, VAE_STRIDE, DiTSpec, TaskSpec
 from wan.encoding import latent_mask
+from wan.footprint import (
+    expected_memory,
+    forward_tokens,
+    frame_tokens,
+    frozen_bytes,
+    generation_parts,
+    passes,
+    size_text,
+    told,
+    weightless_dit,
+)
 from wan.guidance import GuidanceConfig
-from wan.lora import LoRANetwork, inject_lora_
 from wan.lora_files import LoRAFile
 from wan.memory import MemoryConfig
 from wan.models import DiTConfig
-from wan.network_options import NetworkConfig
 from wan.one_frame import OneFrameLayout, relayout
-from wan.report import dataset_rows, expected_memory, start_table
+from wan.report import dataset_rows, start_table
 from wan.request import Request
 from wan.t5 import clean_prompt
 from wan.training_options import TrainingOptions
 
 _SHOWN = 8  # frame tables of one run
-_PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
 _H100_FLOPS = 2.8e14  # a second: the forward pass of docs/performance.md, 8192 tokens in 0.89 s
 
 
@@ -72,11 +78,6 @@ def frame_table(layout: OneFrameLayout, frames: Sequence[_Frame], size: tuple[in
             )
         )
     return table(rows)
-
-
-def frame_tokens(size: tuple[int, int]) -> int:
-    """Tokens of a frame of (width, height) pixels."""
-    return size[0] // (VAE_STRIDE * PATCH[1]) * (size[1] // (VAE_STRIDE * PATCH[2]))
 
 
 def _file_frame(name: str, path: Path, mask: Path | None, size: tuple[int, int], masked: bool) -> _Frame:
@@ -157,7 +158,7 @@ def _folders(config: DatasetsConfig) -> str:
 
 
 def _file_sizes(paths: Sequence[Path]) -> str:
-    return ", ".join(f"{path.name} {_bytes(path.stat().st_size)}" for path in paths)
+    return ", ".join(f"{path.name} {size_text(path.stat().st_size)}" for path in paths)
 
 
 def _left_out(count: int) -> list[str]:
@@ -177,30 +178,32 @@ def generation(
     """A table per picture, then what all of them need."""
     lines, forwards, flops, most = [], 0, 0.0, 0
     for number, request in enumerate(requests, start=1):
-        together, passes = _passes(request, guidance)
+        together, in_step = passes(request, guidance)
         each, reasoning = frame_tokens((request.width, request.height)), request.reasoning
         own, tokens = (len(frames) * each for frames in (request.layout.order, reasoning.frame_indices))
         at_length = request.reasoning_steps if reasoning.count else 0
         steps = ((own, request.steps - at_length), (tokens, at_length))
-        cost = passes * sum(count * forward_flops(dit.spec, length) for length, count in steps)
-        forwards, flops, most = forwards + passes * request.steps, flops + cost, max(most, tokens * together)
+        cost = in_step * sum(count * forward_flops(dit.spec, length) for length, count in steps)
+        forwards, flops, most = (
+            forwards + in_step * request.steps,
+            flops + cost,
+            max(most, forward_tokens(request, guidance)),
+        )
         if number <= _SHOWN:
             lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {request.prompt}"]
-            lines += [*_request_lines(request, passes, together, cost), ""]
+            lines += [*_request_lines(request, in_step, together, cost), ""]
     lines += _left_out(len(requests))
-    dtype = parse_dtype(dit.dit_dtype) if dit.dit_dtype else dit.stored_dtype
-    held, _ = weightless_dit(dit, dtype, memory)
-    weights = sum(parameter.numel() * parameter.itemsize for parameter in held.parameters())
+    held, _ = weightless_dit(dit, dit.dtype, memory)
     rows = [
         ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
         ("runs", f"T5, CLIP and the VAE once per text and image, the DiT {forwards} times over one prompt"),
         ("expected time", _time(flops)),
-        ("expected memory", _memory(("DiT", weights), ("activations", most * dit.spec.dim * _PASS_BYTES))),
+        ("expected memory", told(generation_parts(frozen_bytes(held), dit.spec, most))),
     ]
     return [*lines, start_table(rows)]
 
 
-def _request_lines(request: Request, passes: int, together: int, cost: float) -> list[str]:
+def _request_lines(request: Request, in_step: int, together: int, cost: float) -> list[str]:
     size = (request.width, request.height)
     frames = _control_frames(request, size)
     added = request.reasoning.indices
@@ -208,7 +211,7 @@ def _request_lines(request: Request, passes: int, together: int, cost: float) ->
         f"reasoning frames at RoPE index {', '.join(map(str, added))} in the first {request.reasoning_steps} steps: "
         f"{len(request.reasoning.frame_indices) * frame_tokens(size)} tokens"
     ]
-    how = "one prompt" if passes == 1 else f"both prompts {'together' if together == 2 else 'one after the other'}"
+    how = "one prompt" if in_step == 1 else f"both prompts {'together' if together == 2 else 'one after the other'}"
     return [
         *frame_table(request.layout, [*frames, _Frame("target", "(generated)", None, None)], size),
         _tokens_line(request.layout, size, len(request.clip_images)),
@@ -217,13 +220,6 @@ def _request_lines(request: Request, passes: int, together: int, cost: float) ->
         f"{request.steps} steps of {request.solver}, shift {request.shift:g}, guidance {request.guidance:g}: {how} "
         f"in each, {cost / 1e12:.3g} TFLOP",
     ]
-
-
-def _passes(request: Request, guidance: GuidanceConfig) -> tuple[int, int]:
-    """(prompts in one forward pass, prompts in one step), as far as every step is guided."""
-    if request.guidance == 1:
-        return 1, 1
-    return (1 if guidance.separate_passes else 2), 2
 
 
 # --- training
@@ -296,37 +292,6 @@ def forward_flops(spec: DiTSpec, tokens: int) -> float:
     channel for attention. Text and image tokens are left out."""
     per_block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim  # q, k, v, o; q and o of the text; both layers of the ffn
     return spec.num_layers * (2.0 * tokens * per_block + 4.0 * tokens**2 * spec.dim)
-
-
-def weightless_dit(
-    config: DiTConfig,
-    dtype: torch.dtype,
-    memory: MemoryConfig,
-    network: NetworkConfig | None = None,
-    weights: LoRAFile | None = None,
-) -> tuple[WanDiT, LoRANetwork | None]:
-    """On the meta device, what the options keep on the real one: of blocks in host memory the two that are in use.
-
-    Of a network all layers are trained, those of left-out blocks too. The scales of fp8 weights are not counted.
-    """
-    with torch.device("meta"):
-        dit = WanDiT(config.spec).to(dtype).requires_grad_(False)
-        made = inject_lora_(dit, network, weights=weights) if network else None
-    if memory.fp8_kind:
-        for module in dit.blocks.modules():
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - 2)]
-    return dit, made
-
-
-def _memory(*parts: tuple[str, float]) -> str:
-    total = _bytes(sum(size for _, size in parts))
-    return f"about {total} while denoising: " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts)
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _time(flops: float) -> str:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from utils.errors import ConfigError
 from wan.guidance import GuidanceConfig
+from wan.memory import MemoryConfig
+from wan.memory_plan import Plan
 from wan.outputs import OutputConfig, latent_metadata, result_stem, save_image, save_latent
-from wan.pipeline import Pipeline, Resident, denoise
-from wan.preview import PreviewConfig
+from wan.pipeline import Encoded, Pipeline, Resident, denoise
+from wan.preview import LatentPreview, PreviewConfig
 from wan.recipe import Recipe
 from wan.sweep import Cell, SweepConfig
 
@@ -22,7 +24,8 @@ class Generation:
     """What all pictures of a run have in common."""
 
     pipeline: Pipeline
-    load: Callable[[tuple[float, ...], torch.device], nn.Module]  # (LoRA multipliers, device) -> DiT
+    load: Callable[[tuple[float, ...], MemoryConfig, torch.device], nn.Module]  # (LoRA multipliers, ...) -> DiT
+    plan: Plan
     task: str
     loras: tuple[str, ...]  # names for the metadata
     recipe: Recipe
@@ -33,41 +36,60 @@ class Generation:
 
     def resident(self, multipliers: tuple[float, ...], wanted_again: bool = False) -> Resident:
         """The DiT with its LoRA files merged at these multipliers."""
-        return Resident(lambda device: self.load(multipliers, device), self.pipeline.device, wanted_again)
+        return Resident(
+            lambda device: self.load(multipliers, self.plan.memory, device), self.pipeline.device, wanted_again
+        )
 
     def make(self, cells: Sequence[Cell], kept: Resident | None = None) -> None:
         """Write the files of all cells. The DiT is `kept`, or else loaded once for each choice of multipliers.
 
-        Raises ConfigError, when all the others are written, if latents were no numbers.
+        Raises ConfigError, when all the others are written, if latents were no numbers. When the GPU's memory runs out
+        the DiT is loaded again as the plan's next choice says, or the error goes on.
         """
         encoded = self.pipeline.encode([cell.request for cell in cells])
         view = self.pipeline.fit_preview([cell.request for cell in cells]) if self.preview.preview else None
-        images: list[Image.Image | None] = [None] * len(cells)
-        done, failed = 0, 0
+        made: dict[int, Image.Image | None] = {}
+        failed: list[int] = []
         for multipliers in dict.fromkeys(cell.multipliers for cell in cells):
-            with (kept or self.resident(multipliers)).on_device() as dit:
-                for i in [i for i, cell in enumerate(cells) if cell.multipliers == multipliers]:
-                    done += 1
-                    label, stem = f"image {done}/{len(cells)}", result_stem(cells[i].request.seed) + cells[i].suffix
-                    rough = self.output.save_path / f"{stem}_preview.png"
-                    watch = view and partial(view.save_each, self.preview.preview, rough)
-                    latents = denoise(dit, encoded[i], self.pipeline.device, label, self.guidance, watch)
-                    if not latents.isfinite().all():
-                        failed += 1
-                        continue
-                    image = self._save(cells[i], stem, latents)
-                    rough.unlink(missing_ok=True)
-                    images[i] = image if self.sweep.axes else None  # a long run shall not pile up pictures
-        self._save_grids(cells, images)
+            left = [i for i, cell in enumerate(cells) if cell.multipliers == multipliers]
+            while left:
+                resident = kept or self.resident(multipliers)
+                try:
+                    with resident.on_device() as dit:
+                        while left:
+                            label = f"image {len(made) + 1}/{len(cells)}"
+                            made[left[0]], good = self._make_one(dit, cells[left[0]], encoded[left[0]], label, view)
+                            failed += [] if good else left[:1]
+                            del left[0]
+                except torch.OutOfMemoryError:
+                    if not self.plan.step_down():
+                        raise
+                    resident.forget()
+        self._save_grids(cells, [made[i] for i in range(len(cells))])
         if failed:
             raise ConfigError(
-                f"{failed} of {len(cells)} images came out as no numbers (NaN) and were not saved; check the model "
-                "files, and give --dit_dtype bfloat16 if it is float16"
+                f"{len(failed)} of {len(cells)} images came out as no numbers (NaN) and were not saved; check the "
+                "model files, and give --dit_dtype bfloat16 if it is float16"
             )
+
+    def _make_one(
+        self, dit: nn.Module, cell: Cell, encoded: Encoded, label: str, view: LatentPreview | None
+    ) -> tuple[Image.Image | None, bool]:
+        """The picture, if a grid will want it, and whether the latents were numbers."""
+        stem = result_stem(cell.request.seed) + cell.suffix
+        rough = self.output.save_path / f"{stem}_preview.png"
+        watch = view and partial(view.save_each, self.preview.preview, rough)
+        latents = denoise(dit, encoded, self.pipeline.device, label, self.guidance, watch)
+        if not latents.isfinite().all():
+            return None, False
+        image = self._save(cell, stem, latents)
+        rough.unlink(missing_ok=True)
+        return image if self.sweep.axes else None, True  # a long run shall not pile up pictures
 
     def _save(self, cell: Cell, stem: str, latents: Tensor) -> Image.Image | None:
         output = self.output
-        recipe = None if output.no_metadata else self.recipe.adding(cell.options)
+        chosen = {name: getattr(self.plan.memory, name) for name in self.plan.memory.chosen_by_plan}
+        recipe = None if output.no_metadata else self.recipe.adding(cell.options | chosen)
         if output.wants_latent:
             metadata = recipe and latent_metadata(cell.request, self.task, self.loras, recipe)
             save_latent(output.save_path, stem, latents, metadata)

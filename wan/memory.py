@@ -33,6 +33,11 @@ _FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which induc
 class MemoryConfig:
     """memory and speed"""
 
+    memory: str = option(
+        "manual",
+        help="auto: choose fp8, swapped and recomputed blocks by the memory that is free, and anew when it runs out",
+        choices=("manual", "auto"),
+    )
     fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
     blocks_to_swap: int = option(0, help="DiT blocks whose weights wait in host memory until they are needed")
     use_pinned_memory_for_block_swap: bool = option(False, help="page-locked host memory for them: faster copies")
@@ -52,8 +57,12 @@ class MemoryConfig:
 
     gradient_checkpointing: ClassVar[str] = "none"  # of training only
     gradient_checkpointing_cpu_offload: ClassVar[bool] = False
+    chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap")
 
     def __post_init__(self) -> None:
+        for name in self.chosen_by_plan if self.memory == "auto" else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"--{name}: --memory auto chooses it; leave one of them out")
         if self.blocks_to_swap < 0:
             raise ConfigError(f"--blocks_to_swap {self.blocks_to_swap}: must be at least 0")
         if self.compile_cache_size_limit < 1:
@@ -108,6 +117,13 @@ class MemoryConfig:
 class TrainingMemoryConfig(MemoryConfig):
     """memory and speed"""
 
+    chosen_by_plan: ClassVar[tuple[str, ...]] = (
+        "fp8_base",
+        *MemoryConfig.chosen_by_plan,
+        "gradient_checkpointing",
+        "gradient_checkpointing_cpu_offload",
+    )
+
     fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
     gradient_checkpointing: str = option(
         "none",
@@ -139,6 +155,8 @@ class TrainingMemoryConfig(MemoryConfig):
 @dataclass(frozen=True)
 class GenerationMemoryConfig(MemoryConfig):
     """memory and speed"""
+
+    chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8", *MemoryConfig.chosen_by_plan, "fp8_fast")
 
     fp8: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
     fp8_fast: bool = option(

@@ -139,6 +139,11 @@ class DiTConfig:
         """The dtype of the checkpoint, read from its header."""
         return checkpoint.dit_dtype(_required(self.dit, "--dit", "DiT checkpoint"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is loaded in where nothing else is asked for."""
+        return _dtype(self.dit_dtype, "--dit_dtype") or self.stored_dtype
+
     def check(self) -> TaskSpec:
         """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
         task = resolve_task(self.task, self.spec)

@@ -52,6 +52,10 @@ class Resident:
         self._load, self._device, self._wanted_again = load, device, wanted_again
         self._module: nn.Module | None = None
 
+    def forget(self) -> None:
+        """Drop the module: the next use loads it anew."""
+        self._module = None
+
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
         """The module on the device, for the length of the block."""

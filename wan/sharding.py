@@ -3,7 +3,7 @@
 Files hold whole tensors, so that a state or a LoRA does not depend on how many processes wrote it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def shared_like(example: Tensor, tensor: Tensor) -> Tensor:
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()` of whole tensors; with shared ones every process has to ask."""
-    return _mapped(optimizer.state_dict(), whole)
+    return mapped(optimizer.state_dict(), whole)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -50,9 +50,10 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
                 values[name] = shared_like(parameter, value)
 
 
-def _mapped(value: Any, change) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nest of dicts and lists with `change` of each tensor in it."""
     if torch.is_tensor(value):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list) else value
+        return {key: mapped(part, change) for key, part in value.items()}
+    return [mapped(part, change) for part in value] if isinstance(value, list) else value

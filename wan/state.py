@@ -50,20 +50,21 @@ class State:
     optimizer: dict[str, Any]  # state dicts: optimizer, scheduler, scaler
 
 
-def save_state(
-    path: Path, progress: Progress, facts: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Any]
-) -> None:
+def save_state(state: State) -> None:
     """Write the folder, whole or not at all; one of that name is replaced. Raises OSError when it can't be written."""
+    path = state.path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     replaced = temporary.with_name(temporary.name + "-old")
     try:
         # Through bytes, so that a full disk is an OSError, whichever library would have written.
-        (temporary / _WEIGHTS).write_bytes(save({key: tensor.contiguous() for key, tensor in weights.items()}))
+        (temporary / _WEIGHTS).write_bytes(save({key: tensor.contiguous() for key, tensor in state.weights.items()}))
         buffer = io.BytesIO()
-        torch.save(optimizer, buffer)
+        torch.save(state.optimizer, buffer)
         (temporary / _OPTIMIZER).write_bytes(buffer.getbuffer())
-        (temporary / _PROGRESS).write_text(json.dumps({"progress": asdict(progress), "facts": facts}, indent=1))
+        (temporary / _PROGRESS).write_text(
+            json.dumps({"progress": asdict(state.progress), "facts": state.facts}, indent=1)
+        )
         temporary.chmod(0o777 & ~umask())
         if path.exists():
             path.replace(replaced)

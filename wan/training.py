@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from wan.checkpoints import Checkpoints
 from wan.config import TaskSpec
 from wan.dit import WanDiT
 from wan.flow_matching import seeded
+from wan.footprint import expected_memory
 from wan.lora import LoRANetwork, inject_lora_
 from wan.lora_files import LoRAFile, Merger, read_lora, write_lora
 from wan.memory import prepare_
@@ -37,9 +39,9 @@ from wan.models import DiTConfig, build_merger
 from wan.network_options import NetworkConfig
 from wan.optimizers import build_optimizer, build_scheduler, optimizer_class
 from wan.processes import write_on_main
-from wan.report import dataset_rows, expected_memory, start_table
+from wan.report import dataset_rows, start_table
 from wan.samples import Sampler
-from wan.sharding import load_optimizer_state, optimizer_state
+from wan.sharding import load_optimizer_state, mapped, optimizer_state
 from wan.signals import StopRequest
 from wan.state import Progress, State, load_state, newest_state, save_state
 from wan.tracking import Tracker
@@ -64,6 +66,15 @@ class TrainingJob:
     network: LoRANetwork
     sampler: Sampler | None
     tracker: Tracker
+
+
+class MemoryRanOut(Exception):  # noqa: N818 it says what happened
+    """The GPU's memory was not enough for a step. `state`: from where to go on, in host memory; None before a step."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        on_host = [mapped(part, Tensor.cpu) for part in (state.weights, state.optimizer)]
+        self.state = State(state.path, state.progress, state.facts, *on_host) if state.progress.step else None
 
 
 class Trainer:
@@ -100,7 +111,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end and return the path of the final LoRA file.
 
-        Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, or too many steps in a row without a finite loss.
+        Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, or too many steps in a row without a finite loss, and
+        MemoryRanOut.
         """
         log.info("%s", self._table())
         self.job.dit.train()
@@ -112,7 +124,10 @@ class Trainer:
             skipped_in_a_row = 0
             while self.progress.step < self.total_steps:
                 for plans, batches in self._remaining_of_epoch():
-                    result = self._train(plans, batches, stop)
+                    try:
+                        result = self._train(plans, batches, stop)
+                    except torch.OutOfMemoryError as error:
+                        raise MemoryRanOut(self._state()) from error
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     self._report(result, bar)
                     self._after_step()
@@ -267,15 +282,19 @@ class Trainer:
         tensors = self.job.network.state_dict(self.options.save.dtype)
         write_on_main(lambda: write_lora(path, tensors, self._metadata()))
 
-    def _write_state(self, path: Path) -> None:
+    def _state(self, path: Path = Path("the last step")) -> State:
+        """What the run needs to go on from here. path: where it will be."""
         step = self.step
         optimizer = {
             "optimizer": optimizer_state(step.optimizer),
             "scheduler": step.scheduler.state_dict(),
             "scaler": step.scaler.state_dict(),
         }
-        weights = self.job.network.state_dict(torch.float32)
-        write_on_main(lambda: save_state(path, self.progress, self._facts(), weights, optimizer))
+        return State(path, self.progress, self._facts(), self.job.network.state_dict(torch.float32), optimizer)
+
+    def _write_state(self, path: Path) -> None:
+        state = self._state(path)
+        write_on_main(lambda: save_state(state))
 
     def _restore(self, state: State) -> None:
         self.progress = state.progress

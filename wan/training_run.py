@@ -1,5 +1,7 @@
 """A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -12,14 +14,18 @@ from utils.files import require_writable_dir, written_whole
 from wan import training
 from wan.config import TaskSpec
 from wan.explain import training as explained
+from wan.lora_files import LoRAFile
+from wan.memory_plan import Plan, Room, plan_training
 from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
 from wan.pipeline import Pipeline
 from wan.request import Request
 from wan.samples import Sampler
-from wan.state import remove_leftovers
+from wan.state import State, remove_leftovers
 from wan.timestep_plot import show
 from wan.tracking import Tracker
 from wan.training_options import TrainingOptions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,40 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         for field in fields(section)
         if "help" in field.metadata
     }
+    plan = _plan(models.dit, options, training_set, weights, accelerator.device)
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
     ) as tracker:
         sampler = _sampler(requests, models, options, accelerator) if requests else None
-        dit, network = training.load_trainable(
-            models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
-        )
-        job = training.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
-        training.Trainer(accelerator, job, state).run()
+
+        def train(options: TrainingOptions, state: State | None) -> None:
+            dit, network = training.load_trainable(
+                models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
+            )
+            job = training.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
+            training.Trainer(accelerator, job, state).run()
+
+        _train_within(plan, train, options, state, accelerator)
+
+
+def _train_within(
+    plan: Plan,
+    train: Callable[[TrainingOptions, State | None], None],
+    options: TrainingOptions,
+    state: State | None,
+    accelerator: Accelerator,
+) -> None:
+    """`train`, and when memory runs out go on from the last step with the plan's next choice."""
+    done = False
+    while not done:
+        try:
+            train(replace(options, memory=plan.memory), state)
+            done = True
+        except training.MemoryRanOut as error:
+            if accelerator.num_processes > 1 or not plan.step_down():
+                raise error.__cause__ from None
+            state = error.state or state
+        accelerator.free_memory()
 
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
@@ -79,6 +110,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)
     training.base_merger(models.dit, options.network)
     weights = training.network_start(models.dit, options.network, state)
+    options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
     if accelerator.is_main_process:
         lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
         print(*lines, sep="\n")
@@ -113,6 +145,19 @@ def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int,
     training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)
     options.validation.check(training_set.validation)
     return training_set
+
+
+def _plan(
+    dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
+) -> Plan:
+    """The one choice that there is, or with --memory auto those that fit."""
+    if options.memory.memory == "manual":
+        return Plan.of(options.memory)
+    dtype = options.run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
+    room = Room.on(device)
+    plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
+    log.info("memory: %s", plan)
+    return plan
 
 
 def _sampler(

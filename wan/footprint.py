@@ -1,0 +1,123 @@
+"""How much memory of a GPU a run is expected to need, in parts. Measured figures: docs/performance.md."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from dataset.loader import BucketCount
+from wan.config import PATCH, VAE_STRIDE, DiTSpec
+from wan.dit import WanDiT
+from wan.guidance import GuidanceConfig
+from wan.lora import LoRANetwork, inject_lora_
+from wan.lora_files import LoRAFile
+from wan.memory import MemoryConfig, TrainingMemoryConfig
+from wan.models import DiTConfig
+from wan.network_options import NetworkConfig
+from wan.request import Request
+from wan.sharding import held_here
+
+Parts = dict[str, float]  # what -> bytes
+
+_TRAINED_BYTES = 16  # per number: weight, gradient and the two moments of AdamW, float32
+_ACTIVATION_BYTES = 64  # per token and channel of a block whose activations are kept
+_CHECKPOINT_BYTES = 4  # per token and channel of a recomputed block: its float32 input
+_PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
+
+
+def weightless_dit(
+    config: DiTConfig,
+    dtype: torch.dtype,
+    memory: MemoryConfig,
+    network: NetworkConfig | None = None,
+    weights: LoRAFile | None = None,
+) -> tuple[WanDiT, LoRANetwork | None]:
+    """On the meta device, what the options keep on the real one: of blocks in host memory the two that are in use.
+
+    Of a network all layers are trained, those of left-out blocks too. The scales of fp8 weights are not counted.
+    """
+    with torch.device("meta"):
+        dit = WanDiT(config.spec).to(dtype).requires_grad_(False)
+        made = inject_lora_(dit, network, weights=weights) if network else None
+    if memory.fp8_kind:
+        for module in dit.blocks.modules():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - 2)]
+    return dit, made
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Of the parameters that are not trained, as far as they are in this process."""
+    frozen = [tensor for tensor in module.parameters() if not tensor.requires_grad]
+    return sum(held_here(tensor).numel() * tensor.itemsize for tensor in frozen)
+
+
+def largest_batch(buckets: Iterable[BucketCount]) -> int:
+    """Tokens of the largest batch."""
+    return max(
+        min(bucket.batch_size, bucket.items) * bucket.frames * bucket.height * bucket.width // 4 for bucket in buckets
+    )
+
+
+def frame_tokens(size: tuple[int, int]) -> int:
+    """Tokens of a frame of (width, height) pixels."""
+    return size[0] // (VAE_STRIDE * PATCH[1]) * (size[1] // (VAE_STRIDE * PATCH[2]))
+
+
+def passes(request: Request, guidance: GuidanceConfig) -> tuple[int, int]:
+    """(prompts in one forward pass, prompts in one step), as far as every step is guided."""
+    if request.guidance == 1:
+        return 1, 1
+    return (1 if guidance.separate_passes else 2), 2
+
+
+def forward_tokens(request: Request, guidance: GuidanceConfig) -> int:
+    """Tokens of the longest forward pass."""
+    frames = len(request.reasoning.frame_indices)
+    return passes(request, guidance)[0] * frames * frame_tokens((request.width, request.height))
+
+
+def training_parts(
+    frozen: int, network: LoRANetwork, spec: DiTSpec, tokens: int, memory: TrainingMemoryConfig
+) -> Parts:
+    """The peak of a training step in this process. frozen: bytes; tokens: of the largest batch."""
+    block = tokens * spec.dim
+    if memory.gradient_checkpointing != "none":
+        kept = 0 if memory.gradient_checkpointing_cpu_offload else spec.num_layers * _CHECKPOINT_BYTES
+        activations = block * (kept + _ACTIVATION_BYTES)
+    else:
+        activations = block * spec.num_layers * _ACTIVATION_BYTES
+    trained = sum(held_here(parameter).numel() for parameter in network.parameters()) * _TRAINED_BYTES
+    return {"frozen weights": frozen, "LoRA and optimizer": trained, "activations": activations}
+
+
+def generation_parts(frozen: int, spec: DiTSpec, tokens: int) -> Parts:
+    """The peak of denoising. tokens: of one forward pass."""
+    return {"DiT": frozen, "activations": tokens * spec.dim * _PASS_BYTES}
+
+
+def offloaded_bytes(spec: DiTSpec, tokens: int) -> int:
+    """What --gradient_checkpointing_cpu_offload keeps in host memory."""
+    return tokens * spec.dim * spec.num_layers * _CHECKPOINT_BYTES
+
+
+def told(parts: Parts) -> str:
+    """`about 42 GB: frozen weights 32.8 GB, ...`"""
+    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    return f"about {size_text(sum(parts.values()))}: {listed}"
+
+
+def expected_memory(
+    dit: nn.Module,
+    network: LoRANetwork,
+    spec: DiTSpec,
+    buckets: Sequence[BucketCount],
+    memory: TrainingMemoryConfig,
+) -> str:
+    """`told` of a training step of a loaded DiT; of swapped blocks it holds the two buffers."""
+    return told(training_parts(frozen_bytes(dit), network, spec, largest_batch(buckets), memory))
+
+
+def size_text(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
