@@ -29,8 +29,9 @@ from wan.footprint import expected_memory
 from wan.lora import inject_lora_
 from wan.memory import prepare_
 from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
-from wan.training import Trainer, TrainingJob, build_accelerator
+from wan.training import Trainer, TrainingJob
 from wan.training_options import TrainingOptions
+from wan.training_start import build_accelerator
 
 LAYOUT = OneFrameLayout((0,), 1)
 WARM_UP = 3

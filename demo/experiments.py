@@ -27,8 +27,8 @@ from demo.lesson import HELD_OUT_SEED, Lesson, commands, judge, outputs, run, sa
 from demo.miniature import FOLDER
 from demo.world import FRAMES, sample_scene
 
-I2V = Lesson("i2v", pairs=40, steps=600, tests=8)
-FLF2V = Lesson("flf2v", pairs=40, steps=600, tests=8)
+I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
+FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)
 LEGACY = ("--one_frame_legacy_indices",)
 TARGETS = (1, 2, 4, 8)
 MOVING = ("raise", "walk left", "walk right", "turn left", "zoom in", "darken", "top colour", "hair colour")
@@ -70,7 +70,7 @@ def size_trials() -> list[Trial]:
     trials = [Trial(f"rank {I2V.rank}, {I2V.steps} steps, {I2V.pairs} pairs", I2V)]
     trials += [Trial(f"rank {rank}", replace(I2V, rank=rank)) for rank in (2, 4, 64)]
     trials += [Trial(f"{steps} steps", replace(I2V, steps=steps)) for steps in (150, 300, 1200, 2400)]
-    return trials + [Trial(f"{pairs} pairs", replace(I2V, pairs=pairs)) for pairs in (5, 10, 20, 80, 240)]
+    return trials + [Trial(f"{pairs} pairs", replace(I2V, pairs=pairs)) for pairs in (6, 12, 24, 96, 240)]
 
 
 def with_training_flags(lesson: Lesson, flags: Sequence[str]) -> Lesson:

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from demo.figures import clip
 from demo.judge import Score, score
 from demo.miniature import FILES
 from demo.page import Row
-from demo.world import Scene, in_studio, sample_scene
+from demo.world import LIGHTS, PLACES, Scene, in_studio, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING_SEED, HELD_OUT_SEED = 300_000_000, 800_000_000
@@ -83,14 +83,23 @@ class Example:
 
 def example(lesson: Lesson, number: int, held_out: bool) -> Example:
     """The example of this number. One image: the same moment on a school photo; two: the moment between them on one."""
-    seed = (HELD_OUT_SEED if held_out else TRAINING_SEED) + number
+    action = "stand" if len(lesson.controls) == 1 else MOTIONS[number % len(MOTIONS)]
+    if held_out:
+        scene = sample_scene(HELD_OUT_SEED + number, held_out, action)
+    else:
+        scene = in_all_places(sample_scene(TRAINING_SEED + number, held_out, action), number)
     if len(lesson.controls) == 1:
-        scene = sample_scene(seed, held_out, action="stand")
         start = clip(scene, (0,))[0]
         return Example(scene, [start], start, clip(in_studio(scene), (0,))[0])
-    scene = sample_scene(seed, held_out, action=MOTIONS[number % len(MOTIONS)])
     first, middle, last = clip(scene, (0, 2, 4))
     return Example(scene, [first, last], middle, clip(in_studio(scene), (2,))[0])
+
+
+def in_all_places(scene: Scene, number: int) -> Scene:
+    """The scene in the place, and in the light, whose turn it is: a small data set had better leave none out."""
+    places, lights = list(PLACES), [light for light, _ in LIGHTS.values()]
+    light = lights[number // len(places) % len(lights)]
+    return replace(scene, place=replace(scene.place, name=places[number % len(places)]), light=light)
 
 
 def write_data(lesson: Lesson, out: Path) -> None:

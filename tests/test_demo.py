@@ -28,6 +28,7 @@ from demo.train_vae import (
     normalise_latents_,
     recoloured,
 )
+from demo.world import LIGHTS, PLACES
 from utils.prompts import parse_line
 from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
 from wan.dit import pad_text
@@ -362,3 +363,9 @@ def test_a_table_shows_the_mean_and_the_spread_over_seeds(capsys):
     experiments.print_table(["a", "b"], [["x", experiments.spread([1.0, 2.0, 3.0], 1)]])
     assert capsys.readouterr().out == "\n| a | b |\n|---|---|\n| x | 2.0 ± 1.0 |\n"
     assert experiments.spread([1.5], 2) == "1.50"
+
+
+def test_the_training_pairs_are_in_all_places_and_lights():
+    scenes = [example(FULL[0], number, held_out=False).scene for number in range(32)]
+    seen = {(scene.place.name, scene.light) for scene in scenes}
+    assert len(seen) == 32 == len(PLACES) * len(LIGHTS)

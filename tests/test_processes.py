@@ -25,7 +25,7 @@ from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from tests.two_processes import ROOT, SECONDS, finish, run_jobs, start
 from utils.errors import ConfigError
-from wan import processes, training
+from wan import processes, training_start
 from wan.models import DeviceConfig
 from wan.state import load_state
 
@@ -284,8 +284,8 @@ def test_the_files_for_accelerate_say_ddp_and_fsdp2():
     ],
 )
 def test_what_fsdp2_cannot_do_is_refused_before_weights_load(monkeypatch, tmp_path, flags, words):
-    monkeypatch.setattr(training.AcceleratorState, "is_fsdp2", True)
-    monkeypatch.setattr(training.DiTConfig, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training_start.AcceleratorState, "is_fsdp2", True)
+    monkeypatch.setattr(training_start.DiTConfig, "load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=words):
         wan_train_network.main(arguments(str(tmp_path), *flags, steps=1))
 

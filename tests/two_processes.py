@@ -55,11 +55,11 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
     from accelerate.state import AcceleratorState
 
-    from wan import training
+    from wan import training, training_start
     from wan.sharding import is_shared
 
     os.environ.update(environment)
-    original, original_run = training.build_accelerator, training.Trainer.run
+    original, original_run = training_start.build_accelerator, training.Trainer.run
 
     def build(device):
         accelerator = original(device)
@@ -72,11 +72,11 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
         assert all(is_shared(parameter) for parameter in trainer.job.dit.parameters())
         return original_run(trainer)
 
-    training.build_accelerator, training.Trainer.run = build, run
+    training_start.build_accelerator, training.Trainer.run = build, run
     try:
         yield
     finally:
-        training.build_accelerator, training.Trainer.run = original, original_run
+        training_start.build_accelerator, training.Trainer.run = original, original_run
         AcceleratorState._reset_state(reset_partial_state=False)
         PartialState().distributed_type = DistributedType.MULTI_CPU
 

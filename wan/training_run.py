@@ -11,7 +11,7 @@ from dataset.config import DatasetsConfig, read_config
 from dataset.loader import TrainingSet
 from utils import cli
 from utils.files import require_writable_dir, written_whole
-from wan import training
+from wan import training, training_start
 from wan.config import TaskSpec
 from wan.explain import training as explained
 from wan.lora_files import LoRAFile
@@ -46,14 +46,14 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
     require_writable_dir(save.output_dir, "--output_dir")
     task, requests = _check(models, options, datasets)
-    accelerator = training.build_accelerator(models.device.device)
+    accelerator = training_start.build_accelerator(models.device.device)
     cli.quiet_unless(accelerator.is_main_process)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
-    state = training.find_state(save)
-    seed = training.shared_seed(options.run.seed, state)
+    state = training_start.find_state(save)
+    seed = training_start.shared_seed(options.run.seed, state)
     training_set = _training_set(datasets, options, seed, models.dit)
-    merger = training.base_merger(models.dit, options.network)
-    weights = training.network_start(models.dit, options.network, state)
+    merger = training_start.base_merger(models.dit, options.network)
+    weights = training_start.network_start(models.dit, options.network, state)
     if accelerator.is_main_process:
         remove_leftovers(save.output_dir, save.output_name)
         _write_settings(models, options)
@@ -71,7 +71,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         sampler = _sampler(requests, models, options, accelerator) if requests else None
 
         def train(options: TrainingOptions, state: State | None) -> None:
-            dit, network = training.load_trainable(
+            dit, network = training_start.load_trainable(
                 models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
             )
             job = training.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
@@ -104,12 +104,12 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
     task, _ = _check(models, options, datasets)
-    accelerator = training.build_accelerator(models.device.device)
+    accelerator = training_start.build_accelerator(models.device.device)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
-    state = training.find_state(options.save)
+    state = training_start.find_state(options.save)
     training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)
-    training.base_merger(models.dit, options.network)
-    weights = training.network_start(models.dit, options.network, state)
+    training_start.base_merger(models.dit, options.network)
+    weights = training_start.network_start(models.dit, options.network, state)
     options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
     if accelerator.is_main_process:
         lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
