@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+SLOTS = 2  # blocks on the device that those in host memory take turns in: one computes, the next is copied
 _ALIGNMENT = 64  # bytes between the starts of tensors that share a buffer; any dtype can be viewed there
 
 
@@ -21,7 +22,7 @@ def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool 
     this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
     """
     blocks = list(dit.blocks)[-count:]
-    swapper = _Swapper([_frozen(block) for block in blocks[:2]], device, pinned)
+    swapper = _Swapper([_frozen(block) for block in blocks[:SLOTS]], device, pinned)
     for number, block in enumerate(blocks):
         swapper.take_over(block)
         block.forward = partial(swapper.run, number, block.forward)

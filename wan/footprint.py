@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dataset.loader import BucketCount
+from wan.block_swap import SLOTS
 from wan.config import PATCH, VAE_STRIDE, DiTSpec
 from wan.dit import WanDiT
 from wan.guidance import GuidanceConfig
@@ -43,7 +44,7 @@ def weightless_dit(
         for module in dit.blocks.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - 2)]
+    dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - SLOTS)]
     return dit, made
 
 

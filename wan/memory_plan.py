@@ -13,6 +13,7 @@ import torch
 
 from dataset.loader import BucketCount
 from utils.host import available_memory
+from wan.block_swap import SLOTS
 from wan.footprint import (
     Parts,
     frozen_bytes,
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 _SPARE = 0.04  # of the GPU: what no plan may use, for workspaces and fragments
 _HOST_SPARE = 4e9  # bytes
 _LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
-_BUFFERS = 2  # blocks on the GPU that those in host memory take turns in
 
 
 @dataclass(frozen=True)
@@ -162,11 +162,11 @@ def _precisions(config: DiTConfig, fp8: dict[str, bool]) -> list[dict[str, bool]
 
 def _swaps(dit: torch.nn.Module, more: dict) -> Iterator[dict]:
     """Ever more blocks in host memory; fewer than three would save nothing."""
-    for count in range(_BUFFERS + 1, len(dit.blocks)):
+    for count in range(SLOTS + 1, len(dit.blocks)):
         yield {"blocks_to_swap": count, "use_pinned_memory_for_block_swap": True, **more}
 
 
 def _split(dit: torch.nn.Module, swapped: int) -> tuple[int, int]:
     """Bytes of frozen weights (on the device, in host memory) with so many blocks swapped."""
     block = frozen_bytes(dit.blocks[-1])
-    return frozen_bytes(dit) - max(0, swapped - _BUFFERS) * block, swapped * block
+    return frozen_bytes(dit) - max(0, swapped - SLOTS) * block, swapped * block
