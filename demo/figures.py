@@ -60,6 +60,7 @@ def shapes(scene: Scene, frame: int) -> Tensor:
 def moment_at(scene: Scene, time: float) -> Moment:
     """The scene at a time 0..1 of the clip: the figure moves all the time, attributes change early on."""
     eased = time * time * (3 - 2 * time)
+    before = time < 0.06  # the first frame
     early = min(1.0, max(0.0, (time - 0.06) / 0.38))  # over at the fifth frame
     right, left = scene.arms
     now = Moment(scene, scene.x, facing=scene.facing, left_arm=left, right_arm=right)
@@ -94,12 +95,11 @@ def moment_at(scene: Scene, time: float) -> Moment:
         case "hair colour":
             return replace(now, scene=replace(scene, hair_colour=_mix(scene.hair_colour, scene.change, early)))
         case "hat":
-            hatless = time < 0.06
-            return replace(now, scene=replace(scene, hat=None if hatless else scene.hat), hat_drop=0.25 * (1 - early))
+            return replace(now, scene=replace(scene, hat=None if before else scene.hat), hat_drop=0.25 * (1 - early))
         case "clothes":
-            return replace(now, scene=replace(scene, outfit=scene.outfit if time < 0.06 else scene.change))
+            return replace(now, scene=replace(scene, outfit=scene.outfit if before else scene.change))
         case "place":
-            return replace(now, scene=replace(scene, place=scene.place if time < 0.06 else scene.change))
+            return replace(now, scene=replace(scene, place=scene.place if before else scene.change))
         case "surprise":
             return replace(now, mouth=early, lift=0.012 * sway)
         case _:
