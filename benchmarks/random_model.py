@@ -1,4 +1,4 @@
-"""A DiT of any size with random weights that come through the real loader, so that nothing has to lie on the disk."""
+"""Models of the real sizes with random weights: a DiT that comes through the real loader without a file, and files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,15 +6,22 @@ from pathlib import Path
 
 import torch
 
+from demo import tiny_models
+from demo.tiny_models import FILES, Shapes
 from wan import checkpoint
-from wan.checkpoint import Checkpoint, TensorInfo
+from wan.checkpoint import Checkpoint, TensorInfo, load_dit, save_dit
+from wan.clip import build_clip, clip_shapes
 from wan.config import DiTSpec
 from wan.dit import WanDiT
+from wan.t5 import build_t5, t5_shapes
+from wan.vae import WanVAE
 
 SPECS = {
     "14B": DiTSpec("i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, text_dim=4096, image_dim=1280),
     "tiny": DiTSpec("i2v", dim=256, ffn_dim=512, num_layers=3, in_dim=36, text_dim=64, image_dim=160),
 }
+
+_CLIP_BLOCKS = 32
 
 
 @contextmanager
@@ -38,3 +45,47 @@ def random_checkpoint(spec: DiTSpec, device: torch.device) -> Iterator[None]:
         yield
     finally:
         checkpoint.open_checkpoint = original
+
+
+def write_release(folder: Path, size: str) -> None:
+    """All files of a release with random weights of that size, under their official names, and a small tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if size == "tiny":
+        tiny_models.write_models(folder)
+        (folder / FILES["flf2v"]).unlink()
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with random_checkpoint(SPECS[size], device):
+        save_dit(folder / FILES["i2v"], load_dit("dit.safetensors", None, "cpu"), {})
+
+    def write(kind: str, shapes: Shapes, dtype: torch.dtype) -> None:
+        made = {name: torch.randn(shape, device=device, dtype=dtype) * 0.02 for name, shape in shapes.items()}
+        torch.save({name: tensor.cpu() for name, tensor in made.items()}, folder / FILES[kind])
+
+    with torch.device("meta"):
+        write_of = {
+            "t5": (t5_shapes(build_t5(dict(_t5_sizes()))), torch.bfloat16),
+            "clip": (clip_shapes(build_clip(dict(_clip_sizes()))), torch.float16),
+            "vae": ({name: tuple(tensor.shape) for name, tensor in WanVAE(96).state_dict().items()}, torch.float32),
+        }
+    first, last = "visual.transformer.0.", f"visual.transformer.{_CLIP_BLOCKS - 1}."  # the last is never used
+    clip = write_of["clip"][0]
+    clip |= {name.replace(first, last): shape for name, shape in clip.items() if name.startswith(first)}
+    for kind, (shapes, dtype) in write_of.items():
+        write(kind, shapes, dtype)
+    tiny_models.write_tokenizer(folder / FILES["tokenizer"])
+
+
+def _t5_sizes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of umT5-XXL that tell its dimensions."""
+    yield "token_embedding.weight", (256384, 4096)
+    for block in range(24):
+        yield f"blocks.{block}.pos_embedding.embedding.weight", (32, 64)
+        yield f"blocks.{block}.attn.q.weight", (4096, 4096)
+        yield f"blocks.{block}.ffn.fc1.weight", (10240, 4096)
+
+
+def _clip_sizes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensors of ViT-H/14 that tell its dimensions."""
+    yield "visual.patch_embedding.weight", (1280, 3, 14, 14)
+    yield from ((f"visual.transformer.{block}.mlp.0.weight", (5120, 1280)) for block in range(_CLIP_BLOCKS))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,3 +34,13 @@ def test_rows_of_one_frame_speed_can_be_chosen():
 
 def test_training_speed_prints_images_per_second():
     assert "images per second" in run("training_speed.py", "--steps", "1", "--width", "64", "--height", "64")
+
+
+def test_start_up_prints_the_stages_of_each_run(tmp_path):
+    rows = [line.split("|")[1:-1] for line in run("start_up.py", "--folder", str(tmp_path)).splitlines()]
+    assert [row[0].strip() for row in rows if "picture" in row[0]][-2:] == ["one picture", "4 pictures"]
+    heads = [head.strip() for head in rows[0]]
+    assert {"imports, checks", "loading T5", "loading the DiT", "denoising", "in all"} <= set(heads)
+    seconds = [float(cell) for cell in rows[-1][1:]]
+    assert seconds[-1] == pytest.approx(sum(seconds[:-1]), abs=0.1 * len(seconds))
+    assert len(list((tmp_path / "pictures").glob("*.png"))) in (5, 6)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import wan.memory
+import wan.models
 from tests.dit_cases import CPU, SPEC, arguments, lora_gradients, random_dit, velocity, with_lora
 from tests.helpers import rel_l2
 from utils.errors import ConfigError
@@ -17,6 +18,7 @@ from wan.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
 from wan.fused import Residual, fuse_
 from wan.fused_vae import fuse_vae_
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models import VAEConfig
 from wan.vae import WanVAE
 
 
@@ -138,16 +140,19 @@ def test_further_steps_reuse_what_the_first_made_of_the_prompt():
 
 def test_a_cpu_runs_the_plain_path_and_refuses_the_other():
     assert not MemoryConfig().fuses(CPU) and not MemoryConfig(dit_backend="plain").fuses(CPU)
-    with pytest.raises(ConfigError, match="--dit_backend fused needs a CUDA GPU and the package triton"):
+    with pytest.raises(ConfigError, match=r"--dit_backend fused needs a CUDA GPU.* and the package triton"):
         MemoryConfig(dit_backend="fused").check(SPEC, torch.bfloat16, CPU)
 
 
 def test_auto_is_the_fused_path_on_cuda_with_triton(monkeypatch):
     monkeypatch.setattr(wan.fused, "find_spec", lambda name: object())
-    cuda = torch.device("cuda")
-    auto = MemoryConfig(dit_backend="auto")
-    assert auto.fuses(cuda) and not auto.fuses(CPU) and not MemoryConfig().fuses(cuda)
-    assert not MemoryConfig(dit_backend="auto", compile=True).fuses(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    cuda, auto = torch.device("cuda"), MemoryConfig()
+    assert auto.fuses(cuda) and not auto.fuses(CPU) and not MemoryConfig(dit_backend="plain").fuses(cuda)
+    assert not MemoryConfig(compile=True).fuses(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not auto.fuses(cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(wan.fused, "find_spec", lambda name: None)
     assert not auto.fuses(cuda)
 
@@ -188,6 +193,23 @@ def test_fp8_products_are_refused_on_gpus_without_them(monkeypatch):
 
 
 # The VAE
+
+
+@pytest.mark.parametrize(
+    ("settings", "able", "fused"),
+    [
+        ({"vae_dtype": "bf16"}, True, True),
+        ({"vae_dtype": "bf16"}, False, False),
+        ({"vae_dtype": "float32"}, True, False),
+        ({"vae_dtype": "bf16", "vae_backend": "plain"}, True, False),
+    ],
+)
+def test_the_vae_is_fused_in_16_bits_where_that_runs(monkeypatch, settings, able, fused):
+    asked = []
+    monkeypatch.setattr(wan.models, "can_fuse", lambda device: able)
+    monkeypatch.setattr(wan.models, "fuse_vae_", asked.append)
+    monkeypatch.setattr(wan.models.checkpoint, "load_vae", lambda path, dtype, device: "the VAE")
+    assert VAEConfig(**settings).load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
 
 
 def channel_norm(x, gain, silu):

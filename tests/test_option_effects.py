@@ -189,8 +189,13 @@ CASES = {
     },
 }
 RELEASE = "fills in paths that are left out; tests/test_checkpoint_layouts.py and test_end_to_end.py have it"
+BACKEND = "there is one way only without a GPU; tests/test_fused.py tells it that there is one"
 EXCUSED = {  # options without a case, and why
-    "wan_cache_latents": {"one_frame": "has to be given; a test of its own below", "ckpt_dir": RELEASE},
+    "wan_cache_latents": {
+        "one_frame": "has to be given; a test of its own below",
+        "ckpt_dir": RELEASE,
+        "vae_backend": BACKEND,
+    },
     "wan_cache_text_encoder_outputs": {"ckpt_dir": RELEASE},
     "wan_train_network": {
         "ckpt_dir": RELEASE,
@@ -199,6 +204,7 @@ EXCUSED = {  # options without a case, and why
         "cpu_noise": "the noise of a run on the CPU is drawn there anyway",
         "fp8_t5": "reaches T5 as it does in text caching, where it has a case",
         "preview": "leaves nothing behind; tests/test_preview.py watches it",
+        "vae_backend": BACKEND,
         "memory": "chooses nothing where there is no GPU; tests/test_memory_plan.py tells it how much is free",
         **dict.fromkeys(
             ("flash_attn", "flash3", "xformers"), "need packages for CUDA; tests/test_attention.py has them"

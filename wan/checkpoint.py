@@ -82,8 +82,8 @@ def _load(
     state: dict[str, Tensor] = {}
     total = sum(checkpoint.tensors[name].nbytes for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {checkpoint.path.name}", disable=None) as progress:
-        for name in names:
-            for key, tensor in to_entries(name, checkpoint.read(name, device)).items():
+        for name, stored in checkpoint.read_all(names, device):
+            for key, tensor in to_entries(name, stored).items():
                 state |= keep(name, key, tensor.to(dtype))
             progress.update(checkpoint.tensors[name].nbytes)
     module.load_state_dict(state, assign=True)

@@ -6,8 +6,9 @@ worst outcome is a ConfigError of one line; code in it is never run.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file
+from wan.staging import FileTensor, staged
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,10 +81,21 @@ class Checkpoint:
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
         """One tensor on `device`, in the dtype of the file; float32 when it is packed."""
-        tensor = self.readers[name]().to(device)
+        return self._scaled(name, self.readers[name]().to(device))
+
+    def read_all(self, names: Iterable[str], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+        """(name, what `read` gives) one after the other, on CUDA with the next ones on their way meanwhile."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            yield from ((name, self.read(name, device)) for name in names)
+            return
+        for name, tensor in staged(((name, self.readers[name]) for name in names), device):
+            yield name, self._scaled(name, tensor)
+
+    def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.scales:
             return tensor
-        blocks = blocks_of_scale(self.read_scale(name, device), tensor.shape)
+        blocks = blocks_of_scale(self.read_scale(name, tensor.device), tensor.shape)
         return (tensor.float().reshape(*blocks.shape[:-1], -1) * blocks).reshape(tensor.shape)
 
     def read_scale(self, name: str, device: torch.device | str) -> Tensor:
@@ -161,7 +174,10 @@ class _NotAllowedError(Exception):
 
 
 def _safetensors_headers(path: Path) -> dict[str, Header]:
-    file = safe_open(path, framework="pt")  # stays open for the readers, until the last of them is gone
+    file = safe_open(path, framework="pt")  # checks it; stays open for the readers, until the last of them is gone
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")  # of the header, which names places behind it
+        places = json.loads(stream.read(size))
     headers = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
         part = file.get_slice(name)
@@ -169,7 +185,9 @@ def _safetensors_headers(path: Path) -> dict[str, Header]:
         if dtype is None:
             kind = part.get_dtype()
             raise _NotAllowedError(f"tensor '{one_line(name)}' has the dtype {kind}; use a bf16, fp16 or fp32 file")
-        headers[name] = TensorInfo(tuple(part.get_shape()), dtype), partial(file.get_tensor, name)
+        start, _ = places[name]["data_offsets"]
+        reader = FileTensor(path, 8 + size + start, partial(file.get_tensor, name))
+        headers[name] = TensorInfo(tuple(part.get_shape()), dtype), reader
     return headers
 
 

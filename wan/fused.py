@@ -18,6 +18,7 @@ from wan.config import PATCH
 from wan.dit import Block, Context, CrossAttention, Head, Linear32, SelfAttention, WanDiT, split_heads
 from wan.fp8 import Fp8Linear, Rows8, product_of_rows
 
+_AMPERE = (8, 0)  # the compute capability from which GPUs compute in bfloat16
 _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the fastest of torch's
 
 
@@ -31,7 +32,9 @@ class Residual(NamedTuple):
 
 def can_fuse(device: torch.device) -> bool:
     """Whether the kernels run there."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= _AMPERE
 
 
 def fuse_(dit: WanDiT, device: torch.device, swapped: int = 0, operations: ModuleType | None = None) -> None:

@@ -1,5 +1,6 @@
 """From checked cells to files: each picture, its latents, and the grid of a sweep."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,8 @@ from wan.pipeline import Encoded, Pipeline, Resident, denoise
 from wan.preview import LatentPreview, PreviewConfig
 from wan.recipe import Recipe
 from wan.sweep import Cell, SweepConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class Generation:
 
     def resident(self, multipliers: tuple[float, ...], wanted_again: bool = False) -> Resident:
         """The DiT with its LoRA files merged at these multipliers."""
-        return Resident(
-            lambda device: self.load(multipliers, self.plan.memory, device), self.pipeline.device, wanted_again
+        return self.pipeline.resident(
+            "the DiT", lambda device: self.load(multipliers, self.plan.memory, device), wanted_again
         )
 
     def make(self, cells: Sequence[Cell], kept: Resident | None = None) -> None:
@@ -66,6 +69,7 @@ class Generation:
                         raise
                     resident.forget()
         self._save_grids(cells, [made[i] for i in range(len(cells))])
+        log.info("time: %s", self.pipeline.stopwatch)
         if failed:
             raise ConfigError(
                 f"{len(failed)} of {len(cells)} images came out as no numbers (NaN) and were not saved; check the "
@@ -79,7 +83,8 @@ class Generation:
         stem = result_stem(cell.request.seed) + cell.suffix
         rough = self.output.save_path / f"{stem}_preview.png"
         watch = view and partial(view.save_each, self.preview.preview, rough)
-        latents = denoise(dit, encoded, self.pipeline.device, label, self.guidance, watch)
+        with self.pipeline.stopwatch.stage("denoising"):
+            latents = denoise(dit, encoded, self.pipeline.device, label, self.guidance, watch)
         if not latents.isfinite().all():
             return None, False
         image = self._save(cell, stem, latents)

@@ -48,7 +48,7 @@ class MemoryConfig:
     compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
     compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
     dit_backend: str = option(
-        "plain",  # until the table of docs/performance.md has figures of the fused path
+        "auto",
         help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
         choices=("auto", "plain", "fused"),
     )
@@ -94,7 +94,8 @@ class MemoryConfig:
             raise ConfigError("--fp8_scaled: the file of --dit is already in fp8; leave it out or use a bf16 file")
         if self.fuses(device) and not can_fuse(device):
             raise ConfigError(
-                "--dit_backend fused needs a CUDA GPU and the package triton (triton-windows on Windows); use auto"
+                "--dit_backend fused needs a CUDA GPU of 2020 or later and the package triton "
+                "(triton-windows on Windows); use auto"
             )
         if self.compile:
             self._check_compiler(device)

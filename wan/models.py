@@ -24,6 +24,8 @@ from wan.attention import Attention, sdpa, select_attention
 from wan.checkpoint_layouts import release_files
 from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
 from wan.dit import WanDiT
+from wan.fused import can_fuse
+from wan.fused_vae import fuse_vae_
 from wan.lora_files import (
     LoRAFile,
     Merger,
@@ -284,6 +286,11 @@ class VAEConfig:
 
     vae: Path | None = option(None, help="VAE checkpoint (Wan2.1_VAE.pth or safetensors)")
     vae_dtype: str | None = option(None, help="VAE dtype; default bfloat16, float32 on a CPU")
+    vae_backend: str = option(
+        "auto",
+        help="auto: with few passes over memory where that runs, on CUDA with Triton in 16 bits; plain: as elsewhere",
+        choices=("auto", "plain"),
+    )
 
     def __post_init__(self) -> None:
         _dtype(self.vae_dtype, "--vae_dtype")
@@ -298,7 +305,10 @@ class VAEConfig:
 
     def load(self, device: torch.device):
         """The VAE in its dtype for `device`."""
-        return checkpoint.load_vae(self.vae, self.dtype(device), device)
+        vae = checkpoint.load_vae(self.vae, self.dtype(device), device)
+        if self.vae_backend == "auto" and self.dtype(device).itemsize == 2 and can_fuse(device):
+            fuse_vae_(vae)
+        return vae
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.images import from_pixels, open_image, open_masked, to_pixels
+from utils.stopwatch import Stopwatch
 from wan import one_frame, sampling
 from wan.dit import StepCache, WanDiT, pad_text
 from wan.encoding import encode_blank, encode_clip, encode_images, encode_video, frame_pixels, latent_mask
@@ -48,7 +49,15 @@ class Resident:
     Afterwards it is dropped, or, when it is `wanted_again`, parked in host memory unless the device has plenty left.
     """
 
-    def __init__(self, load: Callable[[torch.device], nn.Module], device: torch.device, wanted_again: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[torch.device], nn.Module],
+        device: torch.device,
+        stopwatch: Stopwatch,
+        wanted_again: bool,
+    ) -> None:
+        self._stage, self._stopwatch = f"loading {name}", stopwatch
         self._load, self._device, self._wanted_again = load, device, wanted_again
         self._module: nn.Module | None = None
 
@@ -59,7 +68,8 @@ class Resident:
     @contextmanager
     def on_device(self) -> Iterator[nn.Module]:
         """The module on the device, for the length of the block."""
-        module = self._load(self._device) if self._module is None else self._module.to(self._device)
+        with self._stopwatch.stage(self._stage):
+            module = self._load(self._device) if self._module is None else self._module.to(self._device)
         try:
             yield module
         finally:
@@ -82,15 +92,19 @@ class Pipeline:
     def __init__(
         self, vae: VAEConfig, t5: T5Config, clip: CLIPConfig, device: torch.device, wanted_again: bool = False
     ) -> None:
-        self.device = device
-        self._vae = Resident(vae.load, device, wanted_again=True)
-        self._t5 = Resident(self._load_t5, device, wanted_again)
-        self._clip = Resident(clip.load, device, wanted_again)
+        self.device, self.stopwatch = device, Stopwatch()
+        self._vae = self.resident("VAE", vae.load, wanted_again=True)
+        self._t5 = self.resident("T5", self._load_t5, wanted_again)
+        self._clip = self.resident("CLIP", clip.load, wanted_again)
         self._t5_config, self._tokenizer = t5, None
         self._texts: dict[str, Tensor] = {}
         self._features: dict[tuple, Tensor] = {}
         self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
+
+    def resident(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
+        """A model on the pipeline's device, whose loading its stopwatch times."""
+        return Resident(name, load, self.device, self.stopwatch, wanted_again)
 
     def _load_t5(self, device: torch.device) -> nn.Module:
         model, self._tokenizer = self._t5_config.load(device)
@@ -98,17 +112,21 @@ class Pipeline:
 
     def encode(self, requests: Sequence[Request]) -> list[Encoded]:
         """Run T5, then CLIP, then the VAE over all requests, each model alone on the device."""
-        self._encode_texts({text for request in requests for text in _texts(request)})
-        self._encode_features({path for request in requests for path in request.clip_images})
-        self._encode_conditions(requests)
+        with self.stopwatch.stage("texts"):
+            self._encode_texts({text for request in requests for text in _texts(request)})
+        with self.stopwatch.stage("image features"):
+            self._encode_features({path for request in requests for path in request.clip_images})
+        with self.stopwatch.stage("control images"):
+            self._encode_conditions(requests)
         return [self._assemble(request) for request in requests]
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
         """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
-        with self._vae.on_device() as vae:
-            pixels = vae.decode(latents[None].to(self.device))
-        return from_pixels(pixels[0, :, -1].float().cpu())
+        with self.stopwatch.stage("decoding"):
+            with self._vae.on_device() as vae:
+                pixels = vae.decode(latents[None].to(self.device))
+            return from_pixels(pixels[0, :, -1].float().cpu())
 
     @torch.inference_mode()
     def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:

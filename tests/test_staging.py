@@ -1,0 +1,76 @@
+"""Weights that come through buffers are the file's, whatever the sizes, on a CPU in place of the GPU."""
+
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wan import staging
+from wan.checkpoint_files import open_checkpoint
+from wan.staging import FileTensor, staged
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(staging, "_PART", 8)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "weight": torch.randn(33, 7),
+        "half": torch.randn(5, 9).bfloat16(),
+        "eight": torch.randn(3, 50).to(torch.float8_e4m3fn),
+        "number": torch.tensor(3.5),
+        "nothing": torch.empty(0, 4),
+        "transposed": torch.randn(6, 11).t(),
+    }
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.parametrize("size", [1, 13, 64, 4096], ids="buffers of {} bytes".format)
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_what_arrives_is_what_the_file_holds(tmp_path, size, kind):
+    path, expected = tmp_path / f"model.{kind}", {name: t.contiguous() for name, t in tensors().items()}
+    if kind == "pth":
+        torch.save(expected, path)
+    else:
+        save_file(expected, path)
+    file = open_checkpoint(path, "--dit")
+    assert all(isinstance(reader, FileTensor) == (kind == "safetensors") for reader in file.readers.values())
+    order = sorted(expected, reverse=True)
+    found = list(staged([(name, file.readers[name]) for name in order], CPU, size, threads=3))
+    assert [name for name, _ in found] == order
+    assert all(same(tensor, expected[name]) for name, tensor in found)
+
+
+def test_tensors_of_any_layout_in_memory_arrive():
+    expected = tensors()
+    found = dict(staged([(name, partial(expected.get, name)) for name in expected], CPU, 32))
+    assert all(same(found[name], expected[name]) for name in expected)
+
+
+def test_next_tensors_are_read_while_one_is_in_use(tmp_path):
+    asked = []
+
+    def read(number: int) -> torch.Tensor:
+        asked.append(number)
+        return torch.full((4,), float(number))
+
+    arriving = staged([(str(i), partial(read, i)) for i in range(10)], CPU, 64)
+    assert next(arriving)[0] == "0" and asked == [0, 1, 2, 3, 4]
+    arriving.close()
+
+
+def test_a_file_that_shrank_since_its_header_was_read_is_an_error(tmp_path):
+    save_file({"weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    header = tmp_path / "model.safetensors"
+    reader = FileTensor(header, header.stat().st_size - 8, partial(torch.ones, 64))
+    with pytest.raises(OSError, match="ends too early"):
+        list(staged([("weight", reader)], CPU, 4096))
