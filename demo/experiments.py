@@ -5,6 +5,8 @@
 
 indices: indices honoured or ignored in training.  base: the base model alone at further target indices, in both
 layouts.  loss: on all frames or the target only, controls free or pinned in sampling.  size: rank, steps and pairs.
+references: a figure, its clothes and its place from one control or from three.  masks: the figure of one control before
+the background of another, with masks that tell which is which and without.
 Each training is repeated with every seed; a row is the mean over the held-out starts and, after ±, the standard
 deviation over the seeds.
 """
@@ -23,12 +25,15 @@ from torch import Tensor
 from demo.edit import Limits, figures
 from demo.figures import clip
 from demo.judge import psnr
-from demo.lesson import HELD_OUT_SEED, Lesson, commands, judge, outputs, run, save_picture, write_data
+from demo.lesson import Lesson, commands, judge, outputs, run, save_picture, write_data, write_tests
 from demo.miniature import FOLDER
+from demo.tasks import HELD_OUT_SEED
 from demo.world import FRAMES, sample_scene
 
 I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
 FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)
+COLLAGE = Lesson("i2v", pairs=96, steps=1600, tests=8)
+CUT_OUT = {"cut out": "cut out of others", "cut out, no masks": "cut out of others, no masks"}
 LEGACY = ("--one_frame_legacy_indices",)
 TARGETS = (1, 2, 4, 8)
 MOVING = ("raise", "walk left", "walk right", "turn left", "zoom in", "darken", "top colour", "hair colour")
@@ -77,15 +82,63 @@ def with_training_flags(lesson: Lesson, flags: Sequence[str]) -> Lesson:
     return replace(lesson, training_flags=(*lesson.training_flags, *flags))
 
 
-def run_lesson(lesson: Lesson, models: Path, out: Path) -> list[float]:
-    """Train and generate; the four means of `figures`."""
+def reference_trials() -> list[Trial]:
+    """What the caption does not say is in the second and the third reference."""
+    lesson = replace(COLLAGE, task="collage", target=3)
+    return [
+        Trial("one reference", replace(lesson, controls=(0,))),
+        Trial("three references", replace(lesson, controls=(0, 1, 2))),
+    ]
+
+
+def mask_trials() -> list[Trial]:
+    """Which control has the figure is drawn, and known from the masks alone."""
+    lesson = replace(COLLAGE, controls=(0, 1), target=2)
+    return [Trial(f"trained on: {task}", replace(lesson, task=task)) for task in CUT_OUT]
+
+
+def teach(lesson: Lesson, models: Path, out: Path) -> None:
+    """Train, and generate with the base model and with the LoRA."""
     write_data(lesson, out)
     for command in commands(lesson, models).values():
         run(command, out, out / lesson.name / "log.txt")
+
+
+def photo_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """The four means of `figures`."""
+    teach(lesson, models, out)
     return [value for _, value, *_ in figures(judge(lesson, out)[1], Limits())]
 
 
-def run_trials(trials: list[Trial], options: argparse.Namespace, folder: str) -> None:
+def fidelity(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """Mean PSNR to the truth, dB: of the base model and of the LoRA."""
+    teach(lesson, models, out)
+    truths = [lesson.example(number, held_out=True).truth for number in range(lesson.tests)]
+    return [statistics.mean(map(psnr, outputs(lesson, out, kind), truths)) for kind in ("base", "edited")]
+
+
+def mask_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """`fidelity`, and what comes of other pictures behind the masks: PSNR to the outputs before, dB."""
+    found = fidelity(lesson, models, out)
+    others, tests = replace(lesson, task=CUT_OUT[lesson.task]), f"{lesson.name}/others"
+    write_tests(others, out, tests)
+    run(commands(others, models, tests)["edited"], out, out / lesson.name / "log.txt")
+    pairs = zip(outputs(lesson, out, "edited"), outputs(others, out, "edited", tests), strict=True)
+    return [*found, statistics.mean(psnr(*pair) for pair in pairs)]
+
+
+PHOTO = ("gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere")
+FIDELITY = ("base model, dB", "LoRA, dB")
+
+
+def run_trials(
+    trials: list[Trial],
+    options: argparse.Namespace,
+    folder: str,
+    measure: Callable[[Lesson, Path, Path], list[float]] = photo_figures,
+    header: Sequence[str] = PHOTO,
+    digits: Sequence[int] = (1, 1, 2, 3),
+) -> None:
     """Prints a table of them."""
     out = options.out.resolve() / folder
     lessons = [
@@ -101,13 +154,13 @@ def run_trials(trials: list[Trial], options: argparse.Namespace, folder: str) ->
         for seed in options.seeds
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(lambda lesson: run_lesson(lesson, options.models.resolve(), out), lessons))
+        results = list(pool.map(lambda lesson: measure(lesson, options.models.resolve(), out), lessons))
     seeds = len(options.seeds)
     rows = []
     for number, trial in enumerate(trials):
         columns = zip(*results[number * seeds : (number + 1) * seeds], strict=True)
-        rows.append([trial.label, *map(spread, columns, (1, 1, 2, 3))])
-    print_table(["trial", "gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere"], rows)
+        rows.append([trial.label, *map(spread, columns, digits)])
+    print_table(["trial", *header], rows)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -183,6 +236,12 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "base": run_base,
     "loss": lambda options: run_trials(loss_trials(), options, "loss"),
     "size": lambda options: run_trials(size_trials(), options, "size"),
+    "references": lambda options: run_trials(
+        reference_trials(), options, "references", fidelity, FIDELITY, digits=(1, 1)
+    ),
+    "masks": lambda options: run_trials(
+        mask_trials(), options, "masks", mask_figures, (*FIDELITY, "other pictures behind the masks, dB"), (1, 1, 1)
+    ),
 }
 
 

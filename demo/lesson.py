@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from demo.figures import clip
 from demo.judge import Score, score
 from demo.miniature import FILES
 from demo.page import Row
-from demo.world import LIGHTS, PLACES, Scene, in_studio, sample_scene
+from demo.tasks import TASKS, Example
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING_SEED, HELD_OUT_SEED = 300_000_000, 800_000_000
-MOTIONS = ("wave", "turn left", "lift", "turn right", "lean")  # between two images, in place
 
 DATASET = """\
 [general]
@@ -48,6 +45,7 @@ class Lesson:
     steps: int
     tests: int
     name: str = ""  # default: that of the model
+    task: str = ""  # one of TASKS; default: that of the model
     controls: tuple[int, ...] = ()  # time indices; default: those of the model
     target: int = 1
     layout: str = "independent"
@@ -62,6 +60,7 @@ class Lesson:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.model)
+        object.__setattr__(self, "task", self.task or ("photo" if self.model == "i2v" else "moment"))
         object.__setattr__(self, "controls", self.controls or ((0,) if self.model == "i2v" else (0, 2)))
 
     @property
@@ -70,56 +69,22 @@ class Lesson:
         indices = ";".join(map(str, self.controls))
         return f"control_index={indices},target_index={self.target},layout={self.layout}"
 
-
-@dataclass(frozen=True)
-class Example:
-    """Start pictures (one, or two for flf2v) and the edited picture, [3, height, width] uint8."""
-
-    scene: Scene
-    starts: list[Tensor]
-    plain: Tensor  # the truth without the edit: what the unedited parts are compared with
-    truth: Tensor
-
-
-def example(lesson: Lesson, number: int, held_out: bool) -> Example:
-    """The example of this number. One image: the same moment on a school photo; two: the moment between them on one."""
-    action = "stand" if len(lesson.controls) == 1 else MOTIONS[number % len(MOTIONS)]
-    if held_out:
-        scene = sample_scene(HELD_OUT_SEED + number, held_out, action)
-    else:
-        scene = in_all_places(sample_scene(TRAINING_SEED + number, held_out, action), number)
-    if len(lesson.controls) == 1:
-        start = clip(scene, (0,))[0]
-        return Example(scene, [start], start, clip(in_studio(scene), (0,))[0])
-    first, middle, last = clip(scene, (0, 2, 4))
-    return Example(scene, [first, last], middle, clip(in_studio(scene), (2,))[0])
-
-
-def in_all_places(scene: Scene, number: int) -> Scene:
-    """The scene in the place, and in the light, whose turn it is: a small data set had better leave none out."""
-    places, lights = list(PLACES), [light for light, _ in LIGHTS.values()]
-    light = lights[number // len(places) % len(lights)]
-    return replace(scene, place=replace(scene.place, name=places[number % len(places)]), light=light)
+    def example(self, number: int, held_out: bool) -> Example:
+        """The example of this number."""
+        return TASKS[self.task](number, held_out, len(self.controls))
 
 
 def write_data(lesson: Lesson, out: Path) -> None:
-    """Pairs with captions, and the start pictures of the tests."""
+    """Pairs with captions, and the control pictures of the tests."""
     folder = out / lesson.name
-    for part in ("target", "start", "test"):
+    for part in ("target", "start"):
         (folder / part).mkdir(parents=True)
     for number in range(lesson.pairs):
-        pair = example(lesson, number, held_out=False)
+        pair = lesson.example(number, held_out=False)
         save_picture(pair.truth, folder / f"target/{number:03}.png")
-        (folder / f"target/{number:03}.txt").write_text(pair.scene.edit_caption, encoding="utf-8")
-        save_starts(pair, folder / "start", number)
-    lines = []
-    for number in range(lesson.tests):
-        test = example(lesson, number, held_out=True)
-        images = " ".join(f"--ci {lesson.name}/test/{name}" for name in save_starts(test, folder / "test", number))
-        width, height = test.scene.size
-        size = f"--w {width} --h {height} --d {number} --s {lesson.sampling_steps}"
-        lines.append(f"{test.scene.edit_caption} {images} --of {lesson.one_frame} {size} --l 1 --fs 3")
-    (folder / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+        (folder / f"target/{number:03}.txt").write_text(pair.caption, encoding="utf-8")
+        save_controls(pair, folder / "start", number)
+    write_tests(lesson, out, lesson.name)
     text = DATASET.format(
         name=lesson.name,
         batch=lesson.batch,
@@ -130,13 +95,30 @@ def write_data(lesson: Lesson, out: Path) -> None:
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
 
 
-def save_starts(pair: Example, folder: Path, number: int) -> list[str]:
-    """Writes `003.png`, or `003_0.png` and `003_1.png`; returns the names."""
-    suffixes = [""] if len(pair.starts) == 1 else [f"_{i}" for i in range(len(pair.starts))]
-    names = [f"{number:03}{suffix}.png" for suffix in suffixes]
-    for start, name in zip(pair.starts, names, strict=True):
-        save_picture(start, folder / name)
-    return names
+def write_tests(lesson: Lesson, out: Path, name: str) -> None:
+    """The held-out control pictures and their prompts, into the folder of this name."""
+    folder = out / name / "test"
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(lesson.tests):
+        test = lesson.example(number, held_out=True)
+        images, masks = save_controls(test, folder, number)
+        files = [f"--ci {name}/test/{image}" for image in images] + [f"--cim {name}/test/{mask}" for mask in masks]
+        _, height, width = test.truth.shape
+        size = f"--w {width} --h {height} --d {number} --s {lesson.sampling_steps}"
+        lines.append(f"{test.caption} {' '.join(files)} --of {lesson.one_frame} {size} --l 1 --fs 3")
+    (out / name / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+def save_controls(pair: Example, folder: Path, number: int) -> tuple[list[str], list[str]]:
+    """Writes `003.png`, or `003_0.png`, `003_1.png` ...; and `003_0_mask.png`. Returns the names of both."""
+    stems = [f"{number:03}" + (f"_{i}" if len(pair.controls) > 1 else "") for i in range(len(pair.controls))]
+    for control, stem in zip(pair.controls, stems, strict=True):
+        save_picture(control, folder / f"{stem}.png")
+    names = [f"{stem}_mask.png" for stem in stems[: len(pair.masks)]]
+    for mask, name in zip(pair.masks, names, strict=True):
+        save_picture(mask.expand(3, -1, -1).to(torch.uint8) * 255, folder / name)
+    return [f"{stem}.png" for stem in stems], names
 
 
 def save_picture(picture: Tensor, path: Path) -> None:
@@ -147,19 +129,21 @@ def load_picture(path: Path) -> Tensor:
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).movedim(-1, 0)
 
 
-def commands(lesson: Lesson, models: Path) -> dict[str, list[str]]:
+def commands(lesson: Lesson, models: Path, tests: str = "") -> dict[str, list[str]]:
     """What each step runs, a script and its arguments: `latents`, `texts`, `train`, `base` and `edited`.
 
-    Paths are relative to the folder that holds the lesson's.
+    Paths are relative to the folder that holds the lesson's. tests: folder of what `write_tests` wrote, there as well;
+    default: the lesson's.
     """
     name = lesson.name
+    tests = tests or name
     paths = {kind: str(models / FILES[kind]) for kind in FILES}
     device = ["--device", lesson.device]
     dit = ["--task", f"{lesson.model}-14B", "--dit", paths[lesson.model], "--dit_dtype", "float32", *device]
     vae, clip_model = ["--vae", paths["vae"], "--vae_dtype", "float32"], ["--clip", paths["clip"]]
     t5 = ["--t5", paths["t5"], "--t5_tokenizer", paths["tokenizer"]]
     data = ["--dataset_config", f"{name}/dataset.toml"]
-    generate = ["wan_generate_video.py", *dit, *vae, *t5, *clip_model, "--from_file", f"{name}/prompts.txt"]
+    generate = ["wan_generate_video.py", *dit, *vae, *t5, *clip_model, "--from_file", f"{tests}/prompts.txt"]
     generate += ["--exact_size", "--output_type", "images", *lesson.generation_flags]
     return {
         "latents": ["wan_cache_latents.py", *data, *vae, *clip_model, "--one_frame", *device],
@@ -170,10 +154,10 @@ def commands(lesson: Lesson, models: Path) -> dict[str, list[str]]:
             *("--learning_rate", lesson.learning_rate, "--lr_scheduler", "cosine", "--lr_warmup_steps", "20"),
             *("--timestep_sampling", "shift", "--discrete_flow_shift", "2", "--seed", str(lesson.seed)),
             *("--max_train_steps", str(lesson.steps), "--max_data_loader_n_workers", "0"),
-            *("--output_dir", f"{name}/lora", "--output_name", "photo", *lesson.training_flags),
+            *("--output_dir", f"{name}/lora", "--output_name", "edit", *lesson.training_flags),
         ],
-        "base": [*generate, "--save_path", f"{name}/base"],
-        "edited": [*generate, "--save_path", f"{name}/edited", "--lora_weight", f"{name}/lora/photo.safetensors"],
+        "base": [*generate, "--save_path", f"{tests}/base"],
+        "edited": [*generate, "--save_path", f"{tests}/edited", "--lora_weight", f"{name}/lora/edit.safetensors"],
     }
 
 
@@ -197,9 +181,9 @@ def run(command: list[str], out: Path, log: Path | None = None) -> None:
         sys.exit(code)
 
 
-def outputs(lesson: Lesson, out: Path, kind: str) -> list[Tensor]:
-    """The pictures of all tests that the step `kind` (base or edited) wrote."""
-    paths = sorted((out / lesson.name / kind).glob("*.png"))  # their names begin with the time
+def outputs(lesson: Lesson, out: Path, kind: str, tests: str = "") -> list[Tensor]:
+    """The pictures of all tests, in the folder `tests` or the lesson's, that the step `kind` (base or edited) wrote."""
+    paths = sorted((out / (tests or lesson.name) / kind).glob("*.png"))  # their names begin with the time
     assert len(paths) == lesson.tests, f"{len(paths)} pictures of {lesson.tests} tests"
     return [load_picture(path) for path in paths]
 
@@ -209,9 +193,9 @@ def judge(lesson: Lesson, out: Path) -> tuple[list[Row], list[tuple[Score, Score
     rows, scores = [], []
     pictures = zip(outputs(lesson, out, "base"), outputs(lesson, out, "edited"), strict=True)
     for number, pair in enumerate(pictures):
-        test = example(lesson, number, held_out=True)
+        test = lesson.example(number, held_out=True)
         base, edited = (score(test.plain, test.truth, output) for output in pair)
         note = f"{edited.psnr:.1f} dB (base {base.psnr:.1f}), backdrop: {'yes' if edited.attribute else 'no'}"
-        rows.append(Row([*test.starts, *pair, test.truth], f"{test.scene.edit_caption}: {note}"))
+        rows.append(Row([*test.controls, *pair, test.truth], f"{test.caption}: {note}"))
         scores.append((base, edited))
     return rows, scores

@@ -13,12 +13,13 @@ import wan_train_network
 from demo import edit, experiments, judge, miniature
 from demo.edit import FULL, SHORT, Limits
 from demo.judge import Score
-from demo.lesson import commands, example, load_picture, write_data
+from demo.lesson import Lesson, commands, load_picture, write_data, write_tests
 from demo.muon import Muon, orthogonal
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
 from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
 from demo.recordings import given_frames, record, video_mask
+from demo.tasks import TASKS, collage, cut_out, cut_out_of_others, in_all_places
 from demo.train_dit import count_padding_, embed_text, new_dit
 from demo.train_vae import (
     convolve_in_2d,
@@ -28,7 +29,7 @@ from demo.train_vae import (
     normalise_latents_,
     recoloured,
 )
-from demo.world import LIGHTS, PLACES
+from demo.world import LIGHTS, PLACES, sample_scene
 from utils.prompts import parse_line
 from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
 from wan.dit import pad_text
@@ -279,23 +280,23 @@ def test_the_data_of_a_lesson_is_what_the_scripts_read(lesson, tmp_path, monkeyp
         prompt = parse_line(line, "prompts.txt", training=False)
         assert prompt.seed == number and "school photo" in prompt.prompt
         assert parse(prompt.one_frame).control_indices == lesson.controls
-        starts = [load_picture(tmp_path / path) for path in prompt.control_image_path]
-        for start, expected in zip(starts, example(lesson, number, held_out=True).starts, strict=True):
-            assert torch.equal(start, expected)
-        assert (prompt.height, prompt.width) == tuple(starts[0].shape[1:])
+        controls = [load_picture(tmp_path / path) for path in prompt.control_image_path]
+        for control, expected in zip(controls, lesson.example(number, held_out=True).controls, strict=True):
+            assert torch.equal(control, expected)
+        assert (prompt.height, prompt.width) == tuple(controls[0].shape[1:])
 
 
 @pytest.mark.parametrize("lesson", FULL, ids=lambda lesson: lesson.name)
 def test_the_truth_scores_full_marks_and_the_unedited_picture_has_another_backdrop(lesson):
     for number in range(16):
-        test = example(lesson, number, held_out=True)
+        test = lesson.example(number, held_out=True)
         best = judge.score(test.plain, test.truth, test.truth)
         assert best.attribute and best.drift < 0.01 and best.psnr > 70
         assert not judge.score(test.plain, test.truth, test.plain).attribute
 
 
 def test_a_change_outside_the_edit_is_drift_and_one_inside_is_not():
-    test = example(FULL[0], 0, held_out=True)
+    test = FULL[0].example(0, held_out=True)
     outside, inside = test.truth.clone(), test.truth.clone()
     edited = (test.truth.int() - test.plain.int()).abs().amax(0) > 8
     outside[:, ~edited] = 255 - outside[:, ~edited]
@@ -324,8 +325,8 @@ def test_each_figure_has_its_limit(base, lora, missed):
 
 
 def test_the_page_shows_every_test_and_says_what_was_missed(tmp_path):
-    test = example(FULL[0], 0, held_out=True)
-    rows = [Row([*test.starts, test.plain, test.truth, test.truth], "<note>")] * 3
+    test = FULL[0].example(0, held_out=True)
+    rows = [Row([*test.controls, test.plain, test.truth, test.truth], "<note>")] * 3
     table = edit.figures([(Score(15, 10, 0.1, False), Score(24, 23, 0.02, True))], Limits())
     write_page(tmp_path, {"i2v": (rows, table)}, [FULL[0]], 60)
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
@@ -339,6 +340,7 @@ def test_the_page_shows_every_test_and_says_what_was_missed(tmp_path):
 def test_the_trials_of_the_experiments_are_what_the_scripts_accept(tmp_path):
     known = {f"{script.__name__}.py": script.build_parser() for script in SCRIPTS}
     trials = [*experiments.index_trials(), *experiments.loss_trials(), *experiments.size_trials()]
+    trials += [*experiments.reference_trials(), *experiments.mask_trials()]
     assert len({trial.label for trial in trials}) == len(trials)
     for trial in trials:
         for script, *arguments in commands(trial.lesson, tmp_path).values():
@@ -366,6 +368,54 @@ def test_a_table_shows_the_mean_and_the_spread_over_seeds(capsys):
 
 
 def test_the_training_pairs_are_in_all_places_and_lights():
-    scenes = [example(FULL[0], number, held_out=False).scene for number in range(32)]
+    scenes = [in_all_places(sample_scene(number), number) for number in range(32)]
     seen = {(scene.place.name, scene.light) for scene in scenes}
     assert len(seen) == 32 == len(PLACES) * len(LIGHTS)
+
+
+def test_references_add_up_to_the_truth():
+    one, three = collage(4, True, 1), collage(4, True, 3)
+    assert len(one.controls) == 1 and len(three.controls) == 3 and torch.equal(one.truth, three.truth)
+    assert torch.equal(one.controls[0], three.controls[0]) and one.caption == three.caption
+    known = torch.stack([(control.int() - three.truth.int()).abs().amax(0) <= 8 for control in three.controls])
+    assert known.any(0).float().mean() > 0.9 and known[0].float().mean() < 0.2
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_what_the_masks_show_is_the_truth_and_the_same_in_the_other_controls(number):
+    tests = cut_out(number, True, 2), cut_out_of_others(number, True, 2)
+    assert torch.equal(tests[0].truth, tests[1].truth)
+    for test in tests:
+        for control, mask in zip(test.controls, test.masks, strict=True):
+            assert (control.int() - test.truth.int())[:, mask].abs().max() <= 8 and 0.02 < mask.float().mean() < 0.98
+    shown = [torch.stack(test.masks) for test in tests]
+    assert torch.equal(*shown) and not torch.equal(tests[0].controls[0], tests[1].controls[0])
+
+
+def test_the_figure_is_in_either_control():
+    assert {bool(cut_out(number, True, 2).masks[0].float().mean() > 0.5) for number in range(2)} == {True, False}
+
+
+def test_masks_and_other_tests_are_written_for_the_scripts(tmp_path):
+    lesson = Lesson("i2v", pairs=1, steps=1, tests=1, task="cut out", controls=(0, 1), target=2)
+    write_data(lesson, tmp_path)
+    write_tests(replace(lesson, task="cut out of others"), tmp_path, "i2v/others")
+    assert {path.name for path in (tmp_path / "i2v/start").iterdir()} == {
+        *("000_0.png", "000_1.png", "000_0_mask.png", "000_1_mask.png")
+    }
+    for folder in ("i2v", "i2v/others"):
+        (line,) = (tmp_path / folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
+        prompt = parse_line(line, "prompts.txt", training=False)
+        assert prompt.control_image_mask_path == tuple(f"{folder}/test/000_{i}_mask.png" for i in range(2))
+        mask = load_picture(tmp_path / prompt.control_image_mask_path[0])
+        assert torch.equal(mask[0] == 255, lesson.example(0, held_out=True).masks[0])
+        assert mask.unique().tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_pictures_of_one_size_and_words_that_the_tokenizer_knows(task):
+    unknown = miniature.build_tokenizer().token_to_id("<unk>")
+    for number in range(3):
+        one = TASKS[task](number, True, 2)
+        assert {tuple(each.shape) for each in (*one.controls, one.plain)} == {tuple(one.truth.shape)}
+        assert unknown not in miniature.build_tokenizer().encode(one.caption).ids
