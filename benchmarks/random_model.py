@@ -1,6 +1,6 @@
 """Models of the real sizes with random weights: a DiT that comes through the real loader without a file, and files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,33 +47,32 @@ def random_checkpoint(spec: DiTSpec, device: torch.device) -> Iterator[None]:
         checkpoint.open_checkpoint = original
 
 
-def write_release(folder: Path, size: str) -> None:
-    """All files of a release with random weights of that size, under their official names, and a small tokenizer."""
+def write_release(folder: Path, size: str, kinds: Sequence[str] = ("i2v", "t5", "clip", "vae", "tokenizer")) -> None:
+    """Files of a release with random weights of that size, under their official names; the tokenizer is a small one."""
     folder.mkdir(parents=True, exist_ok=True)
     if size == "tiny":
         tiny_models.write_models(folder)
-        (folder / FILES["flf2v"]).unlink()
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with random_checkpoint(SPECS[size], device):
-        save_dit(folder / FILES["i2v"], load_dit("dit.safetensors", None, "cpu"), {})
+    if "i2v" in kinds:
+        with random_checkpoint(SPECS[size], device):
+            save_dit(folder / FILES["i2v"], load_dit("dit.safetensors", None, "cpu"), {})
+    for kind, (shapes, dtype) in _encoders().items():
+        if kind in kinds:
+            made = {name: torch.randn(shape, device=device, dtype=dtype) * 0.02 for name, shape in shapes.items()}
+            torch.save({name: tensor.cpu() for name, tensor in made.items()}, folder / FILES[kind])
+    if "tokenizer" in kinds:
+        tiny_models.write_tokenizer(folder / FILES["tokenizer"])
 
-    def write(kind: str, shapes: Shapes, dtype: torch.dtype) -> None:
-        made = {name: torch.randn(shape, device=device, dtype=dtype) * 0.02 for name, shape in shapes.items()}
-        torch.save({name: tensor.cpu() for name, tensor in made.items()}, folder / FILES[kind])
 
+def _encoders() -> dict[str, tuple[Shapes, torch.dtype]]:
+    """The tensors of each file, and their dtype."""
     with torch.device("meta"):
-        write_of = {
-            "t5": (t5_shapes(build_t5(dict(_t5_sizes()))), torch.bfloat16),
-            "clip": (clip_shapes(build_clip(dict(_clip_sizes()))), torch.float16),
-            "vae": ({name: tuple(tensor.shape) for name, tensor in WanVAE(96).state_dict().items()}, torch.float32),
-        }
+        t5, clip = t5_shapes(build_t5(dict(_t5_sizes()))), clip_shapes(build_clip(dict(_clip_sizes())))
+        vae = {name: tuple(tensor.shape) for name, tensor in WanVAE(96).state_dict().items()}
     first, last = "visual.transformer.0.", f"visual.transformer.{_CLIP_BLOCKS - 1}."  # the last is never used
-    clip = write_of["clip"][0]
     clip |= {name.replace(first, last): shape for name, shape in clip.items() if name.startswith(first)}
-    for kind, (shapes, dtype) in write_of.items():
-        write(kind, shapes, dtype)
-    tiny_models.write_tokenizer(folder / FILES["tokenizer"])
+    return {"t5": (t5, torch.bfloat16), "clip": (clip, torch.float16), "vae": (vae, torch.float32)}
 
 
 def _t5_sizes() -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -44,3 +44,8 @@ def test_start_up_prints_the_stages_of_each_run(tmp_path):
     seconds = [float(cell) for cell in rows[-1][1:]]
     assert seconds[-1] == pytest.approx(sum(seconds[:-1]), abs=0.1 * len(seconds))
     assert len(list((tmp_path / "pictures").glob("*.png"))) in (5, 6)
+
+
+def test_caching_speed_prints_items_per_second():
+    rows = [line.split("|")[2:5] for line in run("caching_speed.py", "--items", "8").splitlines() if "32x32" in line]
+    assert len(rows) == 1 and all(float(cell) > 0 for cell in rows[0])

@@ -117,9 +117,22 @@ def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int]) -> np
     return image[top : top + size[1], left : left + size[0]]
 
 
+def to_levels(image: np.ndarray | Image.Image) -> Tensor:
+    """RGB image [height, width, 3] uint8 -> [3, height, width] uint8."""
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1).contiguous()
+
+
+def as_pixels(levels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1], x / 127.5 - 1, with the same bits on every device; what is float stays as it is."""
+    if levels.is_floating_point():
+        return levels
+    values = levels.float()
+    return values / values.new_tensor(127.5) - 1  # CUDA multiplies by the inverse of a Python number
+
+
 def to_pixels(image: np.ndarray | Image.Image) -> Tensor:
-    """RGB image [height, width, 3] uint8 -> [3, height, width] float32 in [-1, 1]: x / 127.5 - 1."""
-    return torch.tensor(np.asarray(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    """RGB image [height, width, 3] uint8 -> [3, height, width] float32 in [-1, 1]."""
+    return as_pixels(to_levels(image))
 
 
 def from_pixels(pixels: Tensor) -> Image.Image:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,14 +36,14 @@ from utils.cli import option
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
-from utils.images import open_image, open_masked
+from utils.images import as_pixels, open_image, open_masked, to_levels
 from wan.encoding import (
     encode_blank,
     encode_causal_condition,
     encode_clip,
     encode_images,
     encode_video,
-    frame_pixels,
+    frame_levels,
     latent_mask,
 )
 from wan.models import CLIPConfig, T5Config, VAEConfig
@@ -57,6 +56,7 @@ log = logging.getLogger(__name__)
 ALONE = Processes()
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
+_WRITERS = 2  # threads: a file takes a third of the time that a GPU takes for its item
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,18 +180,13 @@ def cache_latents(
 
     The frames of up to a batch of items of one size go through the VAE together, those of causal layouts item by item.
     """
-    blanks: dict[tuple[int, int], Tensor] = {}
     load = partial(_load, models=models)
     items = sorted(items, key=_size)
     sizes = _sizes(config, run.batch_size)
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
-        for batch in _batches(_ahead(load, items, run.workers), lambda one: _size(one.item), sizes):
-            encode = _causal if batch[0].item.layout.causal else _independent
-            for one, (latents, condition) in zip(batch, encode(vae, batch, blanks), strict=True):
-                features = torch.stack([encode_clip(clip, pixels) for pixels in one.whole_controls()])
-                cache = LatentCache(latents, condition, features, one.item.layout, one.masks[0])
-                write_latent_cache(latent_path(config, one.item), cache, one.settings)
-                bar.update(len(one.frames))
+        loaded = _batches(_ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
+        for one in _ahead(partial(_write, config), _encoded(vae, clip, loaded), _WRITERS):
+            bar.update(len(one.frames))
 
 
 def cache_texts(
@@ -217,13 +212,27 @@ class _LoadedItem:
 
     item: Item
     settings: LatentSettings
-    frames: tuple[Tensor, ...]  # the target's and the controls' pixels [3, height, width] at the bucket's size
-    controls: tuple[Image.Image, ...]  # whole
+    frames: tuple[Tensor, ...]  # the target and the controls, [3, height, width] uint8 of the bucket's size
+    controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
     masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
 
-    def whole_controls(self) -> Iterator[Tensor]:
-        """Pixels [3, height, width] of the uncropped control images; one at a time, because photos are large."""
-        return (frame_pixels(image, image.size) for image in self.controls)
+
+def _encoded(
+    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[_LoadedItem]]
+) -> Iterator[tuple[_LoadedItem, LatentCache]]:
+    blanks: dict[tuple[int, int], Tensor] = {}
+    for batch in batches:
+        encode = _causal if batch[0].item.layout.causal else _independent
+        for one, (latents, condition) in zip(batch, encode(vae, batch, blanks), strict=True):
+            features = torch.stack([encode_clip(clip, control) for control in one.controls])
+            yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0])
+
+
+def _write(config: DatasetsConfig, encoded: tuple[_LoadedItem, LatentCache]) -> _LoadedItem:
+    """Wait for the device, in a thread of its own, so that it gets the next item meanwhile."""
+    one, cache = encoded
+    write_latent_cache(latent_path(config, one.item), cache, one.settings)
+    return one
 
 
 def _independent(
@@ -245,7 +254,7 @@ def _causal(vae: WanVAE, batch: Sequence[_LoadedItem], _blanks: object) -> Itera
     """As `_independent`; a blank of its own would have no meaning here."""
     for one in batch:
         layout = one.item.layout
-        target, *controls = one.frames
+        target, *controls = map(as_pixels, one.frames)
         latents = encode_video(vae, causal_video(layout, controls, target))
         yield latents, encode_causal_condition(vae, layout, controls)
 
@@ -291,13 +300,13 @@ def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
     else:
         pairs = zip(item.controls, item.control_masks, strict=True)
         opened = [open_masked(path, "control image", mask) for path, mask in pairs]
-    controls = tuple(image for image, _ in opened)
-    frames = tuple(frame_pixels(image, item.bucket) for image in (target, *controls))
+    controls = [image for image, _ in opened]
+    frames = tuple(frame_levels(image, item.bucket) for image in (target, *controls))
     masks = (target_mask, *(mask for _, mask in opened))
     masks = tuple(mask and latent_mask(mask, item.bucket) for mask in masks)
     if masks[0] is not None and not masks[0].any():
         raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
-    return _LoadedItem(item, latent_settings(item, models), frames, controls, masks)
+    return _LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)
 
 
 def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:

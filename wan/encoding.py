@@ -8,27 +8,33 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from utils.images import resize_to_fill, to_pixels
+from utils.images import as_pixels, resize_to_fill, to_levels
 from wan.clip import encode_image
 from wan.config import VAE_STRIDE
 from wan.one_frame import OneFrameLayout, causal_condition, causal_condition_video
 from wan.vae import WanVAE
 
 
+def frame_levels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An RGB image -> [3, height, width] uint8 of a frame of this size (width, height): a quarter of its pixels' bytes,
+    to be kept and sent to a GPU."""
+    return to_levels(resize_to_fill(np.asarray(image), size))
+
+
 def frame_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An RGB image -> the pixels [3, height, width] in [-1, 1] of a frame of this size (width, height)."""
-    return to_pixels(resize_to_fill(np.asarray(image), size))
+    """The same in [-1, 1]."""
+    return as_pixels(frame_levels(image, size))
 
 
 @torch.no_grad()
 def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
-    """[B, 3, 8 H, 8 W] in [-1, 1] -> [B, 16, 1, H, W] normalised latents in the VAE's dtype, which caches store.
+    """[B, 3, 8 H, 8 W], uint8 or in [-1, 1] -> [B, 16, 1, H, W] normalised latents in the VAE's dtype, as cached.
 
     On a GPU all together. On a CPU, where a batch is no faster, one by one: there the rounding depends on the size of
     the batch (1e-7 in float32), and a cached image shall equal the same image at generation in every bit.
     """
     device = _device(vae)
-    frames = pixels[:, :, None].to(device)  # videos of one frame
+    frames = as_pixels(pixels.to(device))[:, :, None]  # videos of one frame
     batches = frames.split(1) if device.type == "cpu" else [frames]
     return torch.cat([vae.encode(batch) for batch in batches]).to(vae.dtype)
 
@@ -60,11 +66,11 @@ def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
 
 @torch.no_grad()
 def encode_clip(clip: nn.Module, pixels: Tensor) -> Tensor:
-    """[3, height, width] in [-1, 1], the whole uncropped image -> CLIP features [257, D] in the model's dtype.
+    """[3, height, width], uint8 or in [-1, 1], the whole uncropped image -> CLIP features [257, D] in its dtype.
 
     The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones (formats.md 9.12).
     """
-    return encode_image(clip, pixels[None].to(_device(clip)))[0]
+    return encode_image(clip, as_pixels(pixels[None].to(_device(clip))))[0]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -12,11 +12,19 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.images import from_pixels, open_image, open_masked, to_pixels
+from utils.images import from_pixels, open_image, open_masked, to_levels
 from utils.stopwatch import Stopwatch
 from wan import one_frame, sampling
 from wan.dit import StepCache, WanDiT, pad_text
-from wan.encoding import encode_blank, encode_clip, encode_images, encode_video, frame_pixels, latent_mask
+from wan.encoding import (
+    encode_blank,
+    encode_clip,
+    encode_images,
+    encode_video,
+    frame_levels,
+    frame_pixels,
+    latent_mask,
+)
 from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.one_frame import OneFrameLayout
@@ -154,8 +162,8 @@ class Pipeline:
         if missing:
             with self._clip.on_device() as clip:
                 for key, path in missing.items():
-                    pixels = to_pixels(open_image(path, "start or end image"))
-                    self._features[key] = encode_clip(clip, pixels).float().cpu()
+                    levels = to_levels(open_image(path, "start or end image"))
+                    self._features[key] = encode_clip(clip, levels).float().cpu()
 
     @torch.inference_mode()
     def _encode_conditions(self, requests: Sequence[Request]) -> None:
@@ -284,7 +292,7 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
         return one_frame.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
     pairs = zip(request.controls, request.control_masks, strict=True)
     opened = [open_masked(path, "control image", mask) for path, mask in pairs]
-    controls = [encode_images(vae, frame_pixels(image, size)[None])[0] for image, _ in opened]
+    controls = [encode_images(vae, frame_levels(image, size)[None])[0] for image, _ in opened]
     masks = [mask and latent_mask(mask, size) for _, mask in opened]
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
