@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 ALONE = Processes()
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
-_WRITERS = 2  # threads: a file takes a third of the time that a GPU takes for its item
+_WRITERS = 1  # threads: a file takes a third of the time that a GPU takes for its item
 
 
 @dataclass(frozen=True, kw_only=True)
