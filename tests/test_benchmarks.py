@@ -49,3 +49,10 @@ def test_start_up_prints_the_stages_of_each_run(tmp_path):
 def test_caching_speed_prints_items_per_second():
     rows = [line.split("|")[2:5] for line in run("caching_speed.py", "--items", "8").splitlines() if "32x32" in line]
     assert len(rows) == 1 and all(float(cell) > 0 for cell in rows[0])
+
+
+def test_small_cards_prints_what_each_would_do():
+    rows = [line for line in run("small_cards.py", "--repeat", "1").splitlines() if ", host " in line]
+    kinds = [row.split("|")[1].split(",")[0].strip() for row in rows]
+    assert kinds == ["training", "training", "training", "generation", "generation"]
+    assert all(float(row.split("|")[-2]) >= 0 for row in rows)

@@ -32,7 +32,7 @@ from wan.network_options import NetworkConfig
 
 log = logging.getLogger(__name__)
 
-_SPARE = 0.04  # of the GPU: what no plan may use, for workspaces and fragments
+SPARE = 0.04  # of the GPU: what no plan may use, for workspaces and fragments
 _HOST_SPARE = 4e9  # bytes
 _LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
 
@@ -50,7 +50,7 @@ class Room:
         if device.type != "cuda":
             return cls(math.inf, math.inf)
         free, total = torch.cuda.mem_get_info(device)
-        return cls(free - _SPARE * total, available_memory() - _HOST_SPARE)
+        return cls(free - SPARE * total, available_memory() - _HOST_SPARE)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What --memory auto makes of smaller GPUs: a DiT of random weights with as much memory as a card of that size has.
+
+    python benchmarks/small_cards.py                the 14B model at 1024x1024, on a larger GPU with a capped allocator
+    python benchmarks/small_cards.py --size tiny    a smoke test on a CPU, in seconds
+
+One control image, LoRA of rank 32. A step of training is forward, backward, clipping and AdamW; one of generation is
+both passes of guidance as one batch.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+
+from benchmarks.measure import Bench, last_line
+from benchmarks.one_frame_speed import forward, inputs, training_step
+from benchmarks.random_model import SPECS, random_checkpoint
+from dataset.loader import BucketCount
+from wan.checkpoint import load_dit
+from wan.dit import StepCache, WanDiT
+from wan.lora import inject_lora_
+from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.memory_plan import SPARE, Plan, Room, plan_generation, plan_training
+from wan.network_options import NetworkConfig
+from wan.optimizers import OptimizerConfig, build_optimizer
+
+CARDS = (  # what for, GB of the GPU and of the host
+    *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
+    *(("generation", 24, 64), ("generation", 12, 64)),
+)
+NETWORK = NetworkConfig(network_dim=32, network_alpha=32)
+
+
+def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Plan:
+    """What the planner chooses for a card of that size, in GB, that nothing else uses, and so much host memory."""
+    room = Room(card * 1e9 * (1 - SPARE), host * 1e9)
+    dtype = torch.float32 if bench.tiny else torch.bfloat16
+    dit = SimpleNamespace(spec=bench.spec, stored_dtype=torch.bfloat16, dtype=dtype)
+    if kind == "training":
+        bucket = BucketCount(0, 2, side // 8, side // 8, 1, 1)
+        return plan_training(dit, dtype, TrainingMemoryConfig(memory="auto"), NETWORK, None, [bucket], room)
+    return plan_generation(dit, dtype, GenerationMemoryConfig(memory="auto"), 2 * 2 * (side // 16) ** 2, room)
+
+
+def load(bench: Bench, memory: MemoryConfig, train: bool) -> tuple[WanDiT, Callable | None]:
+    """The DiT as the plan wants it and, for training, what a step needs besides."""
+    dtype = torch.float32 if bench.tiny else torch.bfloat16
+    swapped = memory.blocks_to_swap
+    dit = load_dit("dit.safetensors", dtype, bench.device, fp8=memory.fp8_kind, blocks_on_host=swapped)
+    network = inject_lora_(dit, NETWORK, device=bench.device) if train else None
+    prepare_(dit, memory, bench.device)
+    if network is None:
+        return dit, None
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
+    return dit.train(), partial(training_step, dit, network, optimizer)
+
+
+def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callable[[], object]:
+    dit, step = load(bench, memory, train=kind == "training")
+    tensors = inputs(bench, side, side, 2, batch=1 if step else 2)
+    if step is None:
+        return partial(forward, dit, tensors, StepCache())
+    tensors |= {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
+    return partial(step, tensors)
+
+
+def measure(bench: Bench, kind: str, card: float, host: float, side: int) -> str:
+    """One row."""
+    plan = plan_for(bench, kind, card, host, side)
+    name = f"{kind}, {card:g} GB, host {host:g} GB"
+    try:
+        if not bench.tiny:
+            torch.cuda.set_per_process_memory_fraction(card * 1e9 / torch.cuda.mem_get_info()[1])
+            torch.cuda.reset_peak_memory_stats()
+        seconds, _ = bench.seconds(work_of(bench, kind, plan.memory, side))
+        peak = 0.0 if bench.tiny else torch.cuda.max_memory_reserved() / 1e9
+        return f"| {name} | {plan} | {peak:.1f} | {seconds:.2f} |"
+    except torch.OutOfMemoryError as error:
+        return f"| {name} | {plan} | {last_line(error)} | |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SPECS, default="14B")
+    parser.add_argument("--side", type=int, default=1024, help="pixels")
+    parser.add_argument("--repeat", type=int, default=5)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR)
+    device = torch.device("cpu" if arguments.size == "tiny" else "cuda")
+    side = 32 if arguments.size == "tiny" else arguments.side
+    bench = Bench(device, SPECS[arguments.size], arguments.repeat, [], None)
+    print("| card | options, and what they were expected to need | peak, GB | step, s |\n|---|---|---|---|")
+    with random_checkpoint(bench.spec, device):
+        for case in CARDS:
+            print(measure(bench, *case, side), flush=True)
+            gc.collect()
+            bench.free()
+
+
+if __name__ == "__main__":
+    main()
