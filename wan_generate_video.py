@@ -23,7 +23,7 @@ from wan.generation import Generation
 from wan.guidance import GuidanceConfig
 from wan.lora_files import TrainedFor
 from wan.memory import GenerationMemoryConfig, prepare_
-from wan.memory_plan import Plan, Room, plan_generation
+from wan.memory_plan import Plan, Room, plan_generation, plan_t5
 from wan.models import (
     AttentionConfig,
     CLIPConfig,
@@ -189,9 +189,8 @@ def main(argv: list[str] | None = None) -> None:
     vae.check()
     if not explaining:  # it makes the folder
         require_writable_dir(output.save_path, "--save_path")
-    pipeline = Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive)
     if prompts.latent_path:
-        decode_files(prompts.latent_path, pipeline, output, Recipe.of(device, vae))
+        decode_files(prompts.latent_path, Pipeline(vae, t5, clip, device), output, Recipe.of(device, vae))
         return
     task = dit.check()
     trained = lora.trained_for
@@ -204,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     guidance.check(dit.spec.num_layers)
     requests = [cell.request for cell in cells]
     plan = memory_plan(dit, memory, requests, guidance, device)
+    if memory.memory == "auto":
+        t5 = plan_t5(t5, device, Room.on(device))
     if explaining:
         print(*explain.generation(requests, task, dit, plan.memory, guidance), sep="\n")
         return
@@ -214,12 +215,12 @@ def main(argv: list[str] | None = None) -> None:
         return network
 
     generation = Generation(
-        pipeline=pipeline,
+        pipeline=Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive),
         load=load,
         plan=plan,
         task=task.name,
         loras=lora.names,
-        recipe=Recipe.of(device, *models[:-1], plan.memory, sampling, guidance),
+        recipe=Recipe.of(device, *models[:-1], t5, plan.memory, sampling, guidance),
         guidance=guidance,
         output=output,
         sweep=sweep,

@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags of wan_generate_video.py, as one text")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
-    if not (folder / "start.png").is_file():
+    if not (folder / FILES["tokenizer"]).is_dir():  # written last
         write_release(folder, arguments.size)
-        noise = np.random.default_rng(0).integers(0, 255, (576, 384, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / "start.png")
+    noise = np.random.default_rng(0).integers(0, 255, (576, 384, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "start.png")
     (folder / "prompts.txt").write_text("".join(f"{prompt} --d 1\n" for prompt in PROMPTS), encoding="utf-8")
     size, steps = ((64, 48), 2) if arguments.size == "tiny" else ((576, 384), 20)
     one, several = ["--prompt", PROMPTS[0], "--seed", "1"], ["--from_file", str(folder / "prompts.txt")]

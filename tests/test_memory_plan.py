@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 import types
 from dataclasses import replace
 from itertools import pairwise
@@ -24,7 +25,8 @@ from utils.errors import ConfigError
 from wan.config import DiTSpec
 from wan.footprint import frozen_bytes, largest_batch, training_parts, weightless_dit
 from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.memory_plan import Choice, Plan, Room, plan_generation, plan_training
+from wan.memory_plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
+from wan.models import T5Config
 from wan.network_options import NetworkConfig
 from wan.training_step import TrainingStep
 
@@ -230,6 +232,45 @@ def test_the_recipe_names_what_was_chosen(monkeypatch):
     (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
     (same,) = generate("i2v", "swapped", *FLAGS, "--blocks_to_swap", "1")
     assert path.read_bytes() == same.read_bytes()
+
+
+# T5
+
+
+@pytest.fixture
+def room_for_less_than_t5(monkeypatch):
+    t5 = T5Config(Path(test_end_to_end.ENCODERS["t5"]))
+    bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.t5, weights_only=True).values())
+    assert t5.size(torch.device("cpu")) == bytes_in_float32
+    monkeypatch.setattr(Room, "on", lambda device: Room(bytes_in_float32 - 1, math.inf))
+    return bytes_in_float32
+
+
+def test_t5_stays_as_it_is_where_it_fits(room_for_less_than_t5):
+    config, cpu = T5Config(Path(test_end_to_end.ENCODERS["t5"])), torch.device("cpu")
+    assert plan_t5(config, cpu, Room(room_for_less_than_t5, 0)) == config
+    assert plan_t5(config, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(config, fp8_t5=True)
+    assert replace(config, t5_dtype="bf16").size(cpu) == room_for_less_than_t5 // 2
+
+
+def test_pictures_and_recipes_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5, caplog):
+    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan_of(GenerationMemoryConfig()))
+    (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
+    assert caplog.text.count("its weights become fp8") == 1
+    (same,) = generate("i2v", "told", *FLAGS, "--fp8_t5")
+    assert path.read_bytes() == same.read_bytes()
+
+
+def test_samples_of_training_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5):
+    line = "a cat --w 32 --h 32 --s 2 --d 1 --ci data/start/cat.png --of target_index=1,control_index=0"
+    Path("samples.txt").write_text(line, encoding="utf-8")
+    monkeypatch.setattr(wan.training_run, "plan_training", lambda *_: plan_of(TrainingMemoryConfig()))
+    pictures = []
+    for name, flags in {"planned": ("--memory", "auto"), "told": ("--fp8_t5",)}.items():
+        shutil.rmtree("output/sample", ignore_errors=True)
+        train("i2v", "pairs.toml", name, "--sample_prompts", "samples.txt", "--sample_at_first", *flags)
+        pictures.append([path.read_bytes() for path in sorted(Path("output/sample").glob("*.png"))])
+    assert pictures[0] and pictures[0] == pictures[1]
 
 
 # Host memory

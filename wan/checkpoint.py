@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -231,6 +232,11 @@ def _open_t5(path: str | Path) -> tuple[Checkpoint, UMT5EncoderModel]:
 def inspect_t5(path: str | Path) -> int:
     """Check the header of a T5 file and return the width of its embeddings (4096 in umT5-XXL)."""
     return _open_t5(path)[1].config.d_model
+
+
+def count_t5(path: str | Path) -> int:
+    """How many numbers the weights of a T5 file are (5.68 billion in umT5-XXL)."""
+    return sum(math.prod(shape) for shape in t5.t5_shapes(_open_t5(path)[1]).values())
 
 
 def load_t5(

@@ -27,7 +27,7 @@ from wan.footprint import (
 )
 from wan.lora_files import LoRAFile
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig
-from wan.models import DiTConfig
+from wan.models import DiTConfig, T5Config
 from wan.network_options import NetworkConfig
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,14 @@ def plan_generation(
             yield Choice(replace(base, **swap), generation_parts(frozen, config.spec, tokens), host)
 
     return Plan(choices(), room)
+
+
+def plan_t5(t5: T5Config, device: torch.device, room: Room) -> T5Config:
+    """For texts, when T5 is alone on the device: with its linear layers in fp8 if it does not fit without."""
+    if t5.fp8_t5 or t5.size(device) <= room.device:
+        return t5
+    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", size_text(t5.size(device)))
+    return replace(t5, fp8_t5=True)
 
 
 def _precisions(config: DiTConfig, fp8: dict[str, bool]) -> list[dict[str, bool]]:

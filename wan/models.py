@@ -336,6 +336,10 @@ class T5Config:
         """The dtype that captions are encoded in."""
         return _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
 
+    def size(self, device: torch.device) -> int:
+        """Bytes of its weights on `device`, without fp8."""
+        return checkpoint.count_t5(self.t5) * self.dtype(device).itemsize
+
     def load(self, device: torch.device):
         """(T5 encoder, tokenizer)."""
         tokenizer = checkpoint.load_tokenizer(self.t5_tokenizer)

@@ -15,7 +15,7 @@ from wan import training, training_start
 from wan.config import TaskSpec
 from wan.explain import training as explained
 from wan.lora_files import LoRAFile
-from wan.memory_plan import Plan, Room, plan_training
+from wan.memory_plan import Plan, Room, plan_t5, plan_training
 from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
 from wan.pipeline import Pipeline
 from wan.request import Request
@@ -163,7 +163,10 @@ def _plan(
 def _sampler(
     requests: list[Request], models: TrainingModels, options: TrainingOptions, accelerator: Accelerator
 ) -> Sampler:
-    pipeline = Pipeline(models.vae, models.t5, models.clip, torch.device(accelerator.device))
+    device, t5 = torch.device(accelerator.device), models.t5
+    if options.memory.memory == "auto":
+        t5 = plan_t5(t5, device, Room.on(device))
+    pipeline = Pipeline(models.vae, t5, models.clip, device)
     share = (accelerator.process_index, accelerator.num_processes)
     folder = options.save.output_dir / "sample"
     return Sampler(requests, pipeline, folder, options.save.output_name, share, options.preview.preview)
