@@ -6,7 +6,8 @@
 indices: indices honoured or ignored in training.  base: the base model alone at further target indices, in both
 layouts.  loss: on all frames or the target only, controls free or pinned in sampling.  size: rank, steps and pairs.
 references: a figure, its clothes and its place from one control or from three.  masks: the figure of one control before
-the background of another, with masks that tell which is which and without.
+the background of another, with masks that tell which is which and without.  precision: pictures in 8 bits against
+those in bfloat16.
 Each training is repeated with every seed; a row is the mean over the held-out starts and, after ±, the standard
 deviation over the seeds.
 """
@@ -34,6 +35,9 @@ I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
 FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)
 COLLAGE = Lesson("i2v", pairs=96, steps=1600, tests=8)
 CUT_OUT = {"cut out": "cut out of others", "cut out, no masks": "cut out of others, no masks"}
+PHOTO = ("gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere")
+FIDELITY = ("base model, dB", "LoRA, dB")
+PRECISIONS = {"fp8": ("--fp8",), "fp8_scaled": ("--fp8_scaled",), "fp8_fast": ("--fp8_fast",)}
 LEGACY = ("--one_frame_legacy_indices",)
 TARGETS = (1, 2, 4, 8)
 MOVING = ("raise", "walk left", "walk right", "turn left", "zoom in", "darken", "top colour", "hair colour")
@@ -127,8 +131,18 @@ def mask_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     return [*found, statistics.mean(psnr(*pair) for pair in pairs)]
 
 
-PHOTO = ("gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere")
-FIDELITY = ("base model, dB", "LoRA, dB")
+def precision_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """PSNR to the pictures of bfloat16, dB, for each of PRECISIONS."""
+    teach(lesson, models, out)
+    pictures = {}
+    for name, flags in {"bfloat16": (), **PRECISIONS}.items():
+        tests = f"{lesson.name}/{name}"
+        write_tests(lesson, out, tests)
+        command = commands(lesson, models, tests)["edited"]
+        run([*command, "--dit_dtype", "bfloat16", *flags], out, out / lesson.name / "log.txt")
+        pictures[name] = outputs(lesson, out, "edited", tests)
+    expected = pictures.pop("bfloat16")
+    return [statistics.mean(map(psnr, found, expected)) for found in pictures.values()]
 
 
 def run_trials(
@@ -241,6 +255,14 @@ EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
     ),
     "masks": lambda options: run_trials(
         mask_trials(), options, "masks", mask_figures, (*FIDELITY, "other pictures behind the masks, dB"), (1, 1, 1)
+    ),
+    "precision": lambda options: run_trials(
+        [Trial("LoRA of the demo", I2V)],
+        options,
+        "precision",
+        precision_figures,
+        [f"--{name}, dB" for name in PRECISIONS],
+        (1, 1, 1),
     ),
 }
 

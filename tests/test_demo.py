@@ -345,6 +345,9 @@ def test_the_trials_of_the_experiments_are_what_the_scripts_accept(tmp_path):
     for trial in trials:
         for script, *arguments in commands(trial.lesson, tmp_path).values():
             known[script].parse_args(arguments)
+    script, *arguments = commands(trials[0].lesson, tmp_path, "another/folder")["edited"]
+    for flags in experiments.PRECISIONS.values():
+        assert known[script].parse_args([*arguments, *flags]).from_file.as_posix() == "another/folder/prompts.txt"
 
 
 def test_the_share_of_a_change_is_none_at_the_start_and_one_at_the_end():
