@@ -69,11 +69,11 @@ def measure(side: int, count: int, vae: torch.nn.Module, clip: torch.nn.Module) 
     with tempfile.TemporaryDirectory() as folder:
         run = LatentCachingConfig(dataset_config=write_photos(Path(folder), side, count), one_frame=True)
         config, items = run.read(need_controls=True, layout=run.one_frame_layout)
-        load = partial(caching._load, models=MODELS)
+        load = partial(caching.load_item, models=MODELS)
         batch = [load(item) for item in items[:4]]
-        exhaust(caching._encoded(vae, clip, [batch]))  # compiles and chooses kernels
-        reading = seconds(lambda: exhaust(caching._ahead(load, items, run.workers)))
-        encoding = seconds(lambda: exhaust(caching._encoded(vae, clip, [batch] * (count // 4))))
+        exhaust(caching.encode_items(vae, clip, [batch]))  # compiles and chooses kernels
+        reading = seconds(lambda: exhaust(caching.ahead(load, items, run.workers)))
+        encoding = seconds(lambda: exhaust(caching.encode_items(vae, clip, [batch] * (count // 4))))
         whole = seconds(lambda: caching.cache_latents(config, items, vae, clip, MODELS, run))
     return [count / whole, count / reading, count / encoding]
 

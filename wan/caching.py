@@ -180,12 +180,12 @@ def cache_latents(
 
     The frames of up to a batch of items of one size go through the VAE together, those of causal layouts item by item.
     """
-    load = partial(_load, models=models)
+    load = partial(load_item, models=models)
     items = sorted(items, key=_size)
     sizes = _sizes(config, run.batch_size)
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
-        loaded = _batches(_ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
-        for one in _ahead(partial(_write, config), _encoded(vae, clip, loaded), _WRITERS):
+        loaded = _batches(ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
+        for one in ahead(partial(_write, config), encode_items(vae, clip, loaded), _WRITERS):
             bar.update(len(one.frames))
 
 
@@ -207,7 +207,7 @@ def cache_texts(
 
 
 @dataclass(frozen=True)
-class _LoadedItem:
+class LoadedItem:
     """An item after the reading threads are done with it."""
 
     item: Item
@@ -217,9 +217,10 @@ class _LoadedItem:
     masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
 
 
-def _encoded(
-    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[_LoadedItem]]
-) -> Iterator[tuple[_LoadedItem, LatentCache]]:
+def encode_items(
+    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[LoadedItem]]
+) -> Iterator[tuple[LoadedItem, LatentCache]]:
+    """What is to be written of each item. A batch has one size and one kind of layout; a GPU may still be at work."""
     blanks: dict[tuple[int, int], Tensor] = {}
     for batch in batches:
         encode = _causal if batch[0].item.layout.causal else _independent
@@ -228,7 +229,7 @@ def _encoded(
             yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0])
 
 
-def _write(config: DatasetsConfig, encoded: tuple[_LoadedItem, LatentCache]) -> _LoadedItem:
+def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> LoadedItem:
     """Wait for the device, in a thread of its own, so that it gets the next item meanwhile."""
     one, cache = encoded
     write_latent_cache(latent_path(config, one.item), cache, one.settings)
@@ -236,7 +237,7 @@ def _write(config: DatasetsConfig, encoded: tuple[_LoadedItem, LatentCache]) -> 
 
 
 def _independent(
-    vae: WanVAE, batch: Sequence[_LoadedItem], blanks: dict[tuple[int, int], Tensor]
+    vae: WanVAE, batch: Sequence[LoadedItem], blanks: dict[tuple[int, int], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(latents [16, F, H, W], condition [20, F, H, W]) of each item; `blanks` keeps the blank latent of each size."""
     size = batch[0].item.bucket
@@ -250,7 +251,7 @@ def _independent(
         yield stack_frames(layout, controls, target), condition
 
 
-def _causal(vae: WanVAE, batch: Sequence[_LoadedItem], _blanks: object) -> Iterator[tuple[Tensor, Tensor]]:
+def _causal(vae: WanVAE, batch: Sequence[LoadedItem], _blanks: object) -> Iterator[tuple[Tensor, Tensor]]:
     """As `_independent`; a blank of its own would have no meaning here."""
     for one in batch:
         layout = one.item.layout
@@ -293,7 +294,8 @@ def _share(
     return [item for batch in processes.share(list(_batches(items, group, sizes))) for item in batch]
 
 
-def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
+def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
+    """Read and resize. models: as for `cache_latents`."""
     target, target_mask = open_masked(item.target, "target image", item.target_mask)
     if item.layout.causal:  # takes no masks of controls
         opened = [(open_image(path, "control image"), None) for path in item.controls]
@@ -306,10 +308,10 @@ def _load(item: Item, models: Mapping[str, str]) -> _LoadedItem:
     masks = tuple(mask and latent_mask(mask, item.bucket) for mask in masks)
     if masks[0] is not None and not masks[0].any():
         raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
-    return _LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)
+    return LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)
 
 
-def _ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:
+def ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:
     """load(job) of each job, in order; threads work on the next ones meanwhile, one per worker."""
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -327,7 +329,7 @@ def _stale(
     """The items that have a reason to be cached again; logs how many there are for each reason."""
     own = processes.share(range(len(items)))
     own_reasons = tqdm(
-        _ahead(lambda number: reason(items[number]), own, run.workers),
+        ahead(lambda number: reason(items[number]), own, run.workers),
         total=len(own),
         desc="checking caches",
         unit="file",
