@@ -43,6 +43,7 @@ from wan.vae import WanVAE
 
 FORWARDS = ((576, 384, 2), (832, 480, 2), (1024, 1024, 2), (1024, 1024, 3))  # width, height, latent frames
 STEPS = ((576, 384, "none"), (832, 480, "none"), (832, 480, "all"), (1024, 1024, "auto"), (1024, 1024, "all"))
+NETWORK = NetworkConfig(network_dim=32, network_alpha=32)
 PICTURES = ((1024, 1024), (832, 480))
 
 
@@ -139,9 +140,8 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
     @cache
     def trained() -> tuple[WanDiT, LoRANetwork, torch.optim.Optimizer, list]:
         dit = model()
-        network = inject_lora_(dit, NetworkConfig(network_dim=32, network_alpha=32))
-        optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
-        return dit.train(), network, optimizer, [block.forward for block in dit.blocks]
+        network = inject_lora_(dit, NETWORK)
+        return dit.train(), network, optimizer_of(network), [block.forward for block in dit.blocks]
 
     for width, height, mode in sizes(bench, STEPS):
 
@@ -151,12 +151,20 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
                 block.forward = original
             if mode != "none":
                 checkpoint_blocks_(dit, only_needed=mode == "auto")
-            tensors = inputs(bench, *shape)
-            tensors |= {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
-            return partial(training_step, dit, network, optimizer, tensors), ""
+            return partial(training_step, dit, network, optimizer, training_inputs(bench, *shape)), ""
 
         name = f"LoRA step {width}x{height}, recompute {mode}"
         bench.row(name, prepare, step_flops(bench.spec, 2 * width * height // 256), load=trained)
+
+
+def training_inputs(bench: Bench, width: int, height: int, frames: int) -> dict[str, Tensor]:
+    """Arguments of the loss but for the DiT."""
+    tensors = inputs(bench, width, height, frames)
+    return tensors | {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
+
+
+def optimizer_of(network: LoRANetwork) -> torch.optim.Optimizer:
+    return build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
 
 
 def training_step(dit: WanDiT, network: LoRANetwork, optimizer, tensors: dict[str, Tensor]) -> None:

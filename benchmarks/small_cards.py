@@ -8,7 +8,6 @@ both passes of guidance as one batch.
 """
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -23,22 +22,19 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks.measure import Bench, last_line
-from benchmarks.one_frame_speed import forward, inputs, training_step
+from benchmarks.one_frame_speed import NETWORK, forward, inputs, optimizer_of, training_inputs, training_step
 from benchmarks.random_model import SPECS, random_checkpoint
 from dataset.loader import BucketCount
 from wan.checkpoint import load_dit
-from wan.dit import StepCache, WanDiT
+from wan.dit import StepCache
 from wan.lora import inject_lora_
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
 from wan.memory_plan import SPARE, Plan, Room, plan_generation, plan_training
-from wan.network_options import NetworkConfig
-from wan.optimizers import OptimizerConfig, build_optimizer
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
     *(("generation", 24, 64), ("generation", 12, 64)),
 )
-NETWORK = NetworkConfig(network_dim=32, network_alpha=32)
 
 
 def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Plan:
@@ -52,26 +48,17 @@ def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Pl
     return plan_generation(dit, dtype, GenerationMemoryConfig(memory="auto"), 2 * 2 * (side // 16) ** 2, room)
 
 
-def load(bench: Bench, memory: MemoryConfig, train: bool) -> tuple[WanDiT, Callable | None]:
-    """The DiT as the plan wants it and, for training, what a step needs besides."""
+def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callable[[], object]:
+    """A step with the DiT as the plan wants it."""
     dtype = torch.float32 if bench.tiny else torch.bfloat16
     swapped = memory.blocks_to_swap
     dit = load_dit("dit.safetensors", dtype, bench.device, fp8=memory.fp8_kind, blocks_on_host=swapped)
-    network = inject_lora_(dit, NETWORK, device=bench.device) if train else None
+    if kind == "generation":
+        prepare_(dit, memory, bench.device)
+        return partial(forward, dit, inputs(bench, side, side, 2, batch=2), StepCache())
+    network = inject_lora_(dit, NETWORK, device=bench.device)
     prepare_(dit, memory, bench.device)
-    if network is None:
-        return dit, None
-    optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
-    return dit.train(), partial(training_step, dit, network, optimizer)
-
-
-def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callable[[], object]:
-    dit, step = load(bench, memory, train=kind == "training")
-    tensors = inputs(bench, side, side, 2, batch=1 if step else 2)
-    if step is None:
-        return partial(forward, dit, tensors, StepCache())
-    tensors |= {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
-    return partial(step, tensors)
+    return partial(training_step, dit.train(), network, optimizer_of(network), training_inputs(bench, side, side, 2))
 
 
 def measure(bench: Bench, kind: str, card: float, host: float, side: int) -> str:
@@ -103,7 +90,6 @@ def main() -> None:
     with random_checkpoint(bench.spec, device):
         for case in CARDS:
             print(measure(bench, *case, side), flush=True)
-            gc.collect()
             bench.free()
 
 

@@ -177,17 +177,15 @@ def _safetensors_headers(path: Path) -> dict[str, Header]:
     file = safe_open(path, framework="pt")  # checks it; stays open for the readers, until the last of them is gone
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")  # of the header, which names places behind it
-        places = json.loads(stream.read(size))
+        stored = json.loads(stream.read(size))
     headers = {}
     for name in file.keys():  # noqa: SIM118 (not a dict)
-        part = file.get_slice(name)
-        dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+        kind, (start, _) = stored[name]["dtype"], stored[name]["data_offsets"]
+        dtype = _SAFETENSORS_DTYPES.get(kind)
         if dtype is None:
-            kind = part.get_dtype()
             raise _NotAllowedError(f"tensor '{one_line(name)}' has the dtype {kind}; use a bf16, fp16 or fp32 file")
-        start, _ = places[name]["data_offsets"]
         reader = FileTensor(path, 8 + size + start, partial(file.get_tensor, name))
-        headers[name] = TensorInfo(tuple(part.get_shape()), dtype), reader
+        headers[name] = TensorInfo(tuple(stored[name]["shape"]), dtype), reader
     return headers
 
 

@@ -157,9 +157,9 @@ def plan_generation(
 
 def plan_t5(t5: T5Config, device: torch.device, room: Room) -> T5Config:
     """For texts, when T5 is alone on the device: with its linear layers in fp8 if it does not fit without."""
-    if t5.fp8_t5 or t5.size(device) <= room.device:
+    if t5.fp8_t5 or (size := t5.size(device)) <= room.device:
         return t5
-    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", size_text(t5.size(device)))
+    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", size_text(size))
     return replace(t5, fp8_t5=True)
 
 
