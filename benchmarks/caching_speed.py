@@ -25,7 +25,7 @@ from benchmarks.random_model import SPECS, write_release
 from demo.tiny_models import FILES
 from wan import caching
 from wan.caching import LatentCachingConfig
-from wan.models import CLIPConfig, VAEConfig
+from wan.models import CLIPConfig, DeviceConfig, VAEConfig
 
 MODELS = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "random")
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SPECS, default="14B")
     parser.add_argument("--items", type=int, default=128)
     arguments = parser.parse_args()
-    device = torch.device("cpu" if arguments.size == "tiny" else "cuda")
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
     with tempfile.TemporaryDirectory() as folder:
         write_release(Path(folder), arguments.size, kinds=("vae", "clip"))
         vae = VAEConfig(Path(folder, FILES["vae"])).load(device)

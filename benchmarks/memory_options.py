@@ -25,6 +25,7 @@ from wan.dit import pad_text
 from wan.flow_matching import flow_matching_loss
 from wan.lora import inject_lora_
 from wan.memory import TrainingMemoryConfig, prepare_
+from wan.models import DeviceConfig
 from wan.network_options import NetworkConfig
 
 FULL = {"gradient_checkpointing": "all"}
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    device = torch.device("cpu" if arguments.size == "tiny" else "cuda")
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
     side = 8 if arguments.size == "tiny" else arguments.side // 8
     print("| options | peak of a step, GiB | step, s | forward, s |\n|---|---|---|---|")
     with random_checkpoint(SPECS[arguments.size], device):

@@ -36,6 +36,7 @@ from wan.fused import can_fuse
 from wan.fused_vae import fuse_vae_
 from wan.lora import LoRANetwork, inject_lora_
 from wan.memory import GenerationMemoryConfig, prepare_
+from wan.models import DeviceConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig, build_optimizer
 from wan.recompute import checkpoint_blocks_
@@ -304,7 +305,7 @@ def main() -> None:
     parser.add_argument("--dit_backend", choices=("auto", "plain", "fused"), default="auto")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = torch.device("cpu" if arguments.size == "tiny" else "cuda")
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
     bench = Bench(device, SPECS[arguments.size], arguments.repeat, arguments.only, arguments.profile)
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

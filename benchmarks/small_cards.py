@@ -30,6 +30,7 @@ from wan.dit import StepCache
 from wan.lora import inject_lora_
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
 from wan.memory_plan import SPARE, Plan, Room, plan_generation, plan_training
+from wan.models import DeviceConfig
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    device = torch.device("cpu" if arguments.size == "tiny" else "cuda")
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
     side = 32 if arguments.size == "tiny" else arguments.side
     bench = Bench(device, SPECS[arguments.size], arguments.repeat, [], None)
     print("| card | options, and what they were expected to need | peak, GB | step, s |\n|---|---|---|---|")

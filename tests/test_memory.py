@@ -1,5 +1,7 @@
 """The options as a whole: which settings are refused, what each does, and that none but fp8 changes a bit."""
 
+import os
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from utils.errors import ConfigError
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models import DeviceConfig
 
 EAGER = {"compile": True, "compile_backend": "eager", "compile_fullgraph": True}
 RECOMPUTE = {"gradient_checkpointing": "all"}
@@ -201,6 +204,26 @@ def test_no_mode_uses_cuda_graphs(asked, used, monkeypatch, caplog):
 def test_the_limit_of_compiled_programs_is_handed_on():
     prepare_(random_dit(), MemoryConfig(compile=True, compile_backend="eager", compile_cache_size_limit=13), CPU)
     assert torch._dynamo.config.cache_size_limit == 13
+
+
+@pytest.mark.parametrize(
+    ("platform", "set_by_user", "settings"),
+    [
+        ("linux", {}, "expandable_segments:True"),
+        ("linux", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ("linux", {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, None),
+        ("win32", {}, None),
+    ],
+)
+def test_reserves_on_a_gpu_grow_unless_the_user_wants_otherwise(platform, set_by_user, settings, monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+        if name in set_by_user:
+            monkeypatch.setenv(name, set_by_user[name])
+    monkeypatch.setattr(sys, "platform", platform)
+    DeviceConfig("cpu")
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == settings
 
 
 def test_offloading_keeps_the_residual_stream_of_each_block_on_the_host_and_nothing_else(monkeypatch, trainable):

@@ -5,7 +5,9 @@ called before any weights load; `load()` reads the weights.
 """
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -48,6 +50,7 @@ class DeviceConfig:
     device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
 
     def __post_init__(self) -> None:
+        _let_reserves_grow()
         try:
             torch.zeros(0, device=self.torch_device)
         except (RuntimeError, AssertionError) as error:
@@ -57,6 +60,15 @@ class DeviceConfig:
     def torch_device(self) -> torch.device:
         """The device that the models run on."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _let_reserves_grow() -> None:
+    """Have PyTorch grow what it reserves on a GPU, unless the user has set its allocator; before it is first used.
+
+    Otherwise a tenth of a small GPU ends up in pieces that nothing fits into. Windows has no such memory.
+    """
+    if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
