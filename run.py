@@ -1,7 +1,7 @@
 """Run the tests or the demo in an environment of their own:
 
     python run.py test [pytest arguments]    ruff, then pytest
-    python run.py demo                       cache, train and generate with tiny random models on the CPU
+    python run.py demo [--short]             teach a miniature model an edit on the CPU, in minutes
 
 The first call makes `.venv` beside this file and installs what pyproject.toml names, in the versions that
 constraints.txt gives; later calls start at once. Only the standard library is used here.

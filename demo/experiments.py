@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from demo.edit import Limits, figures
@@ -28,14 +29,16 @@ from demo.figures import clip
 from demo.judge import psnr
 from demo.lesson import Lesson, commands, judge, outputs, run, save_picture, write_data, write_tests
 from demo.miniature import FOLDER
+from demo.page import Row, sheet
 from demo.tasks import HELD_OUT_SEED
-from demo.world import FRAMES, sample_scene
+from demo.world import FRAMES, Scene, sample_scene
 
 I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
 FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)
 COLLAGE = Lesson("i2v", pairs=96, steps=1600, tests=8)
 CUT_OUT = {"cut out": "cut out of others", "cut out, no masks": "cut out of others, no masks"}
-PHOTO = ("gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere")
+EDIT = ("gain over base, dB", "edited region, dB", "with the backdrop", "difference elsewhere")
+PINNED = tuple(f"{name}, controls {how}" for how in ("free", "pinned") for name in EDIT[1::2])
 FIDELITY = ("base model, dB", "LoRA, dB")
 PRECISIONS = {"fp8": ("--fp8",), "fp8_scaled": ("--fp8_scaled",), "fp8_fast": ("--fp8_fast",)}
 LEGACY = ("--one_frame_legacy_indices",)
@@ -62,15 +65,11 @@ def index_trials() -> list[Trial]:
 
 
 def loss_trials() -> list[Trial]:
-    """--one_frame_loss and --pin_controls for both models."""
+    """--one_frame_loss for both models."""
     return [
-        Trial(
-            f"{lesson.model}, loss on {loss}, controls {'pinned' if pinned else 'free'}",
-            replace(with_training_flags(lesson, ("--one_frame_loss", loss)), generation_flags=pinned),
-        )
+        Trial(f"{lesson.model}, loss on {loss}", with_training_flags(lesson, ("--one_frame_loss", loss)))
         for lesson in (I2V, FLF2V)
         for loss in ("all", "target")
-        for pinned in ((), ("--pin_controls",))
     ]
 
 
@@ -108,10 +107,22 @@ def teach(lesson: Lesson, models: Path, out: Path) -> None:
         run(command, out, out / lesson.name / "log.txt")
 
 
-def photo_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
+def edit_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     """The four means of `figures`."""
     teach(lesson, models, out)
     return [value for _, value, *_ in figures(judge(lesson, out)[1], Limits())]
+
+
+def pinned_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
+    """Edited region and difference elsewhere of `figures`, first with free controls, then with --pin_controls."""
+    teach(lesson, models, out)
+    free = judge(lesson, out)[1]
+    tests = f"{lesson.name}/pinned"
+    write_tests(lesson, out, tests)
+    command = commands(lesson, models, tests)["edited"]
+    run([*command, "--pin_controls"], out, out / lesson.name / "log.txt")
+    pinned = judge(lesson, out, tests)[1]
+    return [value for scores in (free, pinned) for _, value, *_ in figures(scores, Limits())[1::2]]
 
 
 def fidelity(lesson: Lesson, models: Path, out: Path) -> list[float]:
@@ -149,8 +160,8 @@ def run_trials(
     trials: list[Trial],
     options: argparse.Namespace,
     folder: str,
-    measure: Callable[[Lesson, Path, Path], list[float]] = photo_figures,
-    header: Sequence[str] = PHOTO,
+    measure: Callable[[Lesson, Path, Path], list[float]] = edit_figures,
+    header: Sequence[str] = EDIT,
     digits: Sequence[int] = (1, 1, 2, 3),
 ) -> None:
     """Prints a table of them."""
@@ -204,6 +215,22 @@ def run_base(options: argparse.Namespace) -> None:
     print_table(
         ["layout", "target index", "dB to the clip there", "dB to the start", "share of the change", "noise"], rows
     )
+    continued(options.seeds[0], out).save(out / "sheet.png")
+
+
+def continued(seed: int, out: Path) -> Image.Image:
+    """What the causal layout makes of the starts of this seed, beside the clips."""
+    made = [outputs(Lesson("i2v", 0, 0, len(MOVING), f"causal-{target}-{seed}"), out, "base") for target in (1, 2)]
+    rows = []
+    for number, action in enumerate(MOVING):
+        start, fourth, last = clip(moving(action, seed, number), (0, 4, 8))
+        rows.append(Row([start, made[0][number], fourth, made[1][number], last], action))
+    return sheet(rows, ["start", "model at 1", "clip at 1", "model at 2", "clip at 2"])
+
+
+def moving(action: str, seed: int, number: int) -> Scene:
+    """Somebody held out, whom this happens to."""
+    return sample_scene(HELD_OUT_SEED + 1000 * seed + number, held_out=True, action=action)
 
 
 def figures_of_motion(lesson: Lesson, seed: int, options: argparse.Namespace, out: Path) -> list[float]:
@@ -215,7 +242,7 @@ def figures_of_motion(lesson: Lesson, seed: int, options: argparse.Namespace, ou
     folder.mkdir(parents=True)
     lines, clips = [], []
     for number, action in enumerate(MOVING):
-        scene = sample_scene(HELD_OUT_SEED + 1000 * seed + number, held_out=True, action=action)
+        scene = moving(action, seed, number)
         start, end = clip(scene, (0, min(4 * lesson.target, FRAMES - 1)))
         save_picture(start, folder / f"{number}.png")
         width, height = scene.size
@@ -248,7 +275,7 @@ def noise(picture: Tensor) -> float:
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "indices": lambda options: run_trials(index_trials(), options, "indices"),
     "base": run_base,
-    "loss": lambda options: run_trials(loss_trials(), options, "loss"),
+    "loss": lambda options: run_trials(loss_trials(), options, "loss", pinned_figures, PINNED, digits=(1, 3, 1, 3)),
     "size": lambda options: run_trials(size_trials(), options, "size"),
     "references": lambda options: run_trials(
         reference_trials(), options, "references", fidelity, FIDELITY, digits=(1, 1)

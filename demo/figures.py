@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from demo.drawing import Canvas, Colour, rasterise, stack_shapes
-from demo.places import draw_place
+from demo.places import draw_backdrop, draw_place
 from demo.world import COLOURS, FRAMES, Outfit, Scene
 
 _HIP, _SHOULDER, _HEAD = 0.31, 0.535, 0.75  # heights, feet at 0, crown at about 0.95
@@ -50,6 +50,8 @@ def shapes(scene: Scene, frame: int) -> Tensor:
     # Units of the picture's height, from the point on the ground where the figure stands
     ground = Canvas(width / 2, 0.93 * height, height * moment.zoom, 0.0, scene.light, scene.side, canvas.rows)
     draw_place(ground, scene.place, width / height)
+    if scene.backdrop:
+        draw_backdrop(ground, width / height)
     across = (moment.x - 0.5) * width / height
     ground.ellipse(across, 0.0, (0.17 * scene.height, 0.022), (0.16, 0.16, 0.2), shade=0.0)
     unit = scene.height * min(1.0, 1.15 * width / height)

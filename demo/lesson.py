@@ -188,10 +188,10 @@ def outputs(lesson: Lesson, out: Path, kind: str, tests: str = "") -> list[Tenso
     return [load_picture(path) for path in paths]
 
 
-def judge(lesson: Lesson, out: Path) -> tuple[list[Row], list[tuple[Score, Score]]]:
-    """Pictures and figures (base model, LoRA) of each test."""
+def judge(lesson: Lesson, out: Path, tests: str = "") -> tuple[list[Row], list[tuple[Score, Score]]]:
+    """Pictures and figures (base model, LoRA) of each test. tests: where the LoRA's pictures are; see `outputs`."""
     rows, scores = [], []
-    pictures = zip(outputs(lesson, out, "base"), outputs(lesson, out, "edited"), strict=True)
+    pictures = zip(outputs(lesson, out, "base"), outputs(lesson, out, "edited", tests), strict=True)
     for number, pair in enumerate(pictures):
         test = lesson.example(number, held_out=True)
         base, edited = (score(test.plain, test.truth, output) for output in pair)

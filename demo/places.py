@@ -6,7 +6,13 @@ from dataclasses import replace
 from demo.drawing import Canvas, Colour
 from demo.world import Place
 
-STUDIO_BLUE: Colour = (0.62, 0.72, 0.86)
+BLUE: Colour = (0.62, 0.72, 0.86)  # of the backdrop, in any light
+_FLOOR = 0.09  # height to which the floor is seen below it
+
+
+def draw_backdrop(ground: Canvas, aspect: float) -> None:
+    """A blue wall before the place, whose floor stays. Sizes are those of `draw_place`."""
+    _Place(replace(ground, light=(1.0, 1.0, 1.0)), 0.0, aspect / 2 * 1.5).band(_FLOOR, 1.4, BLUE, fade=-0.15)
 
 
 def draw_place(ground: Canvas, place: Place, aspect: float) -> None:
@@ -126,11 +132,6 @@ def _stage(place: _Place, rng: random.Random) -> None:
     place.band(-0.3, 0.13, (0.55, 0.38, 0.25), fade=0.1)
 
 
-def _studio(place: _Place, _rng: random.Random) -> None:
-    """As bright in any light"""
-    _Place(replace(place.canvas, light=(1.0, 1.0, 1.0)), 0.0, place.half).band(-0.3, 1.4, STUDIO_BLUE, fade=-0.15)
-
-
 _PLACES = {
     "meadow": _meadow,
     "beach": _beach,
@@ -140,5 +141,4 @@ _PLACES = {
     "snow": _snow,
     "hills": _hills,
     "stage": _stage,
-    "studio": _studio,
 }

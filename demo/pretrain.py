@@ -26,7 +26,7 @@ from wan.vae import (
 
 HELD_OUT_SEED, SEED, BLAZER_SEED = 900_000_000, 200_000_000, 250_000_000
 HELD_OUT_CLIPS, VAE_CLIPS, BLAZER_CLIPS = 60, 12_000, 4_000
-STEPS = (7_500, 4_000, 2_500, 30_000, 8_000)  # of the VAE: stills, clips, blazers; of i2v, of flf2v
+STEPS = (7_500, 4_000, 2_500, 25_000, 6_500)  # of the VAE: stills, clips, blazers; of i2v, of flf2v
 DIT_RATE = 1.2e-3
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from demo.figures import clip, picture
-from demo.world import LIGHTS, PLACES, Place, Scene, in_studio, sample_scene
+from demo.world import LIGHTS, PLACES, Place, Scene, on_photo, sample_scene
 
 TRAINING_SEED, HELD_OUT_SEED = 300_000_000, 800_000_000
 _OTHER = 50_000_000  # between the seeds of an example and those of the next scene in it
 _SAME = 8  # levels of 255
-MOTIONS = ("wave", "turn left", "lift", "turn right", "lean")  # between two images, in place
+MOTIONS = ("wave", "lift", "raise")  # between two images, in place
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ def photo(number: int, held_out: bool, _count: int) -> Example:
     """One control: the same moment on a school photo."""
     scene = _scene(number, held_out, "stand")
     start = picture(scene)
-    return Example(scene.edit_caption, [start], start, picture(in_studio(scene)))
+    return Example(scene.edit_caption, [start], start, picture(on_photo(scene)))
 
 
 def moment(number: int, held_out: bool, _count: int) -> Example:
     """Two controls: the moment between them on a school photo."""
     scene = _scene(number, held_out, MOTIONS[number % len(MOTIONS)])
-    first, middle, last = clip(scene, (0, 2, 4))
-    return Example(scene.edit_caption, [first, last], middle, picture(in_studio(scene), 2))
+    first, middle, last = clip(scene, (0, 1, 2))
+    return Example(scene.edit_caption, [first, last], middle, picture(on_photo(scene), 1))
 
 
 def collage(number: int, held_out: bool, count: int) -> Example:
@@ -72,7 +72,7 @@ def without_masks(task: Task) -> Task:
 
 def _cut_out(number: int, front: Scene, back: Scene, figures: list[Scene]) -> Example:
     """figures: those that are no background"""
-    figure = _same([replace(front, place=Place(name, 0.0, 0)) for name in (*PLACES, "studio")])
+    figure = _same([replace(front, place=Place(name, 0.0, 0)) for name in PLACES])
     masks = figure, _same([replace(scene, place=back.place) for scene in figures])
     controls, truth = [picture(front), picture(back)], picture(replace(front, place=back.place))
     turn = -1 if number % 2 else 1

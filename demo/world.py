@@ -1,7 +1,7 @@
 """The demo's world: who stands where, what happens, and how a caption says it. Deterministic from a seed.
 
 `sample_scene` draws a scene, `picture` (demo/figures.py) draws it. A held-out character has a combination of hair and
-clothes that no training character has. Nobody is on a school photo unless `in_studio` takes it.
+clothes that no training character has. Nobody is on a school photo unless `on_photo` takes it.
 """
 
 import random
@@ -139,18 +139,16 @@ class Scene:
     action: str
     change: Colour | Outfit | Place | None  # what the action makes of the attribute that it changes
     caption: str
+    backdrop: bool = False
 
     @property
     def edit_caption(self) -> str:
         return EDIT_CAPTION.format(person=self.person)
 
 
-STUDIO = Place("studio", 0.0, 0)
-
-
-def in_studio(scene: Scene) -> Scene:
-    """The same figure on a school photo: before a plain blue backdrop, of the same colours in every light."""
-    return replace(scene, place=STUDIO)
+def on_photo(scene: Scene) -> Scene:
+    """The same figure on a school photo: on the same floor, before a plain blue backdrop."""
+    return replace(scene, backdrop=True)
 
 
 def in_blazer(scene: Scene, seed: int) -> Scene:

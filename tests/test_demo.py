@@ -1,5 +1,6 @@
 """The miniature family's files, what its models are shown, and how the demo judges."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -91,6 +92,11 @@ def test_text_in_pretraining_is_embedded_as_in_the_scripts(family):
     expected = pad_text(encode_text(t5, load_tokenizer(folder / miniature.FILES["tokenizer"]), captions, CPU))
     assert_close(embed_text(t5, ids, mask), expected[:, :49], rtol=1e-4, atol=1e-4)
     assert not expected[:, 48:].any()
+
+
+def test_the_words_of_the_world_are_those_that_the_shipped_family_has_learned():
+    shipped = (miniature.FOLDER / miniature.FILES["tokenizer"] / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(miniature.build_tokenizer().to_str()) == json.loads(shipped)
 
 
 def test_the_untrained_models_tell_captions_and_pictures_apart(family):
@@ -268,6 +274,13 @@ def test_without_the_family_the_demo_says_what_is_missing_and_touches_nothing(tm
     assert "is missing" in capsys.readouterr().err and (tmp_path / "out").exists()
 
 
+def test_the_short_demo_learns_with_the_shipped_family(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(edit, "OUT", tmp_path)
+    assert edit.main(["--short"]) == 0
+    assert capfd.readouterr().out.count("reached") == 4
+    assert (tmp_path / "index.html").exists() and (tmp_path / "sheet.png").exists()
+
+
 @pytest.mark.parametrize("lesson", FULL, ids=lambda lesson: lesson.name)
 def test_the_data_of_a_lesson_is_what_the_scripts_read(lesson, tmp_path, monkeypatch):
     from dataset.config import read_config
@@ -300,7 +313,7 @@ def test_a_change_outside_the_edit_is_drift_and_one_inside_is_not():
     outside, inside = test.truth.clone(), test.truth.clone()
     edited = (test.truth.int() - test.plain.int()).abs().amax(0) > 8
     outside[:, ~edited] = 255 - outside[:, ~edited]
-    inside[:, edited] = 128
+    inside[:, edited] = torch.tensor([[200], [60], [60]], dtype=torch.uint8)
     assert judge.score(test.plain, test.truth, outside).drift > 0.005
     wrong = judge.score(test.plain, test.truth, inside)
     assert wrong.drift == 0 and not wrong.attribute and wrong.edited_psnr < 20
@@ -346,7 +359,7 @@ def test_the_trials_of_the_experiments_are_what_the_scripts_accept(tmp_path):
         for script, *arguments in commands(trial.lesson, tmp_path).values():
             known[script].parse_args(arguments)
     script, *arguments = commands(trials[0].lesson, tmp_path, "another/folder")["edited"]
-    for flags in experiments.PRECISIONS.values():
+    for flags in (*experiments.PRECISIONS.values(), ["--pin_controls"]):
         assert known[script].parse_args([*arguments, *flags]).from_file.as_posix() == "another/folder/prompts.txt"
 
 
