@@ -34,6 +34,7 @@ from wan.flow_matching import flow_matching_loss
 from wan.fp8 import Rows8, product_of_rows, quantize_rows
 from wan.fused import can_fuse
 from wan.fused_vae import fuse_vae_
+from wan.graphs import GraphedGradients
 from wan.lora import LoRANetwork, inject_lora_
 from wan.memory import GenerationMemoryConfig, prepare_
 from wan.models import DeviceConfig
@@ -122,6 +123,7 @@ def forward_rows(bench: Bench, model: Callable[[], WanDiT], kind: str, reference
         def prepare(batch, name=name, shape=(width, height, frames)):
             tensors, kept = inputs(bench, *shape, batch), StepCache()
             found = forward(model(), tensors, kept).cpu()
+            forward(model(), tensors, kept)  # records a graph
             expected = reference.get(f"{name} {batch}")
             reference.setdefault(f"{name} {batch}", found)
             note = f"finite: {bool(found.isfinite().all())}"
@@ -151,8 +153,12 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
             for block, original in zip(dit.blocks, originals, strict=True):
                 block.forward = original
             if mode != "none":
-                checkpoint_blocks_(dit, only_needed=mode == "auto")
-            return partial(training_step, dit, network, optimizer, training_inputs(bench, *shape)), ""
+                checkpoint_blocks_(dit, only_needed=mode == "auto", random=False)
+            loss, parameters = partial(flow_matching_loss, dit), list(network.parameters())
+            gradients = None if bench.tiny else GraphedGradients(loss, parameters)
+            step = partial(training_step, loss, parameters, gradients, optimizer, training_inputs(bench, *shape))
+            step()  # a graph is recorded at the second step
+            return step, ""
 
         name = f"LoRA step {width}x{height}, recompute {mode}"
         bench.row(name, prepare, step_flops(bench.spec, 2 * width * height // 256), load=trained)
@@ -168,9 +174,20 @@ def optimizer_of(network: LoRANetwork) -> torch.optim.Optimizer:
     return build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
 
 
-def training_step(dit: WanDiT, network: LoRANetwork, optimizer, tensors: dict[str, Tensor]) -> None:
-    flow_matching_loss(dit, **tensors).mean().backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+def training_step(
+    loss: Callable[..., Tensor],
+    parameters: list[nn.Parameter],
+    gradients: GraphedGradients | None,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+) -> None:
+    if gradients is None:
+        loss(**tensors).mean().backward()
+    else:
+        _, found = gradients(tensors, torch.ones((), device=tensors["t"].device))
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -102,7 +102,7 @@ class Prepared:
     contexts: list[Context]  # one per block
 
 
-@dataclass
+@dataclass(eq=False)
 class StepCache:
     """For several calls with the same text, image and frame indices: the first one fills it, the others reuse it."""
 

@@ -41,6 +41,11 @@ class AdaptedLinear(nn.Module):
         self.enabled = True
 
     @property
+    def draws(self) -> bool:
+        """Whether its output in train mode depends on random numbers."""
+        return bool(self.rank_dropout or self.module_dropout)
+
+    @property
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained matrices, float32, by their name in a file; the change is linear in each of them."""
         raise NotImplementedError
@@ -98,9 +103,12 @@ class LoRALinear(AdaptedLinear):
     def trained(self) -> dict[str, nn.Parameter]:
         return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
 
+    @property
+    def draws(self) -> bool:
+        return super().draws or self.dropout > 0
+
     def forward(self, x: Tensor) -> Tensor:
-        random = self.dropout or self.rank_dropout or self.module_dropout
-        if random or not (self.enabled and self.training):
+        if self.draws or not (self.enabled and self.training):
             return super().forward(x)
         base, matrices = self.base, [matrix.to(x.dtype) for matrix in (self.lora_down.weight, self.lora_up.weight)]
         if isinstance(base, Fp8Linear):
@@ -214,6 +222,11 @@ class LoRANetwork:
                 groups["unet plus" if plus else "unet"].append(parameter)
         rates = {"unet": lr, "unet plus": lr * loraplus_lr_ratio}
         return [{"params": group, "lr": rates[name], "name": name} for name, group in groups.items() if group]
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step depends on random numbers, as with dropout."""
+        return any(layer.draws for layer in self.layers.values())
 
     def summary(self) -> NetworkSummary:
         """What is trained."""

@@ -17,6 +17,7 @@ from wan.block_swap import swap_blocks_
 from wan.config import DiTSpec
 from wan.fp8 import FP8Kind
 from wan.fused import can_fuse, fuse_
+from wan.graphs import graph_forward_
 from wan.recompute import checkpoint_blocks_
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class MemoryConfig:
     def fuses(self, device: torch.device) -> bool:
         """Whether a DiT on `device` computes with fused operations."""
         return self.dit_backend == "fused" or (self.dit_backend == "auto" and not self.compile and can_fuse(device))
+
+    def records(self, device: torch.device) -> bool:
+        """Whether CUDA graphs replay what the GPU does. Copies of swapped blocks, and offloaded tensors, can't be."""
+        moves = self.blocks_to_swap or self.gradient_checkpointing_cpu_offload
+        return device.type == "cuda" and self.fuses(device) and not moves
 
     def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
         """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
@@ -192,13 +198,16 @@ def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None
         torch.backends.cudnn.benchmark = True
     if config.fuses(device):
         fuse_(dit, device, swapped=config.blocks_to_swap)
+    if config.records(device):
+        graph_forward_(dit)
     if config.compile:
         compile_blocks_(dit, config)
     if config.blocks_to_swap:
         swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
     if config.gradient_checkpointing != "none":
         only_needed = config.gradient_checkpointing == "auto"
-        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
+        random = not config.records(device) or any(getattr(module, "draws", False) for module in dit.modules())
+        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed, random)
 
 
 def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:

@@ -233,6 +233,7 @@ class Trainer:
 
     def _sample(self, suffix: str) -> None:
         if self.job.sampler is not None:
+            self.step.release_memory()
             for path in sorted(gather_object(self.job.sampler.draw(self.job.dit, suffix))):
                 if path.is_file():  # not when another machine has drawn it into a folder of its own
                     self.job.tracker.image(self.progress.step, path.stem, path)
@@ -253,6 +254,7 @@ class Trainer:
 
     def _validate(self) -> None:
         if self.validator is not None:
+            self.step.release_memory()
             self.job.tracker.scalars(self.progress.step, self.validator.scalars())
 
     def _stop(self, reason: str, exit_code: int) -> None:

@@ -3,9 +3,10 @@
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,6 +16,7 @@ from wan import one_frame
 from wan.config import TaskSpec
 from wan.dit import pad_text
 from wan.flow_matching import address_seed, flow_matching_loss, seeded
+from wan.graphs import GraphedGradients, Recorder
 from wan.lora import LoRANetwork
 from wan.sharding import whole
 from wan.timesteps import sample_noise_levels
@@ -55,6 +57,10 @@ class TrainingStep:
         self.task, self.options, self.seed = task, options, seed
         # Not accelerate's mixed precision: the DiT computes in the dtype of its weights, so there is nothing to cast.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=options.run.precision == "fp16")
+        self.graphs: GraphedGradients | None = None
+        alone = accelerator.distributed_type == DistributedType.NO and not self.scaler.is_enabled()
+        if alone and options.memory.records(accelerator.device) and not network.draws:
+            self.graphs = self.recorded()
 
     def run(self, batches: list[TrainingBatch], items: int, epoch: int, step: int, stop: bool) -> StepResult:
         """Forward and backward over this process's batches, then one update, as over one batch of all `items`.
@@ -65,11 +71,15 @@ class TrainingStep:
         torch.manual_seed(address_seed(self.seed, "dropout", step, accelerator.process_index))
         total = torch.zeros((), device=accelerator.device)
         for batch in batches:
-            with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
-                losses = self._losses(batch, epoch)
-                # Gradients are averaged over processes, while the mean that is wanted is over all items.
-                mean = losses.sum() * (accelerator.num_processes / items)
-                accelerator.backward(scaler.scale(mean))
+            noisy = self._noisy(batch, epoch)
+            # Gradients are averaged over processes, while the mean that is wanted is over all items.
+            factor = accelerator.num_processes / items
+            if self.graphs is not None:
+                losses = self._replayed(noisy, factor, keep=len(batches) > 1)
+            else:
+                with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
+                    losses = self.batch_loss(*noisy, self.options.noise.weighting_scheme)
+                    accelerator.backward(scaler.scale(losses.sum() * factor))
             total += losses.detach().sum()
         everywhere = accelerator.reduce(torch.stack([total, torch.tensor(float(stop), device=total.device)]))
         loss, stops = everywhere.tolist()
@@ -85,36 +95,60 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
 
+    def recorded(self, record: Recorder | None = None) -> GraphedGradients:
+        """Loss and gradients as CUDA graphs."""
+        loss = partial(flow_matching_loss, self.model, weighting_scheme=self.options.noise.weighting_scheme)
+        return GraphedGradients(loss, list(self.network.parameters()), record)
+
+    def release_memory(self) -> None:
+        """Give back what is kept between steps, for work of another kind."""
+        if self.graphs is not None:
+            self.graphs.release()
+
     def batch_loss(self, batch: TrainingBatch, noise: Tensor, t: Tensor, weighting_scheme: str = "none") -> Tensor:
         """Loss of each item, [B], at given noise [B, 16, F, H, W] and noise levels t [B]; inputs on any device."""
-        device, run = self.accelerator.device, self.options.run
-        frame_indices = batch.frame_indices
+        return flow_matching_loss(self.model, **self._tensors(batch, noise, t), weighting_scheme=weighting_scheme)
+
+    def _tensors(self, batch: TrainingBatch, noise: Tensor, t: Tensor) -> dict[str, Tensor | None]:
+        """Those of `flow_matching_loss`, on the device."""
+        run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = one_frame.natural_indices(frame_indices)
         weights = one_frame.loss_weights(
             batch.layouts, batch.condition, batch.target_masks, run.one_frame_loss == "target"
         )
-        return flow_matching_loss(
-            self.model,
-            latents=batch.latents.to(device),
-            condition=batch.condition.to(device),
-            text=pad_text(batch.text).to(device),
-            image=clip_for(batch, self.task.clip_images).to(device),
-            frame_indices=frame_indices.to(device),
-            noise=noise.to(device),
-            t=t.to(device),
-            weighting_scheme=weighting_scheme,
-            weights=None if weights is None else weights.to(device),
-        )
+        tensors = {
+            "latents": batch.latents,
+            "condition": batch.condition,
+            "text": pad_text(batch.text),
+            "image": clip_for(batch, self.task.clip_images),
+            "frame_indices": frame_indices,
+            "noise": noise,
+            "t": t,
+            "weights": weights,
+        }
+        device = self.accelerator.device
+        return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
 
-    def _losses(self, batch: TrainingBatch, epoch: int) -> Tensor:
+    def _noisy(self, batch: TrainingBatch, epoch: int) -> tuple[TrainingBatch, Tensor, Tensor]:
+        """What the epoch makes of a batch: with the targets drawn, if they are, and its noise and noise levels."""
         noise_config, target_range = self.options.noise, self.options.run.target_range
         if target_range is not None:
             batch = with_random_targets(batch, target_range, self.seed, epoch)
         generators = [seeded(self.seed, epoch, key) for key in batch.item_keys]
         t = sample_noise_levels(noise_config, tuple(batch.latents.shape[3:]), batch.uniform, generators)
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
-        return self.batch_loss(batch, noise, t, noise_config.weighting_scheme)
+        return batch, noise, t
+
+    def _replayed(self, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool) -> Tensor:
+        """Losses [B]; their gradients, times `factor`, are added up. keep: there are more batches before the update."""
+        losses, gradients = self.graphs(self._tensors(*noisy), torch.tensor(factor, device=self.accelerator.device))
+        for parameter, gradient in zip(self.graphs.parameters, gradients, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient is not None:
+                parameter.grad = gradient.clone() if keep else gradient
+        return losses
 
     def _clipped_norm(self) -> float:
         self.scaler.unscale_(self.optimizer.optimizer)
