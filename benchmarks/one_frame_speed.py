@@ -14,7 +14,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -154,9 +154,8 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
                 block.forward = original
             if mode != "none":
                 checkpoint_blocks_(dit, only_needed=mode == "auto", random=False)
-            loss, parameters = partial(flow_matching_loss, dit), list(network.parameters())
-            gradients = None if bench.tiny else GraphedGradients(loss, parameters)
-            step = partial(training_step, loss, parameters, gradients, optimizer, training_inputs(bench, *shape))
+            gradients = gradients_of(dit, network, recorded=not bench.tiny)
+            step = partial(training_step, network, gradients, optimizer, training_inputs(bench, *shape))
             step()  # a graph is recorded at the second step
             return step, ""
 
@@ -174,20 +173,19 @@ def optimizer_of(network: LoRANetwork) -> torch.optim.Optimizer:
     return build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
 
 
-def training_step(
-    loss: Callable[..., Tensor],
-    parameters: list[nn.Parameter],
-    gradients: GraphedGradients | None,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-) -> None:
-    if gradients is None:
-        loss(**tensors).mean().backward()
-    else:
-        _, found = gradients(tensors, torch.ones((), device=tensors["t"].device))
-        for parameter, gradient in zip(parameters, found, strict=True):
-            parameter.grad = gradient
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+def gradients_of(dit: WanDiT, network: LoRANetwork, recorded: bool) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+    """Gradients of the loss by what is trained, from its inputs."""
+    loss, parameters = partial(flow_matching_loss, dit), list(network.parameters())
+    if not recorded:
+        return lambda tensors: torch.autograd.grad(loss(**tensors).mean(), parameters)
+    replayed = GraphedGradients(loss, parameters)
+    return lambda tensors: replayed(tensors, torch.ones((), device=tensors["t"].device))[1]
+
+
+def training_step(network: LoRANetwork, gradients: Callable, optimizer, tensors: dict[str, Tensor]) -> None:
+    for parameter, gradient in zip(network.parameters(), gradients(tensors), strict=True):
+        parameter.grad = gradient
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

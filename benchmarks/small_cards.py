@@ -22,7 +22,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks.measure import Bench, last_line
-from benchmarks.one_frame_speed import NETWORK, forward, inputs, optimizer_of, training_inputs, training_step
+from benchmarks.one_frame_speed import (
+    NETWORK,
+    forward,
+    gradients_of,
+    inputs,
+    optimizer_of,
+    training_inputs,
+    training_step,
+)
 from benchmarks.random_model import SPECS, random_checkpoint
 from dataset.loader import BucketCount
 from wan.checkpoint import load_dit
@@ -59,13 +67,13 @@ def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callabl
         return partial(forward, dit, inputs(bench, side, side, 2, batch=2), StepCache())
     network = inject_lora_(dit, NETWORK, device=bench.device)
     prepare_(dit, memory, bench.device)
-    return partial(training_step, dit.train(), network, optimizer_of(network), training_inputs(bench, side, side, 2))
+    gradients = gradients_of(dit.train(), network, recorded=memory.records(bench.device))
+    return partial(training_step, network, gradients, optimizer_of(network), training_inputs(bench, side, side, 2))
 
 
-def measure(bench: Bench, kind: str, card: float, host: float, side: int) -> str:
+def measure(bench: Bench, name: str, kind: str, card: float, host: float, side: int) -> str:
     """One row."""
     plan = plan_for(bench, kind, card, host, side)
-    name = f"{kind}, {card:g} GB, host {host:g} GB"
     try:
         if not bench.tiny:
             torch.cuda.set_per_process_memory_fraction(card * 1e9 / torch.cuda.mem_get_info()[1])
@@ -82,16 +90,19 @@ def main() -> None:
     parser.add_argument("--size", choices=SPECS, default="14B")
     parser.add_argument("--side", type=int, default=1024, help="pixels")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose names contain one of these words")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
     side = 32 if arguments.size == "tiny" else arguments.side
-    bench = Bench(device, SPECS[arguments.size], arguments.repeat, [], None)
+    bench = Bench(device, SPECS[arguments.size], arguments.repeat, arguments.only, None)
     print("| card | options, and what they were expected to need | peak, GB | step, s |\n|---|---|---|---|")
     with random_checkpoint(bench.spec, device):
         for case in CARDS:
-            print(measure(bench, *case, side), flush=True)
-            bench.free()
+            name = "{}, {} GB, host {} GB".format(*case)
+            if bench.wants(name):
+                print(measure(bench, name, *case, side), flush=True)
+                bench.free()
 
 
 if __name__ == "__main__":

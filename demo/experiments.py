@@ -178,11 +178,15 @@ def run_trials(
         for number, trial in enumerate(trials)
         for seed in options.seeds
     ]
+
+    def measured(lesson: Lesson) -> list[float]:
+        values = measure(lesson, options.models.resolve(), out)
+        print(folder, lesson.name, *(f"{value:.4g}" for value in values), file=sys.stderr, flush=True)
+        return values
+
     queue = sorted(lessons, key=lambda lesson: -lesson.steps)  # so that no long one is left for the end
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = dict(
-            zip(queue, pool.map(lambda lesson: measure(lesson, options.models.resolve(), out), queue), strict=True)
-        )
+        found = dict(zip(queue, pool.map(measured, queue), strict=True))
     results = [found[lesson] for lesson in lessons]
     seeds = len(options.seeds)
     rows = []

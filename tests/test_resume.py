@@ -18,9 +18,11 @@ import wan_cache_text_encoder_outputs
 import wan_train_network
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
+from tests.test_graphs import Rerun
 from utils.cli import Stopped
 from utils.errors import ConfigError
-from wan import training
+from wan import graphs, training
+from wan.memory import TrainingMemoryConfig
 from wan.state import load_state
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +158,17 @@ def test_a_signal_finishes_the_step_saves_a_state_and_says_how_to_go_on(tmp_path
     assert caught.value.exit_code == 128 + number
     resumed = train(str(tmp_path / "stopped"), "--resume", "auto", steps=9)
     assert weights(resumed) == weights(straight) and metrics(resumed) == metrics(straight)
+
+
+@pytest.mark.parametrize("flags", [(), ("--gradient_accumulation_steps", "3")], ids=["one batch", "accumulation"])
+def test_a_run_with_cuda_graphs_equals_one_without(flags, tmp_path, monkeypatch):
+    flags = (*flags, "--network_dropout", "0", "--validation_split", "0.2", "--validate_every_n_steps", "4")
+    plain, record = train(str(tmp_path / "plain"), *flags, steps=12), Rerun()
+    monkeypatch.setattr(TrainingMemoryConfig, "records", lambda *_: True)
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda: record)
+    replayed = train(str(tmp_path / "replayed"), *flags, steps=12)
+    assert weights(replayed) == weights(plain) and metrics(replayed) == metrics(plain)
+    assert record.replayed > record.recorded > 1  # anew after each validation
 
 
 def test_steps_without_a_finite_loss_change_nothing_are_counted_and_end_the_run(tmp_path, monkeypatch, caplog):

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # work -> (what does it again, its result): `work` takes nothing and returns a tensor or several
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
-_MOST_TOKENS = 8192  # of a batch: with more, the GPU takes longer than Python
+_MOST_TOKENS = 4096  # of a batch: with more, an H100 takes longer than Python
 
 
 class CudaRecorder:
