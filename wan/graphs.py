@@ -4,6 +4,7 @@ With few tokens a GPU is done with its kernels faster than Python starts them, o
 writes the memory that it was recorded with: inputs are copied there, and a result lasts until the next call.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what compiling left in cycles may hold on to autograd's nodes, which belong to another stream
         pool = next((other.pool() for other in self._graphs), None)  # with the last of its graphs it is gone
         # Threads that load data may go on meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
