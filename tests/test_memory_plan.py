@@ -23,7 +23,7 @@ from tests.test_preview import FLAGS
 from utils import host
 from utils.errors import ConfigError
 from wan.config import DiTSpec
-from wan.footprint import frozen_bytes, largest_batch, training_parts, weightless_dit
+from wan.footprint import frozen_bytes, generation_parts, largest_batch, training_parts, weightless_dit
 from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
 from wan.memory_plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
 from wan.models import T5Config
@@ -72,6 +72,12 @@ def test_a_step_is_expected_to_need_what_was_measured_and_up_to_two_gib_more(opt
     dit, lora = weightless_dit(DIT_14B, torch.bfloat16, memory, NetworkConfig(network_dim=32))
     parts = training_parts(frozen_bytes(dit), lora, DIT_14B.spec, largest_batch([LARGE]), memory)
     assert measured < sum(parts.values()) / 2**30 < measured + 2
+
+
+def test_generation_is_expected_to_need_what_was_measured_within_half_a_gb():
+    dit, _ = weightless_dit(DIT_14B, torch.bfloat16, GenerationMemoryConfig(fp8_scaled=True))
+    parts = generation_parts(frozen_bytes(dit), DIT_14B.spec, 2 * 8192)
+    assert 21.1 - 0.5 < sum(parts.values()) / GB < 21.1 + 0.5  # what PyTorch had reserved on an H100
 
 
 def test_a_large_gpu_saves_nothing_that_it_need_not():

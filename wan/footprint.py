@@ -7,8 +7,9 @@ from torch import nn
 
 from dataset.loader import BucketCount
 from wan.block_swap import SLOTS
-from wan.config import PATCH, VAE_STRIDE, DiTSpec
+from wan.config import CLIP_TOKENS, PATCH, TEXT_LENGTH, VAE_STRIDE, DiTSpec
 from wan.dit import WanDiT
+from wan.fp8 import quantize
 from wan.guidance import GuidanceConfig
 from wan.lora import LoRANetwork, inject_lora_
 from wan.lora_files import LoRAFile
@@ -23,6 +24,8 @@ Parts = dict[str, float]  # what -> bytes
 _TRAINED_BYTES = 16  # per number: weight, gradient and the two moments of AdamW, float32
 _ACTIVATION_BYTES = 64  # per token and channel of a block whose activations are kept
 _CHECKPOINT_BYTES = 4  # per token and channel of a recomputed block: its float32 input
+_PROMPTS = 2  # that a guided step keeps keys and values of, in all blocks
+_KEPT_BYTES = 4  # of a key and a value in 16 bits
 _PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
 
 
@@ -35,7 +38,7 @@ def weightless_dit(
 ) -> tuple[WanDiT, LoRANetwork | None]:
     """On the meta device, what the options keep on the real one: of blocks in host memory the two that are in use.
 
-    Of a network all layers are trained, those of left-out blocks too. The scales of fp8 weights are not counted.
+    Of a network all layers are trained, those of left-out blocks too.
     """
     with torch.device("meta"):
         dit = WanDiT(config.spec).to(dtype).requires_grad_(False)
@@ -43,7 +46,10 @@ def weightless_dit(
     if memory.fp8_kind:
         for module in dit.blocks.modules():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.weight = nn.Parameter(module.weight.to(torch.float8_e4m3fn), requires_grad=False)
+                quantized, scale = quantize(module.weight, memory.fp8_kind)
+                module.weight = nn.Parameter(quantized, requires_grad=False)
+                if scale is not None:
+                    module.scale_weight = nn.Parameter(scale, requires_grad=False)
     dit.blocks = dit.blocks[: len(dit.blocks) - max(0, memory.blocks_to_swap - SLOTS)]
     return dit, made
 
@@ -95,7 +101,13 @@ def training_parts(
 
 def generation_parts(frozen: int, spec: DiTSpec, tokens: int) -> Parts:
     """The peak of denoising. tokens: of one forward pass."""
-    return {"DiT": frozen, "activations": tokens * spec.dim * _PASS_BYTES}
+    images = {"i2v": 1, "flf2v": 2}.get(spec.model_type, 0)
+    rows = _PROMPTS * (TEXT_LENGTH + images * CLIP_TOKENS)
+    return {
+        "DiT": frozen,
+        "keys and values": rows * spec.dim * spec.num_layers * _KEPT_BYTES,
+        "activations": tokens * spec.dim * _PASS_BYTES,
+    }
 
 
 def offloaded_bytes(spec: DiTSpec, tokens: int) -> int:
