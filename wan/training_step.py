@@ -16,7 +16,7 @@ from wan import one_frame
 from wan.config import TaskSpec
 from wan.dit import pad_text
 from wan.flow_matching import address_seed, flow_matching_loss, seeded
-from wan.graphs import GraphedGradients, Recorder
+from wan.graphs import GraphedGradients
 from wan.lora import LoRANetwork
 from wan.sharding import whole
 from wan.timesteps import sample_noise_levels
@@ -60,7 +60,8 @@ class TrainingStep:
         self.graphs: GraphedGradients | None = None
         alone = accelerator.distributed_type == DistributedType.NO and not self.scaler.is_enabled()
         if alone and options.memory.records(accelerator.device) and not network.draws:
-            self.graphs = self.recorded()
+            loss = partial(flow_matching_loss, model, weighting_scheme=options.noise.weighting_scheme)
+            self.graphs = GraphedGradients(loss, list(network.parameters()))
 
     def run(self, batches: list[TrainingBatch], items: int, epoch: int, step: int, stop: bool) -> StepResult:
         """Forward and backward over this process's batches, then one update, as over one batch of all `items`.
@@ -94,11 +95,6 @@ class TrainingStep:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
-
-    def recorded(self, record: Recorder | None = None) -> GraphedGradients:
-        """Loss and gradients as CUDA graphs."""
-        loss = partial(flow_matching_loss, self.model, weighting_scheme=self.options.noise.weighting_scheme)
-        return GraphedGradients(loss, list(self.network.parameters()), record)
 
     def release_memory(self) -> None:
         """Give back what is kept between steps, for work of another kind."""
