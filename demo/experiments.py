@@ -107,6 +107,13 @@ def teach(lesson: Lesson, models: Path, out: Path) -> None:
         run(command, out, out / lesson.name / "log.txt")
 
 
+def generate_again(lesson: Lesson, models: Path, out: Path, tests: str, flags: Sequence[str] = ()) -> list[Tensor]:
+    """With the LoRA that the lesson has taught: its pictures, in the folder `tests`. flags: more of generation."""
+    write_tests(lesson, out, tests)
+    run([*commands(lesson, models, tests)["edited"], *flags], out, out / lesson.name / "log.txt")
+    return outputs(lesson, out, "edited", tests)
+
+
 def edit_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     """The four means of `figures`."""
     teach(lesson, models, out)
@@ -118,9 +125,7 @@ def pinned_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     teach(lesson, models, out)
     free = judge(lesson, out)[1]
     tests = f"{lesson.name}/pinned"
-    write_tests(lesson, out, tests)
-    command = commands(lesson, models, tests)["edited"]
-    run([*command, "--pin_controls"], out, out / lesson.name / "log.txt")
+    generate_again(lesson, models, out, tests, ["--pin_controls"])
     pinned = judge(lesson, out, tests)[1]
     return [value for scores in (free, pinned) for _, value, *_ in figures(scores, Limits())[1::2]]
 
@@ -135,23 +140,18 @@ def fidelity(lesson: Lesson, models: Path, out: Path) -> list[float]:
 def mask_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     """`fidelity`, and what comes of other pictures behind the masks: PSNR to the outputs before, dB."""
     found = fidelity(lesson, models, out)
-    others, tests = replace(lesson, task=CUT_OUT[lesson.task]), f"{lesson.name}/others"
-    write_tests(others, out, tests)
-    run(commands(others, models, tests)["edited"], out, out / lesson.name / "log.txt")
-    pairs = zip(outputs(lesson, out, "edited"), outputs(others, out, "edited", tests), strict=True)
+    others = generate_again(replace(lesson, task=CUT_OUT[lesson.task]), models, out, f"{lesson.name}/others")
+    pairs = zip(outputs(lesson, out, "edited"), others, strict=True)
     return [*found, statistics.mean(psnr(*pair) for pair in pairs)]
 
 
 def precision_figures(lesson: Lesson, models: Path, out: Path) -> list[float]:
     """PSNR to the pictures of bfloat16, dB, for each of PRECISIONS."""
     teach(lesson, models, out)
-    pictures = {}
-    for name, flags in {"bfloat16": (), **PRECISIONS}.items():
-        tests = f"{lesson.name}/{name}"
-        write_tests(lesson, out, tests)
-        command = commands(lesson, models, tests)["edited"]
-        run([*command, "--dit_dtype", "bfloat16", *flags], out, out / lesson.name / "log.txt")
-        pictures[name] = outputs(lesson, out, "edited", tests)
+    pictures = {
+        name: generate_again(lesson, models, out, f"{lesson.name}/{name}", ["--dit_dtype", "bfloat16", *flags])
+        for name, flags in {"bfloat16": (), **PRECISIONS}.items()
+    }
     expected = pictures.pop("bfloat16")
     return [statistics.mean(map(psnr, found, expected)) for found in pictures.values()]
 
