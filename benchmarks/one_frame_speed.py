@@ -153,7 +153,7 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
             for block, original in zip(dit.blocks, originals, strict=True):
                 block.forward = original
             if mode != "none":
-                checkpoint_blocks_(dit, only_needed=mode == "auto", random=False)
+                checkpoint_blocks_(dit, only_needed=mode == "auto")
             gradients = gradients_of(dit, network, recorded=not bench.tiny)
             step = partial(training_step, network, gradients, optimizer, training_inputs(bench, *shape))
             step()  # a graph is recorded at the second step

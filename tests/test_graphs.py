@@ -147,7 +147,7 @@ def test_replayed_gradients_equal_plain_ones_while_the_weights_change(device, re
     network = with_lora(model)
     model = on_device(model, device)
     if recompute:
-        checkpoint_blocks_(model, random=False)
+        checkpoint_blocks_(model)
     parameters, loss = list(network.parameters()), partial(flow_matching_loss, model)
     gradients = GraphedGradients(loss, parameters, record)
     factor = torch.tensor(0.5, device=device)

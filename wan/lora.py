@@ -38,12 +38,8 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.rank_dropout, self.module_dropout = config.extra.rank_dropout, config.extra.module_dropout
+        self.draws = bool(self.rank_dropout or self.module_dropout)  # random numbers, in train mode
         self.enabled = True
-
-    @property
-    def draws(self) -> bool:
-        """Whether its output in train mode depends on random numbers."""
-        return bool(self.rank_dropout or self.module_dropout)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -98,14 +94,11 @@ class LoRALinear(AdaptedLinear):
             self.lora_down.weight.copy_(initial)
             self.lora_up.weight.zero_()
         self.dropout = config.network_dropout or 0.0
+        self.draws = self.draws or self.dropout > 0
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
-
-    @property
-    def draws(self) -> bool:
-        return super().draws or self.dropout > 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.draws or not (self.enabled and self.training):

@@ -206,8 +206,7 @@ def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None
         swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
     if config.gradient_checkpointing != "none":
         only_needed = config.gradient_checkpointing == "auto"
-        random = not config.records(device) or any(getattr(module, "draws", False) for module in dit.modules())
-        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed, random)
+        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
 
 
 def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:

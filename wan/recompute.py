@@ -14,20 +14,18 @@ _SPARE = 0.06  # of the device's memory: what no plan may use, for workspaces an
 _LATER_BYTES = 12  # per trained number: gradient and the two moments of AdamW, which the first step has yet to make
 
 
-def checkpoint_blocks_(
-    dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False, random: bool = True
-) -> None:
+def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False) -> None:
     """Recompute the activations of each of `dit.blocks` in the backward pass instead of keeping them.
 
     Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
     stream [B, L, dim]. cpu_offload: it waits in host memory. only_needed: the last blocks keep theirs, as many as fit,
-    which is found out for each size of batch; see `Planner`. random: blocks may draw random numbers, as for dropout; a
-    CUDA graph can't have that.
+    which is found out for each size of batch; see `Planner`.
     """
     planner = Planner(dit.blocks, partial(_free_memory, dit)) if only_needed else None
     for number, block in enumerate(dit.blocks):
         keep = block.forward
-        recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=random)
+        draws = any(getattr(module, "draws", False) for module in block.modules())  # LoRA layers with dropout
+        recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=draws)
         recompute = partial(_offloaded, recompute) if cpu_offload else recompute
         block.forward = partial(planner.run, number, keep, recompute) if planner else recompute
 
