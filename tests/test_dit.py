@@ -142,7 +142,8 @@ def test_calls_that_share_a_cache_give_what_they_give_without(kind):
         changed = inputs | {"latents": factor * inputs["latents"], "timesteps": factor * inputs["timesteps"]}
         assert torch.equal(model(**changed, cache=cache), model(**changed))
     kept = [context.kept for context in cache.prepared.contexts]
-    assert all(entry.keys.shape[:2] == (2, 512) for entry in kept) and kept[0].keys is not kept[1].keys
+    rows = {"t2v": 64, "i2v": 64 + 257, "flf2v": 64 + 514}[kind]
+    assert all(entry.keys.shape[:2] == (2, rows) for entry in kept) and kept[0].keys is not kept[1].keys
     cache.prepared.cos.zero_()
     assert not torch.equal(model(**inputs, cache=cache), model(**inputs))
 

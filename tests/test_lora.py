@@ -14,7 +14,7 @@ from wan.config import DiTSpec
 from wan.dit import WanDiT, pad_text
 from wan.lora import LoRALinear, inject_lora_, save_lora
 from wan.lora_files import add_change, lora_name, read_lora
-from wan.lora_product import LoRAProduct
+from wan.lora_product import lora_products
 from wan.memory import checkpoint_blocks_
 from wan.timesteps import add_noise, velocity_target
 
@@ -49,22 +49,32 @@ def test_a_training_step_gives_the_recorded_loss_and_gradients(prefix, indices):
 
 @pytest.mark.parametrize("x_needs_gradient", [True, False])
 @pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
-def test_layer_and_lora_as_one_operation_have_the_gradients_of_autograd(shape, x_needs_gradient):
+@pytest.mark.parametrize("ranks", [(3,), (3, 1, 4)], ids=str)
+def test_layers_of_one_input_and_their_lora_as_one_operation_have_the_gradients_of_autograd(
+    ranks, shape, x_needs_gradient
+):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    weight, bias, x = draw(24, 16), draw(24), draw(*shape).requires_grad_(x_needs_gradient)
-    down, up = draw(3, 16).requires_grad_(), draw(24, 3).requires_grad_()
-    wanted = [down, up, *([x] if x_needs_gradient else [])]
-    outputs = (
-        LoRAProduct.apply(x, weight, None, None, bias, down, up, 0.7),
-        x @ (weight + 0.7 * up @ down).T + bias,
-    )
-    found, expected = ((out, *torch.autograd.grad(out.sin().sum(), wanted)) for out in outputs)
-    for one, other in zip(found, expected, strict=True):
-        assert_close(one, other, rtol=1e-12, atol=1e-12)
+    def layer(rank):
+        made = LoRALinear(nn.Linear(16, 24).double(), rank, 0.7 * rank, config(), torch.device("cpu"), None).double()
+        made.base.requires_grad_(False)
+        made.lora_up.weight.data = draw(24, rank)
+        return made
+
+    x, layers = draw(*shape).requires_grad_(x_needs_gradient), [layer(rank) for rank in ranks]
+    wanted = [*(m for one in layers for m in one.trained.values()), *([x] if x_needs_gradient else [])]
+    results = []
+    for outputs in (
+        lora_products(x, layers),
+        [x @ (one.base.weight + 0.7 * one.lora_up.weight @ one.lora_down.weight).T + one.base.bias for one in layers],
+    ):
+        loss = sum((i + out).sin().sum() for i, out in enumerate(outputs))
+        results.append([*outputs, *torch.autograd.grad(loss, wanted)])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("image_dim", "per_block"), [(160, 12), (None, 10)])

@@ -4,6 +4,7 @@ Precision follows the official code without autocast: time embedding, modulation
 stream and the head are float32; the other layers run in the dtype of the weights (`WanDiT.dtype`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,12 +31,6 @@ def pad_text(embeddings: list[Tensor]) -> Tensor:
         raise ValueError(f"text embedding of {longest} tokens; at most {TEXT_LENGTH} fit")
     rows = min((longest // _ROWS_OF_TEXT + 1) * _ROWS_OF_TEXT, TEXT_LENGTH)
     return torch.stack([F.pad(embedding, (0, 0, 0, rows - len(embedding))) for embedding in embeddings])
-
-
-def _repeat_last(x: Tensor) -> Tensor:
-    """[B, rows, dim] -> [B, TEXT_LENGTH, dim]: the last row stands for all that are missing."""
-    missing = TEXT_LENGTH - x.shape[1]
-    return torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x
 
 
 def timestep_features(timesteps: Tensor, dim: int) -> Tensor:
@@ -71,12 +66,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 class KeysValues(NamedTuple):
-    """What cross attention makes of its context, [B, L', N, D] each; those of the image are None in t2v."""
+    """What cross attention makes of its context, [B, rows, N, D] each: first the rows of the text."""
 
     keys: Tensor
     values: Tensor
-    image_keys: Tensor | None
-    image_values: Tensor | None
+    text_rows: int
+
+    @property
+    def repeats(self) -> int:
+        """How many rows the last one of the text stands for."""
+        return TEXT_LENGTH - self.text_rows + 1
+
+    @property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all TEXT_LENGTH rows."""
+        return tuple(
+            torch.cat([x[:, : self.text_rows], x[:, self.text_rows - 1, None].expand(-1, self.repeats - 1, -1, -1)], 1)
+            for x in (self.keys, self.values)
+        )
+
+    @property
+    def image(self) -> tuple[Tensor, Tensor]:
+        """Keys and values; of no row in t2v."""
+        return self.keys[:, self.text_rows :], self.values[:, self.text_rows :]
 
 
 @dataclass
@@ -107,6 +119,11 @@ class StepCache:
     """For several calls with the same text, image and frame indices: the first one fills it, the others reuse it."""
 
     prepared: Prepared | None = None
+
+
+def run_layers(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+    """What each of the layers makes of x."""
+    return [layer(x) for layer in layers]
 
 
 def split_heads(x: Tensor) -> Tensor:
@@ -141,28 +158,30 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def keys_values(self, context: Context) -> KeysValues:
-        """Those that `context` has kept, or else new ones."""
+    def keys_values(self, context: Context, run: Callable[..., Sequence[Tensor]] = run_layers) -> KeysValues:
+        """Those that `context` has kept, or else new ones. run: see `run_layers`."""
         if context.kept is not None:
             return context.kept
         image, text = context.tokens[:, : -context.text_rows], context.tokens[:, -context.text_rows :]
-        keys, values = _repeat_last(self.norm_k(self.k(text))), _repeat_last(self.v(text))
-        made = KeysValues(split_heads(keys), split_heads(values), None, None)
+        keys, values = run(text, self.k, self.v)
+        keys = self.norm_k(keys)
         if self.has_image:
-            keys, values = split_heads(self.norm_k_img(self.k_img(image))), split_heads(self.v_img(image))
-            made = KeysValues(made.keys, made.values, keys, values)
+            image_keys, image_values = run(image, self.k_img, self.v_img)
+            keys = torch.cat([keys, self.norm_k_img(image_keys)], dim=1)
+            values = torch.cat([values, image_values], dim=1)
+        made = KeysValues(split_heads(keys), split_heads(values), context.text_rows)
         if context.keep:
             context.kept = made
         return made
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, L, dim]. Returns [B, L, dim]."""
-        keys, values, image_keys, image_values = self.keys_values(context)
-        q = split_heads(self.norm_q(self.q(x)))
-        out = self.attention(q, keys, values)
-        if self.has_image:
-            out = out + self.attention(q, image_keys, image_values)
-        return self.o(out.flatten(2))
+        return self.o(self.look_at(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
+
+    def look_at(self, q: Tensor, seen: KeysValues) -> Tensor:
+        """What q [B, L, N, D] finds in the text and, added to it, in the image, of the same shape."""
+        found = self.attention(q, *seen.text)
+        return found + self.attention(q, *seen.image) if self.has_image else found
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ wan/dit.py is the reference. What differs is rounding: a normalisation and what 
 after each step, so that the error against float64 is no larger.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,8 +16,21 @@ from torch import Tensor, nn
 
 from wan.attention import cudnn, sdpa
 from wan.config import PATCH
-from wan.dit import Block, Context, CrossAttention, Head, Linear32, SelfAttention, WanDiT, split_heads
+from wan.dit import (
+    Block,
+    Context,
+    CrossAttention,
+    Head,
+    KeysValues,
+    Linear32,
+    SelfAttention,
+    WanDiT,
+    run_layers,
+    split_heads,
+)
 from wan.fp8 import Fp8Linear, Rows8, product_of_rows
+from wan.lora import LoRALinear
+from wan.lora_product import cast_low_rank, lora_products
 
 _AMPERE = (8, 0)  # the compute capability from which GPUs compute in bfloat16
 _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the fastest of torch's
@@ -104,18 +118,40 @@ class _FusedBlock:
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation.float() + modulation).unbind(1)
         x, h = run.residual_norm(x.contiguous(), None, None, scale, shift, eps, True, dtype)
+        layers = self.layers_with_lora(dtype)
         own = block.self_attn
-        q = run.rms_rope(own.q(h), own.norm_q.weight, cos, sin, own.norm_q.eps)
-        k = run.rms_rope(own.k(h), own.norm_k.weight, cos, sin, own.norm_k.eps)
-        h = own.o(own.attention(split_heads(q), split_heads(k), split_heads(own.v(h))).flatten(2))
+        q, k, v = layers(h, own.q, own.k, own.v)
+        q = run.rms_rope(q, own.norm_q.weight, cos, sin, own.norm_q.eps)
+        k = run.rms_rope(k, own.norm_k.weight, cos, sin, own.norm_k.eps)
+        (h,) = layers(own.attention(split_heads(q), split_heads(k), split_heads(v)).flatten(2), own.o)
 
         norm, cross = block.norm3, block.cross_attn
         x, h = run.residual_norm(x, h, gate, norm.weight[None], norm.bias[None], eps, False, dtype)
-        q = split_heads(run.rms_rope(cross.q(h), cross.norm_q.weight, None, None, cross.norm_q.eps))
-        outputs = self.look_at(q, context)
-        h = cross.o((outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]).flatten(2))
+        (q,) = layers(h, cross.q)
+        q = split_heads(run.rms_rope(q, cross.norm_q.weight, None, None, cross.norm_q.eps))
+        (h,) = layers(self.look_at(q, cross.keys_values(context, layers)).flatten(2), cross.o)
         x, h = run.residual_norm(x, h, None, ffn_scale, ffn_shift, eps, True, dtype)
-        return run.residual_add(x, block.ffn(h), ffn_gate)
+        first, gelu, last = block.ffn
+        (h,) = layers(h, first)
+        (h,) = layers(gelu(h), last)
+        return run.residual_add(x, h, ffn_gate)
+
+    def layers_with_lora(self, dtype: torch.dtype) -> Callable[..., Sequence[Tensor]]:
+        """What takes the place of `run_layers`: layers of one input, all with LoRA, are one operation in `dtype`.
+
+        Called in each pass, before any of them: the LoRA matrices of the block are cast together.
+        """
+        own, cross, (first, _, last) = self.block.self_attn, self.block.cross_attn, self.block.ffn
+        groups = [(own.q, own.k, own.v), (own.o,), (cross.q,), (cross.k, cross.v), (cross.o,), (first,), (last,)]
+        if cross.has_image:
+            groups.append((cross.k_img, cross.v_img))
+        groups = [group for group in groups if all(isinstance(one, LoRALinear) and one.beside for one in group)]
+        cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
+
+        def run(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+            return lora_products(x, layers, cast[layers]) if layers in cast else run_layers(x, *layers)
+
+        return run
 
     def infer(self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Residual:
         """Writes over x."""
@@ -135,16 +171,16 @@ class _FusedBlock:
         norm, cross = block.norm3, block.cross_attn
         h = norm_(h, gate, norm.weight[None], norm.bias[None], False, cross.q)
         q = run.rms_rope_(self.apply(cross.q, h), cross.norm_q.weight, None, None, cross.norm_q.eps)
-        h = self.apply(cross.o, *(output.flatten(2) for output in self.look_at(split_heads(q), context)))
+        h = self.apply(cross.o, self.look_at(split_heads(q), cross.keys_values(context)).flatten(2))
         h = norm_(h, None, ffn_scale, ffn_shift, True, block.ffn[0])
         return Residual(x, self.feed_forward(h), ffn_gate)
 
-    def look_at(self, q: Tensor, context: Context) -> list[Tensor]:
-        """q [B, L, N, D] -> what it finds in the text and, where there is one, the image, of the same shape."""
+    def look_at(self, q: Tensor, seen: KeysValues) -> Tensor:
+        """As `CrossAttention.look_at`; what the user chose for attention serves here too."""
         cross = self.block.cross_attn
-        keys, values, image_keys, image_values = cross.keys_values(context)
-        found = [cross.attention(q, keys, values)]
-        return [*found, cross.attention(q, image_keys, image_values)] if cross.has_image else found
+        if cross.attention in (sdpa, cudnn):
+            return self.operations.cross_attention(q, seen.keys, seen.values, seen.text_rows, seen.repeats)
+        return cross.look_at(q, seen)
 
     def project(self, h: Tensor | Rows8) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [B, L, dim], in one product where their weights can lie in one matrix."""
@@ -169,12 +205,11 @@ class _FusedBlock:
             return last(self.operations.linear_gelu(h, first.weight, first.bias))
         return last(gelu(self.apply(first, h)))
 
-    def apply(self, layer: nn.Module, h: Tensor | Rows8, other: Tensor | None = None) -> Tensor:
-        """`layer` of h + other."""
+    def apply(self, layer: nn.Module, h: Tensor | Rows8) -> Tensor:
         if _takes_rows(layer):
-            rows = h if isinstance(h, Rows8) else self.operations.quantized(h, other)
+            rows = h if isinstance(h, Rows8) else self.operations.quantized(h)
             return product_of_rows(rows, Rows8(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
-        return layer(h if other is None else h.add_(other))
+        return layer(h)
 
 
 def _takes_rows(layer: nn.Module) -> bool:

@@ -4,6 +4,8 @@ x is the float32 residual stream [B, L, dim]; gate, scale and shift are [B or 1,
 Names that end in _ write their result over their input.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from wan.fp8 import Rows8, quantize_rows
 from wan.rope import apply_rope
 
 __all__ = [
-    *("linear32", "linear_gelu", "quantized"),
+    *("cross_attention", "linear32", "linear_gelu", "quantized"),
     *("residual_add", "residual_norm", "residual_norm_", "rms_rope", "rms_rope_"),
 ]
 
@@ -83,7 +85,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def quantized(x: Tensor, other: Tensor | None = None, gelu: bool = False) -> Rows8:
-    """x, or x + other, or gelu(x) in its tanh form, quantised row by row."""
-    x = x.float() if other is None else x.float() + other.float()
-    return quantize_rows(F.gelu(x, approximate="tanh") if gelu else x)
+def quantized(x: Tensor, gelu: bool = False) -> Rows8:
+    """x, or gelu(x) in its tanh form, quantised row by row."""
+    return quantize_rows(F.gelu(x.float(), approximate="tanh") if gelu else x)
+
+
+def cross_attention(q: Tensor, keys: Tensor, values: Tensor, text_rows: int, repeats: int) -> Tensor:
+    """Attention of q [B, L, N, D] to the text plus that to the image: [B, L, N, D].
+
+    keys, values: [B, rows, N, D], the first `text_rows` those of the text, whose last row counts `repeats` times.
+    """
+    counts = torch.zeros(text_rows, dtype=q.dtype, device=q.device)
+    counts[-1] = math.log(repeats)
+    q, keys, values = (tensor.transpose(1, 2) for tensor in (q, keys, values))
+    text, image = slice(None, text_rows), slice(text_rows, None)
+    found = F.scaled_dot_product_attention(q, keys[:, :, text], values[:, :, text], counts.expand(q.shape[2], -1))
+    if keys.shape[2] > text_rows:
+        found = found + F.scaled_dot_product_attention(q, keys[:, :, image], values[:, :, image])
+    return found.transpose(1, 2)

@@ -11,11 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wan.attention_kernels import cross_attention
 from wan.fp8 import FP8, SMALLEST_ROW, Rows8
 
 __all__ = [
-    *("channel_norm", "linear32", "linear_gelu", "quantized", "softmax"),
-    *("residual_add", "residual_norm", "residual_norm_", "rms_rope", "rms_rope_"),
+    "channel_norm",
+    "cross_attention",
+    "linear32",
+    "linear_gelu",
+    "quantized",
+    "residual_add",
+    "residual_norm",
+    "residual_norm_",
+    "rms_rope",
+    "rms_rope_",
+    "softmax",
 ]
 _FP8_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
@@ -341,28 +351,21 @@ def rms_rope(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, 
 
 
 @triton.jit
-def _quantize_kernel(x, other, out, scales, dim, ADD: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_kernel(x, out, scales, dim, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < dim
     value = tl.load(x + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(other + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     if GELU:  # x (1 + tanh(z)) / 2 = x sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x^3)
         value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
     _store_rows8(out, scales, row, dim, columns, mask, value)
 
 
-def quantized(x: Tensor, other: Tensor | None = None, gelu: bool = False) -> Rows8:
+def quantized(x: Tensor, gelu: bool = False) -> Rows8:
     """See wan/fused_plain.py."""
-    x, other = x.contiguous(), None if other is None else other.contiguous()
+    x = x.contiguous()
     rows = Rows8(torch.empty(x.shape, dtype=FP8, device=x.device), torch.empty(*x.shape[:-1], 1, device=x.device))
-    _launch(
-        *(_quantize_kernel, _rows(x), x.shape[-1]),
-        *(x, _or(other, x), *rows, x.shape[-1]),
-        ADD=other is not None,
-        GELU=gelu,
-    )
+    _launch(_quantize_kernel, _rows(x), x.shape[-1], x, *rows, x.shape[-1], GELU=gelu)
     return rows
 
 

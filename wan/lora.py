@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
-from wan.fp8 import Fp8Linear
 from wan.lora_files import LoRAFile, LoRAModule, add_change, lora_name, parse_lora, weight_change, write_lora
-from wan.lora_product import LoRAProduct
+from wan.lora_product import lora_products
 from wan.network_options import NetworkConfig
 from wan.sharding import shared_like, whole
 
@@ -100,15 +99,13 @@ class LoRALinear(AdaptedLinear):
     def trained(self) -> dict[str, nn.Parameter]:
         return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
 
+    @property
+    def beside(self) -> bool:
+        """Whether `lora_products` computes what the layer is to return now."""
+        return self.enabled and self.training and not self.draws
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.draws or not (self.enabled and self.training):
-            return super().forward(x)
-        base, matrices = self.base, [matrix.to(x.dtype) for matrix in (self.lora_down.weight, self.lora_up.weight)]
-        if isinstance(base, Fp8Linear):
-            weight = base.quantized, base.scale_weight, base.compute_dtype
-        else:
-            weight = base.weight, None, None
-        return LoRAProduct.apply(x, *weight, base.bias, *matrices, self.scale)
+        return lora_products(x, [self])[0] if self.beside else super().forward(x)
 
     def branch(self, x: Tensor) -> Tensor:
         low = F.dropout(F.linear(x, self.lora_down.weight.to(x.dtype)), self.dropout)

@@ -1,47 +1,103 @@
-"""A frozen linear layer and the LoRA beside it as one operation."""
+"""Frozen linear layers of one input and the LoRA beside each, as one operation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from wan.fp8 import dequantize
+from wan.fp8 import Fp8Linear, dequantize
 
 
-class LoRAProduct(torch.autograd.Function):
-    """x weight^T + bias + scale (x down^T) up^T in the dtype of x, with gradients for x, down and up.
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The trained matrices of layers that have one input, in the dtype that products are computed in."""
 
-    stored: the weight, or its fp8 numbers with their `fp8_scale`, which are turned into `fp8_dtype` for each product.
-    Beside them it keeps x and x down^T, and it adds in place: nothing else as large as input or output is made.
+    downs: Tensor  # [ranks of all layers, in], each times the scale of its layer
+    ups: list[Tensor]  # [out, rank] per layer
+
+
+@torch.no_grad()
+def cast_low_rank(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> list[LowRank]:
+    """Those of each group of `wan.lora.LoRALinear`, by few kernels for all of them."""
+    made, sources, targets, scales = [], [], [], []
+    for layers in groups:
+        downs, ups = [layer.lora_down.weight for layer in layers], [layer.lora_up.weight for layer in layers]
+        ranks = [len(down) for down in downs]
+        one = LowRank(downs[0].new_empty(sum(ranks), downs[0].shape[1], dtype=dtype), [])
+        one.ups.extend(torch.empty_like(up, dtype=dtype) for up in ups)
+        sources += [*downs, *ups]
+        targets += [*one.downs.split(ranks), *one.ups]
+        scales += [*(layer.scale for layer in layers), *[1.0] * len(ups)]
+        made.append(one)
+    torch._foreach_copy_(targets, torch._foreach_mul(sources, scales))
+    return made
+
+
+def lora_products(x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank | None = None) -> tuple[Tensor, ...]:
+    """x weight^T + bias + scale (x down^T) up^T in the dtype of x for each of some `wan.lora.LoRALinear`.
+
+    x: [..., in]. low_rank: what `cast_low_rank` makes of the layers, if that has been done already. Gradients reach x,
+    down and up, the latter in float32.
     """
+    low_rank = low_rank or cast_low_rank([layers], x.dtype)[0]
+    matrices = [matrix for layer in layers for matrix in (layer.lora_down.weight, layer.lora_up.weight)]
+    return _LoRAProducts.apply(x, layers, low_rank, *matrices)
+
+
+class _LoRAProducts(torch.autograd.Function):
+    """Beside weights and matrices it keeps x and x down^T, and it adds in place: nothing else as large is made."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        stored: Tensor,
-        fp8_scale: Tensor | None,
-        fp8_dtype: torch.dtype | None,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scale: float,
-    ) -> Tensor:
-        weight = stored if fp8_dtype is None else dequantize(stored, fp8_scale, fp8_dtype)
-        low, out = F.linear(x, down), F.linear(x, weight, bias)
-        out.flatten(0, -2).addmm_(low.flatten(0, -2), up.t(), alpha=scale)
-        ctx.save_for_backward(x, stored, fp8_scale, down, up, low)
-        ctx.scale, ctx.fp8_dtype = scale, fp8_dtype
-        return out
+    def forward(ctx, x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank, *matrices: Tensor):
+        rows = x.flatten(0, -2)
+        low = rows @ low_rank.downs.t()
+        ctx.ranks, ctx.scales = [up.shape[1] for up in low_rank.ups], [layer.scale for layer in layers]
+        stored, outs = [], []
+        for layer, up, part in zip(layers, low_rank.ups, low.split(ctx.ranks, dim=1), strict=True):
+            weight = _stored(layer.base)
+            out = F.linear(rows, _usable(*weight), layer.base.bias).addmm_(part, up.t())
+            outs.append(out.unflatten(0, x.shape[:-1]))
+            stored += weight[:2]
+        ctx.fp8_dtypes = [_stored(layer.base)[2] for layer in layers]
+        ctx.save_for_backward(x, low, low_rank.downs, *low_rank.ups, *stored)
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        x, stored, fp8_scale, down, up, low = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        low_gradient = (rows @ up).mul_(ctx.scale)
+    def backward(ctx, *gradients: Tensor):
+        x, low, downs, *rest = ctx.saved_tensors
+        ups, stored = rest[: len(gradients)], rest[len(gradients) :]
+        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        low_gradients = [gradient @ up for gradient, up in zip(rows, ups, strict=True)]
+        low_gradient = low_gradients[0] if len(rows) == 1 else torch.cat(low_gradients, dim=1)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            weight = stored if ctx.fp8_dtype is None else dequantize(stored, fp8_scale, ctx.fp8_dtype)
-            x_gradient = (rows @ weight).addmm_(low_gradient, down).unflatten(0, gradient.shape[:-1])
-        down_gradient = low_gradient.t() @ x.flatten(0, -2)
-        up_gradient = (rows.t() @ low.flatten(0, -2)).mul_(ctx.scale)
-        return x_gradient, None, None, None, None, down_gradient, up_gradient, None
+            x_gradient = low_gradient @ downs
+            for gradient, weight, scale, dtype in zip(rows, stored[::2], stored[1::2], ctx.fp8_dtypes, strict=True):
+                x_gradient.addmm_(gradient, _usable(weight, scale, dtype))
+            x_gradient = x_gradient.unflatten(0, x.shape[:-1])
+        down_gradients = _product32(low_gradient.t(), x.flatten(0, -2)).split(ctx.ranks)
+        torch._foreach_mul_(down_gradients, ctx.scales)
+        parts = low.split(ctx.ranks, dim=1)
+        up_gradients = [_product32(gradient.t(), part) for gradient, part in zip(rows, parts, strict=True)]
+        pairs = zip(down_gradients, up_gradients, strict=True)
+        return x_gradient, None, None, *(gradient for pair in pairs for gradient in pair)
+
+
+def _stored(base: nn.Module) -> tuple[Tensor, Tensor | None, torch.dtype | None]:
+    """The weight of a frozen layer, or its fp8 numbers with their scale and the dtype that they are computed in."""
+    if isinstance(base, Fp8Linear):
+        return base.quantized, base.scale_weight, base.compute_dtype
+    return base.weight, None, None
+
+
+def _usable(stored: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return stored if dtype is None else dequantize(stored, scale, dtype)
+
+
+def _product32(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 where they have 16 bits; cuBLAS does not round its sums before."""
+    if a.itemsize > 2:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
