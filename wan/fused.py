@@ -5,6 +5,7 @@ after each step, so that the error against float64 is no larger.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -31,6 +32,7 @@ from wan.dit import (
 from wan.fp8 import Fp8Linear, Rows8, product_of_rows
 from wan.lora import LoRALinear
 from wan.lora_product import cast_low_rank, lora_products
+from wan.recompute import is_recomputing, made_again
 
 _AMPERE = (8, 0)  # the compute capability from which GPUs compute in bfloat16
 _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the fastest of torch's
@@ -103,37 +105,70 @@ class _FusedBlock:
         self.norms = [block.norm3, attention.norm_q, attention.norm_k, cross.norm_q, block]
 
     def __call__(
-        self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor
+        self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor, lean: bool = False
     ) -> Tensor | Residual:
-        """As `Block.forward`; without gradients the last addition is left to who reads the result."""
+        """As `Block.forward`; without gradients the last addition is left to who reads the result.
+
+        lean: of what backward needs, normalisations, rotations and GELU are made again.
+        """
         if not torch.is_grad_enabled():
             return self.infer(x, modulation, context, cos, sin)
         trained = any(parameter.requires_grad for norm in self.norms for parameter in norm.parameters(recurse=False))
         if trained or modulation.requires_grad:  # the kernels have gradients for neither
             return self.plain(x, modulation, context, cos, sin)
-        return self.train(x, modulation, context, cos, sin)
+        return self.train(x, modulation, context, cos, sin, made_again if lean else _kept)
 
-    def train(self, x: Tensor, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Tensor:
-        """Every operation has a gradient."""
+    def lean(self, *inputs: Tensor | Context) -> Tensor:
+        """The forward pass that keeps less for backward; see wan/recompute.py."""
+        return self(*inputs, lean=True)
+
+    def train(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        context: Context,
+        cos: Tensor,
+        sin: Tensor,
+        again: Callable[..., AbstractContextManager[None]],
+    ) -> Tensor:
+        """Every operation has a gradient. again: `made_again`, or what takes its place where tensors are kept."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation.float() + modulation).unbind(1)
-        x, h = run.residual_norm(x.contiguous(), None, None, scale, shift, eps, True, dtype)
         layers = self.layers_with_lora(dtype)
-        own = block.self_attn
-        q, k, v = layers(h, own.q, own.k, own.v)
-        q = run.rms_rope(q, own.norm_q.weight, cos, sin, own.norm_q.eps)
-        k = run.rms_rope(k, own.norm_k.weight, cos, sin, own.norm_k.eps)
-        (h,) = layers(own.attention(split_heads(q), split_heads(k), split_heads(v)).flatten(2), own.o)
 
-        norm, cross = block.norm3, block.cross_attn
-        x, h = run.residual_norm(x, h, gate, norm.weight[None], norm.bias[None], eps, False, dtype)
-        (q,) = layers(h, cross.q)
-        q = split_heads(run.rms_rope(q, cross.norm_q.weight, None, None, cross.norm_q.eps))
-        (h,) = layers(self.look_at(q, cross.keys_values(context, layers)).flatten(2), cross.o)
-        x, h = run.residual_norm(x, h, None, ffn_scale, ffn_shift, eps, True, dtype)
+        def norm(x, addend, gate, *settings):
+            x, h = run.residual_norm(x, addend, gate, *settings, dtype)
+            return x, (h, lambda: run.residual_norm(x, None, None, *settings, dtype)[1])
+
+        def rotate(y, norm, *angles):
+            work = partial(run.rms_rope, y, norm.weight, *angles, norm.eps)
+            return work(), work
+
+        own = block.self_attn
+        x, normed = norm(x.contiguous(), None, None, scale, shift, eps, True)
+        with again(normed):
+            q, k, v = layers(normed[0], own.q, own.k, own.v)
+        q, k = rotate(q, own.norm_q, cos, sin), rotate(k, own.norm_k, cos, sin)
+        with again(q, k):
+            h = own.attention(split_heads(q[0]), split_heads(k[0]), split_heads(v)).flatten(2)
+        (h,) = layers(h, own.o)
+
+        weights, cross = block.norm3, block.cross_attn
+        x, normed = norm(x, h, gate, weights.weight[None], weights.bias[None], eps, False)
+        with again(normed):
+            (q,) = layers(normed[0], cross.q)
+        q, seen = rotate(q, cross.norm_q, None, None), cross.keys_values(context, layers)
+        with again(q):
+            h = self.look_at(split_heads(q[0]), seen).flatten(2)
+        (h,) = layers(h, cross.o)
+
+        x, normed = norm(x, h, None, ffn_scale, ffn_shift, eps, True)
         first, gelu, last = block.ffn
-        (h,) = layers(h, first)
-        (h,) = layers(gelu(h), last)
+        with again(normed):
+            (h,) = layers(normed[0], first)
+        hidden = gelu(h), partial(gelu, h)
+        with again(hidden):
+            (h,) = layers(hidden[0], last, read=not is_recomputing())
         return run.residual_add(x, h, ffn_gate)
 
     def layers_with_lora(self, dtype: torch.dtype) -> Callable[..., Sequence[Tensor]]:
@@ -148,8 +183,8 @@ class _FusedBlock:
         groups = [group for group in groups if all(isinstance(one, LoRALinear) and one.beside for one in group)]
         cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
 
-        def run(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-            return lora_products(x, layers, cast[layers]) if layers in cast else run_layers(x, *layers)
+        def run(x: Tensor, *layers: nn.Module, read: bool = True) -> Sequence[Tensor]:
+            return lora_products(x, layers, cast[layers], read) if layers in cast else run_layers(x, *layers)
 
         return run
 
@@ -210,6 +245,11 @@ class _FusedBlock:
             rows = h if isinstance(h, Rows8) else self.operations.quantized(h)
             return product_of_rows(rows, Rows8(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
         return layer(h)
+
+
+def _kept(*made: tuple[Tensor, Callable[[], Tensor]]) -> AbstractContextManager[None]:
+    """In place of `made_again`: autograd keeps the tensors themselves."""
+    return nullcontext()
 
 
 def _takes_rows(layer: nn.Module) -> bool:

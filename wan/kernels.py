@@ -31,10 +31,11 @@ _FP8_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
 
 
-def _launch(kernel, programs: int, dim: int, *arguments, **constants) -> None:
+def _launch(kernel, programs: int, dim: int, *arguments, numbers_per_warp: int = 1024, **constants) -> None:
     """Run `kernel` with as many threads as a row of `dim` numbers keeps busy."""
     block = triton.next_power_of_2(dim)
-    kernel[(programs,)](*arguments, BLOCK=block, num_warps=min(max(block // 1024, 1), 16), **constants)
+    warps = min(max(block // numbers_per_warp, 1), 16)
+    kernel[(programs,)](*arguments, BLOCK=block, num_warps=warps, **constants)
 
 
 def _rows(x: Tensor) -> int:
@@ -194,13 +195,14 @@ class _ResidualNorm(torch.autograd.Function):
         new = torch.empty_like(x) if add else x
         out = torch.empty(x.shape, dtype=dtype, device=x.device) if norm else None
         _residual_norm(x, addend, gate, scale, shift, eps, modulated, new, out)
-        ctx.save_for_backward(new if norm else None, gate, scale)
+        ctx.save_for_backward(new if norm else None)
+        ctx.modulation = gate, scale  # not saved: a block that is made again ends with the last tensor that is
         ctx.settings = eps, modulated, addend.dtype if add else None
         return new if add else x.view_as(x), out
 
     @staticmethod
     def backward(ctx, grad_x, grad_out):
-        x, gate, scale = ctx.saved_tensors
+        (x,), (gate, scale) = ctx.saved_tensors, ctx.modulation
         eps, modulated, addend_dtype = ctx.settings
         norm, add = x is not None, addend_dtype is not None
         grad_x = grad_x.contiguous()
@@ -213,6 +215,7 @@ class _ResidualNorm(torch.autograd.Function):
             *(_residual_norm_backward_kernel, _rows(grad_x), grad_x.shape[-1]),
             *(*tensors, grad, _or(grad_addend, grad), *sizes),
             **constants,
+            numbers_per_warp=2048,
         )
         return grad, grad_addend, None, None, None, None, None, None
 

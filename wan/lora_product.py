@@ -35,29 +35,37 @@ def cast_low_rank(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> 
     return made
 
 
-def lora_products(x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank | None = None) -> tuple[Tensor, ...]:
+def lora_products(
+    x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank | None = None, read: bool = True
+) -> tuple[Tensor, ...]:
     """x weight^T + bias + scale (x down^T) up^T in the dtype of x for each of some `wan.lora.LoRALinear`.
 
-    x: [..., in]. low_rank: what `cast_low_rank` makes of the layers, if that has been done already. Gradients reach x,
-    down and up, the latter in float32.
+    x: [..., in]. low_rank: what `cast_low_rank` makes of the layers, if that has been done already. read: False leaves
+    the large product out, for a pass that only backward needs. Gradients reach x, down and up, the latter in float32.
     """
     low_rank = low_rank or cast_low_rank([layers], x.dtype)[0]
     matrices = [matrix for layer in layers for matrix in (layer.lora_down.weight, layer.lora_up.weight)]
-    return _LoRAProducts.apply(x, layers, low_rank, *matrices)
+    return _LoRAProducts.apply(x, layers, low_rank, read, *matrices)
 
 
 class _LoRAProducts(torch.autograd.Function):
-    """Beside weights and matrices it keeps x and x down^T, and it adds in place: nothing else as large is made."""
+    """Beside weights and matrices it keeps x and x down^T.
+
+    The large products are added to the small ones: cuBLAS reads what is there while it computes, so that this takes
+    less time than a further pass over the result.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank, *matrices: Tensor):
+    def forward(ctx, x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank, read: bool, *matrices: Tensor):
         rows = x.flatten(0, -2)
         low = rows @ low_rank.downs.t()
         ctx.ranks, ctx.scales = [up.shape[1] for up in low_rank.ups], [layer.scale for layer in layers]
         stored, outs = [], []
         for layer, up, part in zip(layers, low_rank.ups, low.split(ctx.ranks, dim=1), strict=True):
             weight = _stored(layer.base)
-            out = F.linear(rows, _usable(*weight), layer.base.bias).addmm_(part, up.t())
+            out = F.linear(part, up, layer.base.bias)
+            if read:
+                out.addmm_(rows, _usable(*weight).t())
             outs.append(out.unflatten(0, x.shape[:-1]))
             stored += weight[:2]
         ctx.fp8_dtypes = [_stored(layer.base)[2] for layer in layers]
@@ -82,7 +90,7 @@ class _LoRAProducts(torch.autograd.Function):
         parts = low.split(ctx.ranks, dim=1)
         up_gradients = [_product32(gradient.t(), part) for gradient, part in zip(rows, parts, strict=True)]
         pairs = zip(down_gradients, up_gradients, strict=True)
-        return x_gradient, None, None, *(gradient for pair in pairs for gradient in pair)
+        return x_gradient, None, None, None, *(gradient for pair in pairs for gradient in pair)
 
 
 def _stored(base: nn.Module) -> tuple[Tensor, Tensor | None, torch.dtype | None]:

@@ -1,17 +1,45 @@
-"""Blocks whose activations are recomputed in the backward pass instead of kept: all, or as many as memory demands."""
+"""Activations that are made again in the backward pass instead of kept: of all blocks, or of as many as memory demands.
+
+A block keeps everything, or all but what few passes over memory make again (it is lean), or nothing but its input.
+"""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 log = logging.getLogger(__name__)
 
 _SPARE = 0.06  # of the device's memory: what no plan may use, for workspaces and fragments
 _LATER_BYTES = 12  # per trained number: gradient and the two moments of AdamW, which the first step has yet to make
+
+_ATTENTION = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+_recomputing = False  # whether a block is being made again
+_kept: list[dict[int, int]] = []  # of each `measured` that runs: storages that autograd keeps, and their bytes
+
+
+def is_recomputing() -> bool:
+    """Whether a forward pass is run again for what backward needs of it, so that nothing reads its result."""
+    return _recomputing
+
+
+@contextmanager
+def _recompute() -> Iterator[None]:
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
 
 
 def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False) -> None:
@@ -19,71 +47,136 @@ def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: b
 
     Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
     stream [B, L, dim]. cpu_offload: it waits in host memory. only_needed: the last blocks keep theirs, as many as fit,
-    which is found out for each size of batch; see `Planner`.
+    which is found out for each size of batch, see `Planner`; the others keep the result of the self attention too.
     """
     planner = Planner(dit.blocks, partial(_free_memory, dit)) if only_needed else None
     for number, block in enumerate(dit.blocks):
         keep = block.forward
         draws = any(getattr(module, "draws", False) for module in block.modules())  # LoRA layers with dropout
-        recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=draws)
+        contexts = partial(_contexts, keep_attention=only_needed)
+        recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
         recompute = partial(_offloaded, recompute) if cpu_offload else recompute
         block.forward = partial(planner.run, number, keep, recompute) if planner else recompute
+
+
+def _contexts(keep_attention: bool) -> tuple:
+    """Those of the forward pass and of its repetition."""
+    if not keep_attention:
+        return nullcontext(), _recompute()
+    first, again = create_selective_checkpoint_contexts(_ATTENTION)
+    return first, _both(again)
+
+
+@contextmanager
+def _both(again: object) -> Iterator[None]:
+    with again, _recompute():
+        yield
+
+
+@contextmanager
+def made_again(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
+    """Within it autograd keeps, in place of each tensor or a view of it, what makes an equal one when it is needed."""
+    makers = {tensor.data_ptr(): make for tensor, make in made}
+
+    def pack(tensor: Tensor) -> object:
+        make = makers.get(tensor.data_ptr())
+        return _note(tensor) if make is None else (make, tensor.shape, tensor.stride())
+
+    def unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        make, shape, stride = packed
+        return make().as_strided(shape, stride)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the blocks run for one size of batch."""
+
+    kept: int  # blocks that keep their activations: the last ones, backward frees theirs before it recomputes others
+    lean: bool  # they keep only what takes long to make
 
 
 class Planner:
     """Decides for each size of batch how many blocks keep their activations.
 
-    The first block of the first batch of a size keeps them and is measured. The blocks that keep them otherwise are the
-    last: backward frees theirs before it recomputes others.
+    In the first batch of a size the first block keeps them and is measured, and the second block where it can be lean.
     """
 
     def __init__(self, blocks: nn.ModuleList, free_memory: Callable[[torch.device], int]) -> None:
         """free_memory: bytes that activations may take on a device."""
-        self._first, self._blocks, self._free_memory = blocks[0], len(blocks), free_memory
-        self._kept: dict[tuple[int, ...], int] = {}  # shape of the residual stream -> blocks that keep activations
+        self._blocks, self._free_memory = blocks, free_memory
+        self._plans: dict[tuple[int, ...], Plan] = {}  # by shape of the residual stream
+        self._measured: dict[tuple[int, ...], tuple[int, int]] = {}  # bytes of the first block, and those that are free
 
     def run(
         self, number: int, keep: Callable[..., Tensor], recompute: Callable[..., Tensor], x: Tensor, *shared
     ) -> Tensor:
-        """The forward pass of a block. keep, recompute: the two ways to do it."""
+        """The forward pass of a block. keep, recompute: two ways to do it; where `keep.lean` is, it is a third."""
         if not torch.is_grad_enabled():
             return keep(x, *shared)
-        if x.shape not in self._kept:
+        lean = getattr(keep, "lean", None)
+        if x.shape in self._plans:
+            plan = self._plans[x.shape]
+            kept = lean if plan.lean else keep
+            return (kept if number >= len(self._blocks) - plan.kept else recompute)(x, *shared)
+        if x.shape not in self._measured:
             free = self._free_memory(x.device)
-            out, size = measured(keep, self._first, x, *shared)
-            self._kept[x.shape] = kept_blocks(self._blocks, size, x.nbytes, free)
-            log.info(
-                "%d tokens: %.2f GB of activations per block, %.1f GB free, %d of %d blocks are recomputed",
-                *(x.shape[0] * x.shape[1], size / 1e9, free / 1e9),
-                *(self._blocks - self._kept[x.shape], self._blocks),
-            )
+            out, size = measured(keep, self._blocks[number], x, *shared)
+            self._measured[x.shape] = size, free
+            kept = self._fitting(x, size)
+            if kept == len(self._blocks) or lean is None or number + 1 == len(self._blocks):
+                self._decide(x, Plan(kept, lean=False), size)
             return out
-        return (keep if number >= self._blocks - self._kept[x.shape] else recompute)(x, *shared)
+        out, size = measured(lean, self._blocks[number], x, *shared)
+        self._decide(x, Plan(self._fitting(x, size), lean=True), size)
+        return out
+
+    def _fitting(self, x: Tensor, activations: int) -> int:
+        whole, free = self._measured[x.shape]
+        checkpointed = x.nbytes + x.nbytes // 2  # the stream, and what attention returns in 16 bits
+        # A block that is being recomputed or measured, and the gradients of one
+        return kept_blocks(len(self._blocks), activations, checkpointed, free - 2 * whole)
+
+    def _decide(self, x: Tensor, plan: Plan, size: int) -> None:
+        self._plans[x.shape] = plan
+        log.info(
+            "%d tokens: %.2f GB of activations per block, %.1f GB free, %d of %d blocks are recomputed",
+            *(x.shape[0] * x.shape[1], size / 1e9, self._measured[x.shape][1] / 1e9),
+            *(len(self._blocks) - plan.kept, len(self._blocks)),
+        )
 
 
 def kept_blocks(blocks: int, activations: int, checkpoint_size: int, free: int) -> int:
     """How many blocks can keep their activations.
 
-    activations, checkpoint_size: bytes that a block needs which keeps them, and one which does not. One more block's
-    worth is left for the block that is being recomputed or measured, and another for gradients in backward.
+    activations, checkpoint_size: bytes that a block needs which keeps them, and one which does not.
     """
     gain = max(activations - checkpoint_size, 1)
-    return min(max(int((free - 2 * activations - blocks * checkpoint_size) // gain), 0), blocks)
+    return min(max(int((free - blocks * checkpoint_size) // gain), 0), blocks)
 
 
 def measured(forward: Callable[..., Tensor], block: nn.Module, x: Tensor, *shared) -> tuple[Tensor, int]:
     """forward(x, *shared), that of `block`, and the bytes that autograd keeps for it beside the block's parameters."""
     sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = forward(x, *shared)
+    _kept.append(sizes)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_note, lambda tensor: tensor):
+            out = forward(x, *shared)
+    finally:
+        _kept.remove(sizes)
     there = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     return out, sum(size for address, size in sizes.items() if address not in there)
+
+
+def _note(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    for sizes in _kept:
+        sizes[storage.data_ptr()] = storage.nbytes()
+    return tensor
 
 
 def _free_memory(dit: nn.Module, device: torch.device) -> int:
