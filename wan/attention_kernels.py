@@ -14,9 +14,7 @@ from torch import Tensor
 
 from wan import fused_plain
 
-_KEYS = 64  # keys or values that a program holds at a time
-_QUERIES = 128
-_PARTS = 2  # of the queries: each part adds up its own gradients of keys and values
+_KEYS = _QUERIES = 64  # that a program holds at a time; with more, fewer programs share a multiprocessor
 
 
 @triton.jit
@@ -219,12 +217,9 @@ def _key_gradient_kernel(
     k_gradient,
     v_gradient,
     length,
-    part,
     text_rows,
-    text_chunks,
     rows,
     heads,
-    items,
     log_repeats,
     factor,
     scale,
@@ -232,7 +227,7 @@ def _key_gradient_kernel(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
+    chunk, text_chunks = tl.program_id(0), tl.cdiv(text_rows, KEYS)
     item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     stride = heads * DIM
     of_text = chunk < text_chunks
@@ -245,13 +240,11 @@ def _key_gradient_kernel(
     lines = (tl.program_id(1).to(tl.int64) * 2 + tl.where(of_text, 0, 1)) * length
     start = item * length * stride + head * DIM
     k_total, v_total = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
-    begin = tl.program_id(2) * part
-    stop = tl.minimum(begin + part, length)
-    for at in range(begin, stop, QUERIES):
+    for at in range(0, length, QUERIES):
         place = at + tl.arange(0, QUERIES)
-        mask = place < stop
-        asked = _tile(q + start, place, stop, stride, DIM)
-        coming = _tile(gradient + start, place, stop, stride, DIM)
+        mask = place < length
+        asked = _tile(q + start, place, length, stride, DIM)
+        coming = _tile(gradient + start, place, length, stride, DIM)
         normaliser = tl.load(normalisers + lines + place, mask=mask, other=float("inf"))
         delta = tl.load(deltas + lines + place, mask=mask, other=0.0)
         scores = tl.dot(k, tl.trans(asked), input_precision="ieee") * factor + bias[:, None]
@@ -259,10 +252,9 @@ def _key_gradient_kernel(
         v_total = tl.dot(weights.to(v.dtype), coming, v_total, input_precision="ieee")
         change = tl.dot(v, tl.trans(coming), input_precision="ieee") - delta[None, :]
         k_total = tl.dot((weights * change).to(k.dtype), asked, k_total, input_precision="ieee")
-    cells = (tl.program_id(2) * items + item) * rows * stride + head * DIM
-    cells += places[:, None] * stride + tl.arange(0, DIM)[None, :]
-    tl.store(k_gradient + cells, k_total * scale, mask=(places < end)[:, None])
-    tl.store(v_gradient + cells, v_total, mask=(places < end)[:, None])
+    cells = origin + places[:, None] * stride + tl.arange(0, DIM)[None, :]
+    tl.store(k_gradient + cells, (k_total * scale).to(k.dtype), mask=(places < end)[:, None])
+    tl.store(v_gradient + cells, v_total.to(v.dtype), mask=(places < end)[:, None])
 
 
 def _numbers(q: Tensor, keys: Tensor, text_rows: int, repeats: int) -> dict:
@@ -277,7 +269,8 @@ def _numbers(q: Tensor, keys: Tensor, text_rows: int, repeats: int) -> dict:
         "KEYS": _KEYS,
         "DIM": q.shape[3],
         "QUERIES": _QUERIES,
-        "num_warps": 8,
+        "num_warps": 4,
+        "num_stages": 2,
     }
 
 
@@ -317,18 +310,13 @@ class _CrossAttention(torch.autograd.Function):
             **numbers,
             IMAGE=rows > text_rows,
         )
-        k_parts, v_parts = torch.empty(2, _PARTS, *keys.shape, device=q.device)
-        text_chunks = triton.cdiv(text_rows, _KEYS)
-        chunks = text_chunks + triton.cdiv(rows - text_rows, _KEYS)
-        part = triton.cdiv(triton.cdiv(length, _PARTS), _QUERIES) * _QUERIES
-        _key_gradient_kernel[(chunks, batch * heads, _PARTS)](
-            *(q, keys, values, gradient, normalisers, deltas, k_parts, v_parts),
+        k_gradient, v_gradient = torch.empty_like(keys), torch.empty_like(values)
+        chunks = triton.cdiv(text_rows, _KEYS) + triton.cdiv(rows - text_rows, _KEYS)
+        _key_gradient_kernel[(chunks, batch * heads)](
+            *(q, keys, values, gradient, normalisers, deltas, k_gradient, v_gradient),
             **numbers,
-            part=part,
-            text_chunks=text_chunks,
-            items=batch,
         )
-        return q_gradient, k_parts.sum(0).to(keys.dtype), v_parts.sum(0).to(values.dtype), None, None
+        return q_gradient, k_gradient, v_gradient, None, None
 
 
 def cross_attention(q: Tensor, keys: Tensor, values: Tensor, text_rows: int, repeats: int) -> Tensor:

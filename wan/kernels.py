@@ -29,6 +29,7 @@ __all__ = [
 ]
 _FP8_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
+_HALF_HEAD = 64  # numbers of a row that a kernel sees as half a head where nothing is rotated
 
 
 def _launch(kernel, programs: int, dim: int, *arguments, numbers_per_warp: int = 1024, **constants) -> None:
@@ -240,16 +241,15 @@ def residual_add(x: Tensor, addend: Tensor, gate: Tensor | None) -> Tensor:
 
 
 @triton.jit
-def _rotated(value, cosines, sines, row, dim, HALF_HEAD: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
-    """A row whose adjacent pairs are rotated by their angles, or back."""
-    pair = tl.arange(0, BLOCK // 2)
-    place = row * HALF_HEAD + pair % HALF_HEAD
-    cosine = tl.load(cosines + place, mask=pair * 2 < dim, other=0.0)
-    sine = tl.load(sines + place, mask=pair * 2 < dim, other=0.0)
+def _rotated(value, cosines, sines, row, BACK: tl.constexpr, HEADS: tl.constexpr, HALF_HEAD: tl.constexpr):
+    """A row [HEADS, 2 * HALF_HEAD] whose adjacent pairs are rotated by their angles, or back; all heads are alike."""
+    place = row * HALF_HEAD + tl.arange(0, HALF_HEAD)
+    cosine, sine = tl.load(cosines + place)[None, :], tl.load(sines + place)[None, :]
     if BACK:
         sine = -sine
-    first, second = tl.split(tl.reshape(value, (BLOCK // 2, 2)))
-    return tl.reshape(tl.join(first * cosine - second * sine, first * sine + second * cosine), (BLOCK,))
+    first, second = tl.split(tl.reshape(value, (HEADS, HALF_HEAD, 2)))
+    turned = tl.join(first * cosine - second * sine, first * sine + second * cosine)
+    return tl.reshape(turned, (HEADS, 2 * HALF_HEAD))
 
 
 @triton.jit
@@ -265,17 +265,16 @@ def _rms_rope_kernel(
     out_stride,
     ROPE: tl.constexpr,
     HALF_HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, HEADS)[:, None] * (2 * HALF_HEAD) + tl.arange(0, 2 * HALF_HEAD)[None, :]
     mask = columns < dim
     value = tl.load(y + row * y_stride + columns, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(weight + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    square = tl.sum(value * value, axis=0) / dim
-    value = value * tl.rsqrt(square + eps) * factor
+    value = value * tl.rsqrt(tl.sum(value * value) / dim + eps) * factor
     if ROPE:
-        value = _rotated(value, cosines, sines, row, dim, HALF_HEAD, False, BLOCK)
+        value = _rotated(value, cosines, sines, row, False, HEADS, HALF_HEAD)
     tl.store(out + row * out_stride + columns, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -291,29 +290,33 @@ def _rms_rope_backward_kernel(
     eps,
     ROPE: tl.constexpr,
     HALF_HEAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, HEADS)[:, None] * (2 * HALF_HEAD) + tl.arange(0, 2 * HALF_HEAD)[None, :]
     mask = columns < dim
     inner = tl.load(grad_out + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     if ROPE:
-        inner = _rotated(inner, cosines, sines, row, dim, HALF_HEAD, True, BLOCK)
+        inner = _rotated(inner, cosines, sines, row, True, HEADS, HALF_HEAD)
     value = tl.load(y + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
     inner *= tl.load(weight + columns, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(value * value, axis=0) / dim + eps)
-    along = tl.sum(inner * value, axis=0) / dim
+    inverse = tl.rsqrt(tl.sum(value * value) / dim + eps)
+    along = tl.sum(inner * value) / dim
     result = inverse * (inner - value * inverse * inverse * along)
     tl.store(grad + row * dim + columns, result.to(grad.dtype.element_ty), mask=mask)
 
 
+def _row_of_heads(cos: Tensor | None, dim: int) -> dict:
+    """Constants of a kernel that sees a row as heads."""
+    half = _HALF_HEAD if cos is None else cos.shape[-1]
+    heads = triton.next_power_of_2(triton.cdiv(dim, 2 * half))
+    return {"ROPE": cos is not None, "HALF_HEAD": half, "HEADS": heads, "num_warps": min(max(heads // 8, 1), 8)}
+
+
 def _rms_rope(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float, out: Tensor) -> None:
-    angles = (_or(cos, weight), _or(sin, weight))
-    _launch(
-        *(_rms_rope_kernel, _rows(y), y.shape[-1]),
-        *(y, weight, *angles, out, y.shape[-1], eps, y.stride(1), out.stride(1)),
-        ROPE=cos is not None,
-        HALF_HEAD=1 if cos is None else cos.shape[-1],
+    dim, angles = y.shape[-1], (_or(cos, weight), _or(sin, weight))
+    _rms_rope_kernel[(_rows(y),)](
+        y, weight, *angles, out, dim, eps, y.stride(1), out.stride(1), **_row_of_heads(cos, dim)
     )
 
 
@@ -338,12 +341,9 @@ class _RmsRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         y, weight, cos, sin = ctx.saved_tensors
-        grad = torch.empty_like(y)
-        _launch(
-            *(_rms_rope_backward_kernel, _rows(y), y.shape[-1]),
-            *(grad_out.contiguous(), y, weight, _or(cos, weight), _or(sin, weight), grad, y.shape[-1], ctx.eps),
-            ROPE=cos is not None,
-            HALF_HEAD=1 if cos is None else cos.shape[-1],
+        grad, dim, angles = torch.empty_like(y), y.shape[-1], (_or(cos, weight), _or(sin, weight))
+        _rms_rope_backward_kernel[(_rows(y),)](
+            grad_out.contiguous(), y, weight, *angles, grad, dim, ctx.eps, **_row_of_heads(cos, dim)
         )
         return grad, None, None, None, None
 

@@ -1,7 +1,9 @@
 """Frozen linear layers of one input and the LoRA beside each, as one operation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -76,21 +78,47 @@ class _LoRAProducts(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         x, low, downs, *rest = ctx.saved_tensors
         ups, stored = rest[: len(gradients)], rest[len(gradients) :]
-        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        rows, given = [gradient.flatten(0, -2) for gradient in gradients], x.flatten(0, -2)
         low_gradients = [gradient @ up for gradient, up in zip(rows, ups, strict=True)]
-        low_gradient = low_gradients[0] if len(rows) == 1 else torch.cat(low_gradients, dim=1)
+        with _beside(x.device) as join:
+            up_gradients = [
+                _product32(gradient.t(), part) for gradient, part in zip(rows, low.split(ctx.ranks, dim=1), strict=True)
+            ]
+            scaled = [part * scale for part, scale in zip(low_gradients, ctx.scales, strict=True)]
+            down_gradients = _product32(_joined(scaled).t(), given).split(ctx.ranks)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = low_gradient @ downs
+            x_gradient = _joined(low_gradients) @ downs
             for gradient, weight, scale, dtype in zip(rows, stored[::2], stored[1::2], ctx.fp8_dtypes, strict=True):
                 x_gradient.addmm_(gradient, _usable(weight, scale, dtype))
             x_gradient = x_gradient.unflatten(0, x.shape[:-1])
-        down_gradients = _product32(low_gradient.t(), x.flatten(0, -2)).split(ctx.ranks)
-        torch._foreach_mul_(down_gradients, ctx.scales)
-        parts = low.split(ctx.ranks, dim=1)
-        up_gradients = [_product32(gradient.t(), part) for gradient, part in zip(rows, parts, strict=True)]
+        join()
         pairs = zip(down_gradients, up_gradients, strict=True)
         return x_gradient, None, None, None, *(gradient for pair in pairs for gradient in pair)
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Within it a GPU is given work to do beside what comes after, until that calls what this yields, which waits.
+
+    Small products then run where a large one leaves processors idle, at its end.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _stored(base: nn.Module) -> tuple[Tensor, Tensor | None, torch.dtype | None]:
