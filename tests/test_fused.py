@@ -13,6 +13,7 @@ from tests.dit_cases import CPU, SPEC, arguments, lora_gradients, random_dit, ve
 from tests.helpers import rel_l2
 from utils.errors import ConfigError
 from wan import fused_plain
+from wan.attention import sdpa
 from wan.dit import StepCache
 from wan.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
 from wan.fused import Residual, fuse_
@@ -43,6 +44,34 @@ def test_lora_gradients_agree():
         network = with_lora(model)
         results.append(lora_gradients(change(model), network, batch=2))
     assert rel_l2(*results) < 2e-6
+
+
+def with_attention(function):
+    model = random_dit()
+    for block in model.blocks:
+        block.self_attn.attention = block.cross_attn.attention = function
+    return model
+
+
+def test_with_torchs_attention_cross_attention_is_one_operation_and_agrees(monkeypatch):
+    rows, original = [], fused_plain.cross_attention
+    monkeypatch.setattr(
+        fused_plain, "cross_attention", lambda *inputs: rows.append(inputs[1].shape[1]) or original(*inputs)
+    )
+    gradients, velocities = [], []
+    for change in (lambda model: model, fused):
+        model = change(with_attention(sdpa))
+        velocities.append(velocity(model, batch=2))
+        gradients.append(lora_gradients(model, with_lora(model), batch=2))
+    assert rel_l2(*velocities) < 1e-6 and rel_l2(*gradients) < 2e-6
+    assert rows == 2 * SPEC.num_layers * [64 + 257]  # of 512 + 257 keys that the reference looks at
+
+
+def test_an_attention_that_was_chosen_serves_text_and_image_too():
+    seen = []
+    model = fused(with_attention(lambda q, k, v: seen.append(k.shape[1]) or sdpa(q, k, v)))
+    assert rel_l2(velocity(model), velocity(random_dit())) < 1e-6
+    assert seen == SPEC.num_layers * [12, 512, 257]
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """Frozen linear layers of one input and the LoRA beside each, as one operation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -78,43 +76,20 @@ class _LoRAProducts(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):
         x, low, downs, *rest = ctx.saved_tensors
         ups, stored = rest[: len(gradients)], rest[len(gradients) :]
-        rows, given = [gradient.flatten(0, -2) for gradient in gradients], x.flatten(0, -2)
+        rows = [gradient.flatten(0, -2) for gradient in gradients]
         low_gradients = [gradient @ up for gradient, up in zip(rows, ups, strict=True)]
-        with _beside(x.device) as join:
-            up_gradients = [
-                _product32(gradient.t(), part) for gradient, part in zip(rows, low.split(ctx.ranks, dim=1), strict=True)
-            ]
-            scaled = [part * scale for part, scale in zip(low_gradients, ctx.scales, strict=True)]
-            down_gradients = _product32(_joined(scaled).t(), given).split(ctx.ranks)
+        parts = low.split(ctx.ranks, dim=1)
+        up_gradients = [_product32(gradient.t(), part) for gradient, part in zip(rows, parts, strict=True)]
+        scaled = [part * scale for part, scale in zip(low_gradients, ctx.scales, strict=True)]
+        down_gradients = _product32(_joined(scaled).t(), x.flatten(0, -2)).split(ctx.ranks)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = _joined(low_gradients) @ downs
             for gradient, weight, scale, dtype in zip(rows, stored[::2], stored[1::2], ctx.fp8_dtypes, strict=True):
                 x_gradient.addmm_(gradient, _usable(weight, scale, dtype))
             x_gradient = x_gradient.unflatten(0, x.shape[:-1])
-        join()
         pairs = zip(down_gradients, up_gradients, strict=True)
         return x_gradient, None, None, None, *(gradient for pair in pairs for gradient in pair)
-
-
-@contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[], None]]:
-    """Within it a GPU is given work to do beside what comes after, until that calls what this yields, which waits.
-
-    Small products then run where a large one leaves processors idle, at its end.
-    """
-    if device.type != "cuda":
-        yield lambda: None
-        return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 _BUFFER = 64 << 20  # bytes
 _BUFFERS = 4
 _PART = 1 << 20  # bytes that a thread reads at least
-_THREADS = 16  # 16 GB/s out of the page cache of a machine with 16 cores; 4 threads reach 10
+THREADS = 16  # 16 GB/s out of the page cache of a machine with 16 cores; 4 threads reach 10
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def staged(
     readers: Iterable[tuple[str, Callable[[], Tensor]]],
     device: torch.device,
     size: int = _BUFFER,
-    threads: int = _THREADS,
+    threads: int = THREADS,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor on `device`) in the order of `readers`; those that are read next are on their way meanwhile.
 
