@@ -39,6 +39,16 @@ def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
     return torch.cat([vae.encode(batch) for batch in batches]).to(vae.dtype)
 
 
+def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
+    """As `encode_images`, of frames [3, 8 h, 8 w], those of one size together. Returns [16, 1, h, w] each."""
+    latents: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(frame.shape for frame in frames):
+        numbers = [number for number, frame in enumerate(frames) if frame.shape == shape]
+        encoded = encode_images(vae, torch.stack([frames[number] for number in numbers]))
+        latents |= dict(zip(numbers, encoded, strict=True))
+    return [latents[number] for number in range(len(frames))]
+
+
 @torch.no_grad()
 def encode_video(vae: WanVAE, pixels: Tensor) -> Tensor:
     """[3, 1 + 4 n, 8 H, 8 W] in [-1, 1] -> [16, 1 + n, H, W] normalised latents in the VAE's dtype."""

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LAYOUTS = ("independent", "causal")
 KEYS = ("control_index", "target_index", "layout", *frame_sizes.KEYS)
+INDEX_KEYS = ("fp_1f_clean_indices", "fp_1f_target_index")  # of datasets
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 _MASK_CHANNELS = 4  # one per video frame of a latent frame
 
@@ -185,7 +186,7 @@ def layout_from_toml(
     target_index: int | None,
     controls: int | None = None,
     causal: bool = False,
-    keys: tuple[str, str] = ("fp_1f_clean_indices", "fp_1f_target_index"),
+    keys: tuple[str, str] = INDEX_KEYS,
     sizes: ControlSizes = AS_TARGET,
 ) -> OneFrameLayout:
     """Layout of the values of a dataset's `keys`; `controls`: images per item, if known.
