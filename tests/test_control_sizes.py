@@ -153,6 +153,14 @@ def test_the_noise_of_the_target_is_the_same_whatever_the_controls(name):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_a_sweep_varies_the_size_of_the_controls():
+    flags = ["--prompt", "a", "--control_image_path", "data/start/cat.png", "--seed", "3", "--infer_steps", "1"]
+    flags += ["--one_frame_inference", "target_index=1,control_index=0", "--video_size", "48", "48"]
+    paths = generate("i2v", "out_sweep", *flags, "--sweep", "control_resolution=32,64x80")
+    pictures = [path for path in paths if "sweep" not in path.name]
+    assert len(pictures) == 2 and len({Image.open(path).tobytes() for path in pictures}) == 2
+
+
 @pytest.mark.parametrize("flags", [("--pin_controls",), ("--reasoning_frames", "2"), ("--separate_passes",)])
 def test_other_options_go_along(name, flags):
     text = line(name).replace("control_index=0", "control_index=4")

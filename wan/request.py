@@ -34,7 +34,7 @@ class SamplingConfig(LayoutConfig):
     control_resolution: str | None = option(
         None,
         help="own size of the control images, of which the area counts, where the prompt doesn't say: 512 or 512x768 "
-        "(width, height); default: that of the picture",
+        "(width, height); default: that of the picture, in training what the datasets say",
     )
     no_resize_control: bool = option(
         False, help="control images keep their size, those above --control_resolution, if given, excepted"
