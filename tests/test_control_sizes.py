@@ -304,3 +304,24 @@ def test_random_targets_train_beside_controls_of_their_own_size(name):
     lora = train("i2v", made(name), "ranged", "--one_frame_target_range", "1-9", "--one_frame_loss", "target")
     with safe_open(lora, "pt") as file:
         assert any(file.get_tensor(key).any() for key in file.keys() if "lora_up" in key)  # noqa: SIM118
+
+
+@pytest.mark.parametrize("indices", [(4, 0, 2), (0, 4, 2), (1, 3, 9)])
+@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B"])
+def test_several_controls_keep_their_sizes_at_any_index_without_new_caches(indices, task):
+    """The cat is wider than high, the wall a square."""
+    *controls, target = indices
+    entry = {"image_path": "data/target/cat.png", "caption": "a", "control_path_0": "data/start/cat.png"}
+    Path("two.jsonl").write_text(json.dumps(entry | {"control_path_1": "data/start/brick.png"}))
+    keys = f"fp_1f_clean_indices = {controls}\nfp_1f_target_index = {target}\n{KEYS['larger']}"
+    head = '[[datasets]]\nimage_jsonl_file = "two.jsonl"\ncache_directory = "cache/two"\nresolution = [48, 48]\n'
+    Path("two.toml").write_text(head + keys)
+    if not Path("cache/two").exists():
+        cache("two.toml")
+    (plan,) = TrainingSet(read_config("two.toml"), seed=0).epoch_batches(1)
+    batch = load_batch(plan)
+    text = f"control_index={controls[0]};{controls[1]},target_index={target},{TEXTS['larger']}"
+    once = encoded(f"a --ci data/start/cat.png --ci data/start/brick.png --of {text} --w 48 --h 48 --d 1", task)
+    by_time = dict(zip(indices, [(8, 10), (10, 8), (6, 6)], strict=True))
+    assert batch.frame_sizes == once.request.frame_sizes == tuple(by_time[time] for time in sorted(indices))
+    assert torch.equal(batch.condition[0], once.condition) and batch.target_size == (6, 6)
