@@ -293,7 +293,8 @@ def test_sheets_and_checks_show_controls_in_their_own_size(name):
     wan_dataset.main(
         ["sheet", "--dataset_config", config, "--output", "sheet.html", "--vae", ENCODERS["vae"], "--device", "cpu"]
     )
-    assert Path("sheet.png").is_file()
+    shown = "control 0 at index 0, {}x{}".format(*SIZES[name])
+    assert Path("sheet.png").is_file() and shown in Path("sheet.html").read_text(encoding="utf-8")
     report = check(Path(config))
     (row, *_) = (row for row in report.buckets if SIZES[name] in row.controls)
     assert (row.width, row.height, row.frames) == (48, 48, 2)

@@ -109,17 +109,17 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
 
 def make_row(item: Item, decode: Callable[[Item], tuple[Tile, ...]] | None = None) -> Row:
     """An item with its files brought to its bucket, in time order, each mask after its image."""
-    fit = Fit(item.size, item.bucket)
-    fits = (*item.control_fits, fit)
+    fits = (*item.control_fits, Fit(item.size, item.bucket))
     facts = (
         f"dataset {item.dataset}: {item.stem}",
-        "{}x{} → {}x{}".format(*item.size, *item.bucket) + f", {fit.cropped:.0%} cropped",
+        "{}x{} → {}x{}".format(*item.size, *item.bucket) + f", {fits[-1].cropped:.0%} cropped",
         str(item.layout),
     )
     tiles = []
     for slot, (name, path, mask) in enumerate(_frames(item)):
         image, coverage = open_masked(path, name, mask)
         title, fit = _title(item.layout, slot, name), fits[item.layout.order[slot]]
+        title += ", {}x{}".format(*fit.bucket) if fit.bucket != item.bucket else ""
         pixels = resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
         tiles.append(Tile(title, path.name, _small(Image.fromarray(pixels))))
         if coverage is not None and not (item.layout.causal and name != "target"):
