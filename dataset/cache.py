@@ -27,7 +27,7 @@ from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
 from wan.config import VAE_STRIDE
-from wan.frame_sizes import AS_TARGET, KEYS, ControlSizes, FrameSizes, Size, check_sizes
+from wan.frame_sizes import AS_TARGET, SIZE_KEYS, ControlSizes, FrameSizes, Size, check_sizes
 from wan.one_frame import OneFrameLayout, layout_of_cache, parse
 
 log = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: Con
     if header.layout.causal_order != expected.causal_order:
         return "other one-frame layout"
     if header.layout.control_sizes != control_sizes:
-        return f"{' or '.join(KEYS)} changed"
+        return f"{' or '.join(SIZE_KEYS)} changed"
     reasons = {
         "target": "target image changed",
         "controls": "control image changed",

@@ -18,7 +18,7 @@ from utils.errors import ConfigError
 from utils.images import STEP, floor16
 from wan.config import PATCH
 
-KEYS = ("control_resolution", "no_resize_control")
+SIZE_KEYS = ("control_resolution", "no_resize_control")
 
 Size = tuple[int, int]
 FrameSizes = tuple[tuple[int, int], ...]
@@ -39,7 +39,7 @@ class ControlSizes:
     def __str__(self) -> str:
         """Nothing, or `control_resolution=512x768,no_resize_control=true`."""
         values = ("{}x{}".format(*self.resolution) if self.resolution else "", "true" * self.no_resize)
-        return ",".join(f"{key}={value}" for key, value in zip(KEYS, values, strict=True) if value)
+        return ",".join(f"{key}={value}" for key, value in zip(SIZE_KEYS, values, strict=True) if value)
 
     def fit(self, size: Size, target: Size) -> Fit:
         """How a control image of this size becomes a frame. ConfigError when a side would be below 16 pixels."""

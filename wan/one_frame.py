@@ -23,14 +23,13 @@ from torch import Tensor
 
 from utils.cli import option
 from utils.errors import ConfigError, suggest
-from wan import frame_sizes
 from wan.config import VAE_STRIDE
-from wan.frame_sizes import AS_TARGET, ControlSizes, FrameSizes, Size, frame_of, padded, parse_resolution
+from wan.frame_sizes import AS_TARGET, SIZE_KEYS, ControlSizes, FrameSizes, Size, frame_of, padded, parse_resolution
 
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("independent", "causal")
-KEYS = ("control_index", "target_index", "layout", *frame_sizes.KEYS)
+KEYS = ("control_index", "target_index", "layout", *SIZE_KEYS)
 INDEX_KEYS = ("fp_1f_clean_indices", "fp_1f_target_index")  # of datasets
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 _MASK_CHANNELS = 4  # one per video frame of a latent frame
@@ -114,7 +113,7 @@ class OneFrameLayout:
             )
         if self.control_sizes != made_for.control_sizes:
             raise ConfigError(
-                f"latents made for {made_for} do not serve {self}; give the same {' and '.join(frame_sizes.KEYS)}, or "
+                f"latents made for {made_for} do not serve {self}; give the same {' and '.join(SIZE_KEYS)}, or "
                 "run wan_cache_latents.py again"
             )
 
@@ -160,7 +159,7 @@ def parse(text: str, default_layout: str | None = None, default_sizes: ControlSi
 
 
 def _sizes(values: Mapping[str, str], default: ControlSizes) -> ControlSizes:
-    resolution, no_resize = (values.get(key) for key in frame_sizes.KEYS)
+    resolution, no_resize = (values.get(key) for key in SIZE_KEYS)
     if no_resize not in (None, "true"):
         raise ConfigError(f"no_resize_control={no_resize} is unknown; write true, or leave it out")
     return ControlSizes(
