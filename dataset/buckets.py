@@ -49,11 +49,12 @@ class Fit:
 
     size: tuple[int, int]
     bucket: tuple[int, int]
+    crop_only: bool = False  # the image keeps its scale
 
     @property
     def scale(self) -> float:
         """The factor on both sides; above 1 the image is enlarged."""
-        return max(self.bucket[0] / self.size[0], self.bucket[1] / self.size[1])
+        return 1.0 if self.crop_only else max(self.bucket[0] / self.size[0], self.bucket[1] / self.size[1])
 
     @property
     def resized(self) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Cache files: the only place that knows their names, keys, metadata and when they are out of date.
 
 musubi-tuner's format (spec formats.md section 2) plus metadata of ours: `one_frame`, the layout with the order of the
-controls, `one_frame_own`, there when the item itself and not its dataset decides on that, and `settings`, JSON that
-tells what a file was made of. Targets with a mask have a further tensor. musubi-tuner reads our files, and we read its.
+controls, `one_frame_own`, there when the item itself and not its dataset decides on that, `one_frame_sizes`, there when
+frames differ in size, and `settings`, JSON that tells what a file was made of. Targets with a mask have a further
+tensor. musubi-tuner reads our files, but frames of several sizes with their padding, and we read its.
 """
 
 import functools
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
 from wan.config import VAE_STRIDE
+from wan.frame_sizes import AS_TARGET, SIZE_KEYS, ControlSizes, FrameSizes, Size, check_sizes
 from wan.one_frame import OneFrameLayout, layout_of_cache, parse
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ _TEXT = re.compile(r"varlen_t5_\w+")
 _INDICES = "f_indices_int32"
 _TARGET_MASK = "target_mask_float32"
 _OWN_LAYOUT = "one_frame_own"
+_SIZES = "one_frame_sizes"  # `32x32;64x48`: width and height in pixels of the controls as given, then of the target
+_SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
 _LATENT_SCRIPT, _TEXT_SCRIPT = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
 
 
@@ -95,7 +99,7 @@ class LatentSettings:
     The time indices are not among them: unless the layout is causal, frames can be put in any order later.
     """
 
-    bucket: tuple[int, int]  # (width, height) that the images are resized to
+    bucket: tuple[int, int]  # (width, height) that the target is resized to; the layout tells about the controls
     target: str  # fingerprints of files
     controls: tuple[str, ...]
     vae: str
@@ -116,7 +120,13 @@ class LatentCache:
     condition: Tensor  # [4 + C, F, H, W] mask and latents (one_frame.stack_condition), same dtype
     clip: Tensor | None  # [images, 257, D] features of every control image
     layout: OneFrameLayout
-    target_mask: Tensor | None = None  # [H, W] float32, 1 where the loss counts; None: everywhere
+    target_mask: Tensor | None = None  # [h, w] float32, of the target's size, 1 where the loss counts; None: everywhere
+    sizes: tuple[Size, ...] | None = None  # of the controls as given and the target, in pixels; None: all are the same
+
+    @property
+    def frame_sizes(self) -> FrameSizes | None:
+        """Those of `latents` and `condition`."""
+        return self.sizes and self.layout.frame_sizes(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,7 @@ class LatentHeader:
     width: int
     clip: tuple[int, int] | None  # (images, width of the features)
     layout: OneFrameLayout
+    sizes: tuple[Size, ...] | None  # as in LatentCache
     metadata: Mapping[str, str]
 
     @property
@@ -137,8 +148,8 @@ class LatentHeader:
 
     @property
     def bucket(self) -> tuple[int, int]:
-        """(width, height) of the encoded images in pixels."""
-        return self.width * VAE_STRIDE, self.height * VAE_STRIDE
+        """(width, height) of the encoded target in pixels."""
+        return self.sizes[-1] if self.sizes else (self.width * VAE_STRIDE, self.height * VAE_STRIDE)
 
 
 def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings | None = None) -> None:
@@ -160,6 +171,8 @@ def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings 
     metadata = {"width": str(width), "height": str(height), "one_frame": str(cache.layout)}
     if settings is not None and settings.own_layout is not None:
         metadata[_OWN_LAYOUT] = "true"
+    if cache.frame_sizes is not None:
+        metadata[_SIZES] = ";".join("{}x{}".format(*size) for size in cache.sizes)
     _write(path, tensors, metadata, settings)
 
 
@@ -177,7 +190,8 @@ def read_latent_cache(path: Path) -> LatentCache:
         latents, condition = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
         clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
         mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in _keys(file) else None
-    return LatentCache(latents, condition, clip if clip is None or clip.dim() == 3 else clip[None], header.layout, mask)
+    clip = clip if clip is None or clip.dim() == 3 else clip[None]
+    return LatentCache(latents, condition, clip, header.layout, mask, header.sizes)
 
 
 def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
@@ -206,11 +220,11 @@ def latent_source_reason(path: Path, item: Item) -> str | None:
     except ValueError:
         recorded = {}
     models = {name: recorded.get(name, "") for name in ("vae", "clip", "vae_dtype", "clip_dtype")}
-    return latent_stale_reason(path, latent_settings(item, models))
+    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes)
 
 
-def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:
-    """Why the cache at `path` must be made again, or None.
+def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: ControlSizes = AS_TARGET) -> str | None:
+    """Why the cache at `path` must be made again, or None. control_sizes: those of the item's layout.
 
     A file without settings is musubi-tuner's; it is kept, with a notice, when its size and frame count fit.
     """
@@ -226,6 +240,8 @@ def latent_stale_reason(path: Path, expected: LatentSettings) -> str | None:
         return f"number of control images {header.frames - 1} -> {len(expected.controls)}"
     if header.layout.causal_order != expected.causal_order:
         return "other one-frame layout"
+    if header.layout.control_sizes != control_sizes:
+        return f"{' or '.join(SIZE_KEYS)} changed"
     reasons = {
         "target": "target image changed",
         "controls": "control image changed",
@@ -374,10 +390,22 @@ def _header(path: Path, file: Any) -> LatentHeader:
             layout = layout_of_cache(indices, file.get_slice(condition)[:, :, :1, :1])
         if list(layout.frame_indices) != indices or len(indices) != shape[1]:
             raise ConfigError(f"its layout {layout} does not fit {shape[1]} frames at {indices}")
+        sizes = _sizes(metadata, shape[1:]) if _SIZES in metadata else None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; delete it and run {_LATENT_SCRIPT} again") from None
     images = None if clip_shape is None else (clip_shape[0] if len(clip_shape) == 3 else 1, clip_shape[-1])
-    return LatentHeader(*shape[1:], images, layout, metadata)
+    return LatentHeader(*shape[1:], images, layout, sizes, metadata)
+
+
+def _sizes(metadata: Mapping[str, str], shape: Sequence[int]) -> tuple[Size, ...]:
+    """Those of the controls and the target in latents [F, H, W]; ConfigError when they can't be."""
+    try:
+        matches = [_SIZE.fullmatch(part) for part in metadata[_SIZES].split(";")]
+        sizes = tuple((int(match[1]), int(match[2])) for match in matches)
+        check_sizes(tuple((height // VAE_STRIDE, width // VAE_STRIDE) for width, height in sizes), shape)
+    except (TypeError, ValueError):
+        raise ConfigError(f"its {_SIZES} {metadata[_SIZES]} do not fit {tuple(shape)}") from None
+    return sizes
 
 
 def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str]) -> str | None:

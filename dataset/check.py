@@ -27,7 +27,7 @@ from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
 from wan.config import TEXT_LENGTH
-from wan.one_frame import LayoutConfig, OneFrameLayout, layout_from_toml
+from wan.one_frame import LayoutConfig, OneFrameLayout
 
 _FIRST_WIDE_LETTER = 0x2E80  # CJK starts here in Unicode: about a token a letter, others about four letters a token
 
@@ -167,7 +167,7 @@ def _layout(
     most = max((len(source.controls) for source in sources if source.layout is None), default=0)
     assumed = max(most, 1) if dataset.clean_indices is None else None
     try:
-        return layout_from_toml(dataset.clean_indices, dataset.target_index, assumed, dataset.causal)
+        return dataset.layout_of(dataset.clean_indices, dataset.target_index, assumed)
     except ConfigError as error:
         found.append(Problem.of_error("D05", place, error))
         return None
@@ -210,8 +210,9 @@ def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[I
 def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRow]:
     groups: dict[tuple, list[Item]] = defaultdict(list)
     for item in items:
-        groups[item.dataset, item.bucket, 1 + len(item.controls)].append(item)
-    for (index, (width, height), frames), group in sorted(groups.items()):
+        controls = item.sizes[:-1] if len(set(item.sizes)) > 1 else ()
+        groups[item.dataset, item.bucket, controls, 1 + len(item.controls)].append(item)
+    for (index, (width, height), controls, frames), group in sorted(groups.items()):
         dataset = config.datasets[index]
         count = len(group) * dataset.num_repeats
         batches = -(-count // dataset.batch_size)
@@ -221,6 +222,7 @@ def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRo
             dataset=index,
             width=width,
             height=height,
+            controls=controls,
             frames=frames,
             items=len(group),
             batches=batches,

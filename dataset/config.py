@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
 from utils.files import parse_json, parse_toml, require_file
 from utils.images import STEP
-from wan.one_frame import OneFrameLayout, is_causal, layout_from_toml
+from wan.frame_sizes import AS_TARGET, ControlSizes
+from wan.one_frame import INDEX_KEYS, OneFrameLayout, is_causal, layout_from_toml
 
 log = logging.getLogger(__name__)
 
@@ -100,22 +101,39 @@ class ImageDatasetConfig:
     clean_indices: tuple[int, ...] | None = _setting(_indices, None, key="fp_1f_clean_indices")
     target_index: int | None = _setting(_integer, None, key="fp_1f_target_index")
     layout_name: str | None = _setting(_layout_name, None, key="fp_1f_layout")  # None: independent
+    control_resolution: tuple[int, int] | None = _setting(_size, None)
+    no_resize_control: bool = _setting(_flag, False)
     no_post: bool = _setting(_flag, False, key="fp_1f_no_post")  # for FramePack; no effect on Wan
     latent_window_size: int = _setting(_count, 9, key="fp_latent_window_size")  # for FramePack; no effect on Wan
 
     @property
     def layout(self) -> OneFrameLayout:
         """The RoPE time indices of an item's frames. Raises ConfigError for indices that don't fit together."""
-        return layout_from_toml(self.clean_indices, self.target_index, None, self.causal)
+        return self.layout_of(self.clean_indices, self.target_index)
+
+    def layout_of(
+        self,
+        clean_indices: Sequence[int] | None,
+        target_index: int | None,
+        controls: int | None = None,
+        keys: tuple[str, str] = INDEX_KEYS,
+    ) -> OneFrameLayout:
+        """That of an item with these indices and this number of control images, if known; see `layout_from_toml`."""
+        return layout_from_toml(clean_indices, target_index, controls, self.causal, keys, self.control_sizes)
 
     @property
     def causal(self) -> bool:
         """Whether the images of an item are encoded as one video."""
         return is_causal(self.layout_name)
 
+    @property
+    def control_sizes(self) -> ControlSizes:
+        """What sizes control images are brought to."""
+        return ControlSizes(self.control_resolution, self.no_resize_control)
+
     @cached_property
     def buckets(self) -> Buckets:
-        """The sizes that images are brought to."""
+        """The sizes that targets, and controls without sizes of their own, are brought to."""
         return Buckets(self.resolution, self.enable_bucket, self.bucket_no_upscale)
 
 
@@ -132,18 +150,25 @@ class DatasetsConfig:
         names = {dataset.layout_name for dataset in self.datasets}
         return names.pop() if len(names) == 1 else None
 
+    @property
+    def control_sizes(self) -> ControlSizes:
+        """Those of all datasets; where they differ, the target's."""
+        sizes = {dataset.control_sizes for dataset in self.datasets}
+        return sizes.pop() if len(sizes) == 1 else AS_TARGET
+
 
 _FIELDS = {field.metadata["key"] or field.name: field for field in dataclasses.fields(ImageDatasetConfig)}
 _GENERAL = {key: field for key, field in _FIELDS.items() if field.metadata["general"]}
 
 _NO_VIDEO = "video datasets are not supported yet; use image_directory or image_jsonl_file"
-_ONE_SIZE = "is not supported, because all frames of an item have one size; remove the key"
+_OTHER_NAMES = {
+    "flux_kontext_no_resize_control": "no_resize_control",
+    "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}
 _REFUSED = {
     **dict.fromkeys(("video_directory", "video_jsonl_file", "target_frames", "frame_extraction"), _NO_VIDEO),
     **dict.fromkeys(("frame_stride", "frame_sample", "max_frames", "source_fps"), _NO_VIDEO),
-    **dict.fromkeys(("no_resize_control", "control_resolution"), _ONE_SIZE),
-    **dict.fromkeys(("flux_kontext_no_resize_control", "qwen_image_edit_no_resize_control"), _ONE_SIZE),
-    "qwen_image_edit_control_resolution": _ONE_SIZE,
     "multiple_target": "is not supported, it is for Qwen-Image-Layered only; remove the key",
 }
 
@@ -213,6 +238,11 @@ def _read_table(place: str, table: Mapping[str, Any], known: Mapping[str, datacl
     """Keys as the file names them -> values by field name."""
     values = {}
     for key, value in table.items():
+        if key in _OTHER_NAMES:
+            log.warning("%s.%s: is called %s now", place, key, _OTHER_NAMES[key])
+            key = _OTHER_NAMES[key]
+            if key in table:
+                raise ConfigError(f"{place}.{key}: is given twice, under an older name too; remove that one")
         if key in _REFUSED:
             raise ConfigError(f"{place}.{key}: {_REFUSED[key]}")
         if key not in known and key in _FIELDS:

@@ -30,6 +30,7 @@ from dataset.cache import (
 )
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
+from wan.frame_sizes import FrameSizes, Size, frame_of, pad_to, token_count
 from wan.one_frame import OneFrameLayout, clip_controls, layout_from_toml, relayout
 from wan.timesteps import stratified_uniform
 
@@ -61,12 +62,20 @@ class TrainingBatch:
     latents: Tensor  # [B, 16, F, H, W], frames in time order
     condition: Tensor  # [B, 20, F, H, W]
     clip: Tensor  # [B, images, 257, D]: usually every control image, in the order in which they are given
-    target_masks: Tensor | None  # [B, H, W], 1 where the loss counts; None when no item has one
+    target_masks: Tensor | None  # [B, H, W], 1 where the loss counts; None when that is everywhere in all items
     text: list[Tensor]  # [L, D] each
     layouts: tuple[OneFrameLayout, ...]
     frame_indices: Tensor  # [B, F] int64
     item_keys: tuple[str, ...]
     uniform: Tensor | None  # [B]
+    frame_sizes: FrameSizes | None = None  # of all items
+
+    @property
+    def target_size(self) -> tuple[int, int]:
+        """Rows and columns of the target's latents, in all items."""
+        if self.frame_sizes is None:
+            return tuple(self.latents.shape[3:])
+        return self.frame_sizes[self.layouts[0].target_slot]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class _Bucket:
     height: int
     width: int
     clip_images: int
+    frame_sizes: FrameSizes | None
+    target: Size | None  # None like `frame_sizes`
 
 
 @dataclass(frozen=True)
@@ -105,10 +116,16 @@ class BucketCount:
     width: int
     items: int
     batch_size: int
+    frame_sizes: FrameSizes | None = None
 
     @property
     def batches(self) -> int:
         return -(-self.items // self.batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """Of one item."""
+        return token_count((self.frames, self.height, self.width), self.frame_sizes)
 
 
 @dataclass(frozen=True)
@@ -166,9 +183,9 @@ class TrainingSet:
     def buckets(self) -> list[BucketCount]:
         """What there is of each dataset and size."""
         return [
-            BucketCount(bucket.dataset, bucket.frames, bucket.height, bucket.width, len(items), size)
-            for bucket, items in self._buckets.items()
-            for size in [self._batch_sizes[bucket.dataset]]
+            BucketCount(key.dataset, key.frames, key.height, key.width, len(items), size, key.frame_sizes)
+            for key, items in self._buckets.items()
+            for size in [self._batch_sizes[key.dataset]]
         ]
 
     @property
@@ -243,7 +260,9 @@ class TrainingSet:
             if header.bucket != dataset.buckets.choose(size):
                 other_sizes.append("{} ({}x{})".format(path.name, *header.bucket))
             layout = _layout(path, header, dataset)
-            bucket = _Bucket(index, header.frames, header.height, header.width, header.clip[0])
+            sizes = header.sizes and layout.frame_sizes(header.sizes)
+            shape = header.frames, header.height, header.width
+            bucket = _Bucket(index, *shape, header.clip[0], sizes, header.bucket if sizes else None)
             name = f"{index}/{path.name.removesuffix('_wan.safetensors')}"
             found.append(_Cached(name, stem, bucket, path, text, layout))
         _warn(index, texts_missing, "have no text cache and are skipped; run wan_cache_text_encoder_outputs.py")
@@ -262,8 +281,13 @@ def load_batch(plan: BatchPlan) -> TrainingBatch:
         for name in ("latents", "condition")
     )
     layouts = tuple(item.layout for item in plan.items)
-    masks, everywhere = [cache.target_mask for cache in caches], torch.ones(latents[0].shape[2:])
-    masks = None if all(mask is None for mask in masks) else [everywhere if mask is None else mask for mask in masks]
+    sizes = caches[0].sizes and layouts[0].frame_sizes(caches[0].sizes)
+    masks = [cache.target_mask for cache in caches]
+    if sizes is None and all(mask is None for mask in masks):
+        masks = None
+    else:
+        own = frame_of(latents[0], layouts[0].target_slot, sizes)
+        masks = [pad_to(torch.ones(own.shape[2:]) if mask is None else mask, *latents[0].shape[2:]) for mask in masks]
     return TrainingBatch(
         latents=torch.stack(latents),
         condition=torch.stack(condition),
@@ -274,6 +298,7 @@ def load_batch(plan: BatchPlan) -> TrainingBatch:
         frame_indices=torch.tensor([layout.frame_indices for layout in layouts]),
         item_keys=tuple(item.key for item in plan.items),
         uniform=None if plan.uniform is None else torch.tensor(plan.uniform, dtype=torch.float64),
+        frame_sizes=sizes,
     )
 
 
@@ -383,7 +408,7 @@ def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> On
         except ConfigError as error:
             raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
     try:
-        wanted = replace(wanted, causal=dataset.causal)
+        wanted = replace(wanted, causal=dataset.causal, control_sizes=dataset.control_sizes)
         wanted.check_latents(made_for=header.layout)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None

@@ -1,6 +1,8 @@
 """The pictures of one item, looked at: what is wrong with the files, and how target and controls go together."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ class _Picture:
     """A file, decoded and brought to its bucket."""
 
     path: Path
-    size: tuple[int, int]  # as in the file, upright
+    fit: Fit  # what was done to it
     pixels: np.ndarray  # [height, width, 3] uint8
     mask: np.ndarray | None  # the same, 255 where the picture counts
 
@@ -53,10 +55,12 @@ def look(
         return None, found
     masks = (item.target_mask, *item.control_masks)
     paths = (item.target, *item.controls)
-    pictures = [_open(found, path, mask, item.bucket) for path, mask in zip(paths, masks, strict=False)]
+    fits = (lambda size: Fit(size, item.bucket), *[partial(item.layout.control_sizes.fit, target=item.bucket)] * needed)
+    pictures = [_open(found, path, mask, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
     _check_black(found, item, pictures)
     _check_controls(found, item)
     if None not in pictures:
+        item = replace(item, control_fits=tuple(picture.fit for picture in pictures[1:]))
         _check_sizes(found, item, pictures)
         for control in pictures[1:]:
             _compare(found, pictures[0], control, alignment)
@@ -80,7 +84,10 @@ def _item(
         return None
 
 
-def _open(found: list[Problem], path: Path, mask: Path | None, bucket: tuple[int, int]) -> _Picture | None:
+def _open(
+    found: list[Problem], path: Path, mask: Path | None, fitted: Callable[[tuple[int, int]], Fit]
+) -> _Picture | None:
+    """fitted: what is done to an image of a size; ConfigError when it is too small."""
     code = "D15"
     try:
         size = check_image(path, "")
@@ -90,17 +97,19 @@ def _open(found: list[Problem], path: Path, mask: Path | None, bucket: tuple[int
             check_mask_size(mask, mask_size, path, size)
             code = "D15"
         image, coverage = open_masked(path, "", mask)
+        code = "D36"
+        fit = fitted(size)
     except ConfigError as error:
         place = mask if mask is not None and str(mask) in str(error) else path
         text = str(error).replace(f"mask of  {mask}", str(mask)).removeprefix("mask ").lstrip()
         found.append(Problem.of_error(code, place, ConfigError(text)))
         return None
-    shown = None if coverage is None else _filled(coverage.convert("RGB"), bucket)
-    return _Picture(path, image.size, _filled(image, bucket), shown)
+    shown = None if coverage is None else _filled(coverage.convert("RGB"), fit)
+    return _Picture(path, fit, _filled(image, fit), shown)
 
 
-def _filled(image: Image.Image, bucket: tuple[int, int]) -> np.ndarray:
-    return resize_to_fill(np.asarray(image), bucket)
+def _filled(image: Image.Image, fit: Fit) -> np.ndarray:
+    return resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
 
 
 def _check_black(found: list[Problem], item: Item, pictures: list[_Picture | None]) -> None:
@@ -119,31 +128,32 @@ def _check_black(found: list[Problem], item: Item, pictures: list[_Picture | Non
 
 def _check_sizes(found: list[Problem], item: Item, pictures: list[_Picture]) -> None:
     for picture in pictures:
-        fit, name = Fit(picture.size, item.bucket), str(picture.path)
-        size, bucket = ("{}x{}".format(*each) for each in (picture.size, item.bucket))
+        fit, name = picture.fit, str(picture.path)
+        size, bucket = ("{}x{}".format(*each) for each in (fit.size, fit.bucket))
         if fit.scale > _ENLARGED:
             message = f"{size} pixels are enlarged {fit.scale:.1f} times to {bucket}"
             found.append(Problem("D17", name, message, "use a larger picture, a lower resolution or bucket_no_upscale"))
         if fit.scale < 1 / _HUGE:
             message = f"{size} pixels are {1 / fit.scale:.0f} times what {bucket} needs"
             found.append(Problem("D18", name, message, "shrink it, so that caching reads it faster"))
-    fit = Fit(item.size, item.bucket)
+    fit = pictures[0].fit
     if fit.cropped > _CROPPED:
         message = f"{fit.cropped:.0%} of it is cropped to fit {'{}x{}'.format(*item.bucket)}"
         found.append(Problem("D19", str(item.target), message, "crop it yourself, or set enable_bucket = true"))
     width, height = item.size
-    for control in pictures[1:]:
-        ratio = control.size[0] / control.size[1] / (width / height)
+    for control in () if item.layout.control_sizes else pictures[1:]:
+        ratio = control.fit.size[0] / control.fit.size[1] / (width / height)
         if max(ratio, 1 / ratio) > 1 + _SHAPE:
-            message = f"{'{}x{}'.format(*control.size)} is another shape than the {width}x{height} of its target"
+            message = f"{'{}x{}'.format(*control.fit.size)} is another shape than the {width}x{height} of its target"
             found.append(Problem("D20", str(control.path), message, "crop both alike, or their contents don't align"))
 
 
 def _compare(found: list[Problem], target: _Picture, control: _Picture, alignment: bool) -> None:
-    if largest_difference(target.pixels, control.pixels) < _IDENTICAL:
+    shown = resize_to_fill(control.pixels, target.fit.bucket)
+    if largest_difference(target.pixels, shown) < _IDENTICAL:
         message = f"is nearly the same picture as its target {target.path}"
         found.append(Problem("D21", str(control.path), message, "there is nothing to learn from it; check the pair"))
-    elif alignment and (shift := shift_between(control.pixels, target.pixels)) and max(map(abs, shift)) >= _STEP:
+    elif alignment and (shift := shift_between(shown, target.pixels)) and max(map(abs, shift)) >= _STEP:
         message = f"is shifted by {shift[0]:+d},{shift[1]:+d} pixels (right, down) against {control.path}"
         found.append(Problem("D22", str(target.path), message, "align the two, unless the move is to be learnt"))
 

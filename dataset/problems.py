@@ -57,6 +57,7 @@ KINDS = {
     "D33": Kind(WARNING, "text cache out of date"),
     "D34": Kind(WARNING, "item not cached"),
     "D35": Kind(WARNING, "cache without an item"),
+    "D36": Kind(ERROR, "control image too small"),
 }
 
 
@@ -90,6 +91,7 @@ class BucketRow:
     dataset: int
     width: int  # pixels
     height: int
+    controls: tuple[tuple[int, int], ...]  # width and height of each; empty where they are the target's
     frames: int  # controls and target
     items: int
     batches: int  # an epoch, repeats included
@@ -145,10 +147,15 @@ def bucket_table(rows: Sequence[BucketRow]) -> list[str]:
     heading = ("dataset", "bucket", "frames", "items", "batches", "unused places", "resized by", "cropped mean", "most")
     cells = [
         (
-            *(str(row.dataset), f"{row.width}x{row.height}", str(row.frames), str(row.items), str(row.batches)),
+            *(str(row.dataset), _sizes(row), str(row.frames), str(row.items), str(row.batches)),
             *(str(row.unused_places), f"{row.scale[0]:.2f}-{row.scale[1]:.2f}"),
             *(f"{row.cropped_mean:.1%}", f"{row.cropped_most:.1%}"),
         )
         for row in rows
     ]
     return table([heading, *cells]) if cells else []
+
+
+def _sizes(row: BucketRow) -> str:
+    """`64x48`, with controls of other sizes `32x32, 64x48`."""
+    return ", ".join("{}x{}".format(*size) for size in (*row.controls, (row.width, row.height)))

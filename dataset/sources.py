@@ -5,15 +5,17 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.buckets import Fit
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.files import parse_json
 from utils.images import IMAGE_SUFFIXES, check_image, check_mask_size
-from wan.one_frame import OneFrameLayout, layout_from_toml
+from wan.frame_sizes import Size
+from wan.one_frame import OneFrameLayout
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +34,17 @@ class Item:
     caption: str
     dataset: int  # position of its dataset in the configuration
     size: tuple[int, int]  # of the target file, upright
-    bucket: tuple[int, int]  # what target and controls are resized to
+    bucket: tuple[int, int]  # what the target is resized to
     layout: OneFrameLayout
     owns_layout: bool  # the layout is the item's own, whatever its dataset says
     target_mask: Path | None
     control_masks: tuple[Path | None, ...]  # as many as controls
+    control_fits: tuple[Fit, ...] = ()  # what is done to each control
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """What controls and target are brought to."""
+        return *(fit.bucket for fit in self.control_fits), self.bucket
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,7 @@ def find_items(config: ImageDatasetConfig, index: int, need_controls: bool) -> l
     items = []
     for source in sources:
         item = make_item(source, config, index, shared, check_image(source.target, key), key, need_controls)
-        _check_pictures(item, key, control_key)
-        items.append(item)
+        items.append(_with_fits(item, key, control_key))
     return items
 
 
@@ -96,7 +103,10 @@ def make_item(
     key: str,
     need_controls: bool = True,
 ) -> Item:
-    """The item of a source whose target has `size`; shared: the layout of those without one of their own."""
+    """The item of a source whose target has `size`; shared: the layout of those without one of their own.
+
+    Its `control_fits` are left to who looks at the control images.
+    """
     layout = source.layout or shared
     count = len(layout.control_indices) if need_controls else 0
     try:
@@ -118,12 +128,17 @@ def make_item(
     )
 
 
-def _check_pictures(item: Item, key: str, control_key: str) -> None:
+def _with_fits(item: Item, key: str, control_key: str) -> Item:
     """Look at the headers of controls and masks."""
     if item.target_mask is not None:
         _check_mask(item.target_mask, item.target, item.size, key)
+    fits = []
     for control, mask in zip(item.controls, item.control_masks, strict=True):
         size = check_image(control, control_key)
+        try:
+            fits.append(item.layout.control_sizes.fit(size, item.bucket))
+        except ConfigError as error:
+            raise ConfigError(f"{control_key} {control}: {error}") from None
         if mask is not None:
             _check_mask(mask, control, size, control_key)
             if item.layout.causal:
@@ -131,6 +146,7 @@ def _check_pictures(item: Item, key: str, control_key: str) -> None:
                     f"{control_key} {control}: has a mask, which the causal layout does not take; remove it or "
                     "fp_1f_layout"
                 )
+    return replace(item, control_fits=tuple(fits))
 
 
 def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> None:
@@ -284,7 +300,7 @@ def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfi
         raise ConfigError(f"target_index = {json.dumps(target)}: is no whole number; write for example 1")
     indices = config.clean_indices if indices is None else indices
     target = config.target_index if target is None else target
-    return layout_from_toml(indices, target, controls, config.causal, keys)
+    return config.layout_of(indices, target, controls, keys)
 
 
 def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
@@ -316,9 +332,8 @@ def _check_controls(sources: list[Source], config: ImageDatasetConfig, place: st
             fix = f"name the files in {config.control_directory} like the targets"
         raise ConfigError(f"{place}: no image has a control image, and one-frame training needs them; {fix}")
     try:  # without indices, one control image is assumed, and finding more than one is an error
-        layout = layout_from_toml(
-            config.clean_indices, config.target_index, most if config.clean_indices is None else None, config.causal
-        )
+        assumed = most if config.clean_indices is None else None
+        layout = config.layout_of(config.clean_indices, config.target_index, assumed)
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
     needed = len(layout.control_indices)

@@ -119,9 +119,9 @@ def recorded(calls: list):
         calls.append(("threads", workers))
         return original(1)
 
-    def images(original, vae, pixels):
-        calls.append(("images", len(pixels)))
-        return original(vae, pixels)
+    def images(original, vae, frames):
+        calls.append(("images", len(frames)))
+        return original(vae, frames)
 
     def texts(original, model, tokenizer, captions, **more):
         calls.append(("texts", len(captions)))
@@ -142,7 +142,7 @@ def recorded(calls: list):
     places = {
         (dataset.loader, "DataLoader"): loader,
         (wan.caching, "ThreadPoolExecutor"): threads,
-        (wan.caching, "encode_images"): images,
+        (wan.caching, "encode_frames"): images,
         (wan.caching, "encode_text"): texts,
         (wan.memory, "swap_blocks_"): swap,
         (wan.memory, "checkpoint_blocks_"): checkpoint,

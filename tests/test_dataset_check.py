@@ -105,6 +105,10 @@ def replace(path: str, image: Image.Image) -> None:
     image.save(path)
 
 
+def thin_control() -> None:
+    picture(0, (128, 12)).save("start/cow.png")
+
+
 def in_toml(old: str, new: str) -> None:
     text = Path("data.toml").read_text()
     assert old in text
@@ -233,6 +237,10 @@ FAULTS = {  # what is done to the clean dataset, and the codes that it must have
     "a black mask of a target": (lambda: Image.new("L", SIZE).save("mask/bee.png"), {"D24"}),
     "a black mask of a control": (lambda: Image.new("L", SIZE).save("start/ant_mask.png"), {"D25", "D32"}),
     "a control that is transparent": (transparent, {"D25"}),
+    "a control too small for a size of its own": (
+        lambda: (in_toml("fp_1f_target_index = 1", "fp_1f_target_index = 1\nno_resize_control = true"), thin_control()),
+        {"D32", "D36"},
+    ),
     "masks in the causal layout": (
         lambda: in_toml("fp_1f_target_index = 1", 'fp_1f_target_index = 1\nfp_1f_layout = "causal"'),
         {"D26", "D32"},

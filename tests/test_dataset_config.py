@@ -241,16 +241,7 @@ WRONG = [  # text of the file, the start of the message after the file name, wor
         "datasets[1].cache_directory ",
         "its own",
     ),
-    (ENTRY + "no_resize_control = false", "datasets[0].no_resize_control: is not supported", "remove"),
-    (ENTRY + "control_resolution = 512", "datasets[0].control_resolution: is not supported", "remove"),
     (ENTRY + "multiple_target = true", "datasets[0].multiple_target: is not supported", "remove"),
-    (ENTRY + "qwen_image_edit_control_resolution = 1", "datasets[0].qwen_image_edit_control_resolution: ", "supported"),
-    (ENTRY + "flux_kontext_no_resize_control = true", "datasets[0].flux_kontext_no_resize_control: ", "supported"),
-    (
-        ENTRY + "qwen_image_edit_no_resize_control = true",
-        "datasets[0].qwen_image_edit_no_resize_control: ",
-        "supported",
-    ),
     (
         "[[datasets]]\nvideo_directory = 'v'",
         "datasets[0].video_directory: video datasets are not supported yet",

@@ -59,7 +59,7 @@ class Recorder:
     def __init__(self):
         self.dit, self.passes = random_dit(), []
 
-    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None):
+    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None, **_):
         self.passes.append((len(latents), *sorted(skip_blocks)))
         return self.dit(latents, condition, timesteps, text, image, indices, skip_blocks, cache)
 

@@ -218,7 +218,10 @@ def test_generation_in_fp8_needs_about_half():
 
 
 def test_tables_align_their_columns():
-    frames = [explain._Frame("control 0", "a.png", None, 0.25), explain._Frame("target", "b", None, None)]
-    lines = explain.frame_table(OneFrameLayout((3,), 1), frames, (64, 32))
+    frames = [
+        explain._Frame("control 0", "a", (64, 32), None, 0.25),
+        explain._Frame("target", "b", (64, 32), None, None),
+    ]
+    lines = explain.frame_table(OneFrameLayout((3,), 1), frames)
     assert [line.index("tokens" if i == 0 else "8") for i, line in enumerate(lines)] == [lines[0].index("tokens")] * 3
     assert lines[1].startswith("0     target") and "25%" in lines[2]

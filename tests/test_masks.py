@@ -122,7 +122,7 @@ def test_the_loss_is_the_mean_over_what_counts():
 
     def loss(velocity, weights):
         given = {"condition": None, "text": None, "image": None, "frame_indices": None, "t": torch.full((2,), 0.5)}
-        return flow_matching_loss(lambda *_: velocity, latents=latents, noise=noise, weights=weights, **given)
+        return flow_matching_loss(lambda *_, **__: velocity, latents=latents, noise=noise, weights=weights, **given)
 
     squared = (answer - (noise - latents)).square()
     expected = [squared[i, :, weights[i] == 1].mean() for i in range(2)]

@@ -161,6 +161,8 @@ CASES = {
         "sample_solver": (SAMPLES, "vanilla", "pictures"),
         "exact_size": (SAMPLES, "", "pictures"),
         "pin_controls": (SAMPLES, "", "pictures"),
+        "control_resolution": (SAMPLES, "64", "pictures"),
+        "no_resize_control": (SAMPLES, "", "pictures"),
         "reasoning_frames": ("--sample_prompts far.txt --sample_at_first", "2", "pictures"),
         "reasoning_steps": ("--sample_prompts far.txt --sample_at_first --reasoning_frames 2", "2", "pictures"),
         "validation_split": ("--validate_every_n_steps 1", "1", "outcome"),

@@ -55,7 +55,7 @@ FLAGS = {
         "ours": "explain "
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
         "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
-        "reasoning_frames reasoning_steps pin_controls preview vae_backend "
+        "reasoning_frames reasoning_steps pin_controls control_resolution no_resize_control preview vae_backend "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
@@ -75,8 +75,8 @@ FLAGS = {
         "slg_start slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph "
         "compile_cache_size_limit",
         "ours": "explain recipe sweep preview memory reasoning_frames reasoning_steps pin_controls "
-        "dit_backend vae_backend separate_passes cuda_allow_tf32 cuda_cudnn_benchmark one_frame_layout exact_size "
-        "dit_dtype t5_dtype t5_tokenizer clip_dtype",
+        "control_resolution no_resize_control dit_backend vae_backend separate_passes cuda_allow_tf32 "
+        "cuda_cudnn_benchmark one_frame_layout exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "
         "compile_args trim_tail_frames "
         "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "

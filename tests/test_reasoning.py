@@ -55,7 +55,7 @@ class Alone:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, ...], Tensor]] = []
 
-    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None):
+    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None, **_):
         self.calls.append((tuple(indices[0].tolist()), condition[0]))
         own = torch.sin(latents) + 0.1 * condition[:, 4:] + 0.01 * indices[:, None, :, None, None]
         return own + (text.mean(dim=(1, 2)) + timesteps / 1000)[:, None, None, None, None]

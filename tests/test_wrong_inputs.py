@@ -225,6 +225,23 @@ CASES = [
         flags("--control_image_mask_path", "data/start/cat.png", "--one_frame_layout", "causal"),
         ["causal layout takes no masks", "--cim"],
     ),
+    (
+        "cache",
+        edit("data.toml", "fp_1f_target_index = 1", 'fp_1f_layout = "causal"\ncontrol_resolution = 64'),
+        ["data.toml: datasets[0]: control_resolution=64x64", "causal", "independent"],
+    ),
+    (
+        "train",
+        edit("data.toml", "fp_1f_target_index = 1", "fp_1f_target_index = 1\nno_resize_control = true"),
+        ["data.toml: datasets[0]: ", "no_resize_control=true", "run wan_cache_latents.py again"],
+    ),
+    (
+        "train",
+        prompt("a --ci data/start/cat.png --of target_index=1,control_index=0,no_resize_control=no"),
+        ["write true"],
+    ),
+    ("train", flags("--control_resolution", "8x99"), ["control_resolution=8x99", "at least 16"]),
+    ("generate", flags("--no_resize_control", "--one_frame_layout", "causal"), ["no_resize_control=true: the causal"]),
     ("generate", flags("--one_frame_layout", "casual"), ["--one_frame_layout", "casual"]),
     ("generate", flags("--video_size", "8", "48"), ["--video_size 8 48"]),
     ("generate", flags("--video_size", "48"), ["--video_size", "2"]),

@@ -94,22 +94,22 @@ def check_image(path: str | Path, what: str) -> tuple[int, int]:
         raise _unreadable(path, what, error) from None
 
 
-def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int]) -> np.ndarray:
+def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_only: bool = False) -> np.ndarray:
     """Resize an RGB image [height, width, 3] uint8 until it covers `size` (width, height), then cut out the centre.
 
     Enlarges with Pillow's Lanczos filter and shrinks by area averaging, within one level of OpenCV's INTER_AREA, as
-    musubi-tuner does (spec dataset.md section 5.4). Returns [size[1], size[0], 3] uint8; the image itself when it has
-    the size already.
+    musubi-tuner does (spec dataset.md section 5.4). crop_only: only cut, out of an image that covers `size` already.
+    Returns [size[1], size[0], 3] uint8; the image itself when it has the size already.
     """
     image = np.asarray(image)
     height, width = image.shape[:2]
     if (width, height) == tuple(size):
         return image
-    scale = max(size[0] / width, size[1] / height)
+    scale = 1.0 if crop_only else max(size[0] / width, size[1] / height)
     new_width, new_height = int(width * scale + 0.5), int(height * scale + 0.5)
     if scale > 1:
         image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
-    else:
+    elif scale < 1:
         planes = image.transpose(2, 0, 1).astype(np.float32, order="C")  # contiguous, or matmul goes without BLAS
         planes = _area_weights(height, new_height) @ planes @ _area_weights(width, new_width).T
         image = (planes + 0.5).astype(np.uint8).transpose(1, 2, 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset.buckets import Fit
 from dataset.cache import (
     LatentCache,
     LatentSettings,
@@ -41,7 +42,7 @@ from wan.encoding import (
     encode_blank,
     encode_causal_condition,
     encode_clip,
-    encode_images,
+    encode_frames,
     encode_video,
     frame_levels,
     latent_mask,
@@ -129,7 +130,8 @@ def run_latents(
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
-            return latent_stale_reason(latent_path(config, item), latent_settings(item, models))
+            expected = latent_settings(item, models)
+            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes)
 
         todo = _stale(items, reason, run, processes)
     todo = _share(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
@@ -212,7 +214,7 @@ class LoadedItem:
 
     item: Item
     settings: LatentSettings
-    frames: tuple[Tensor, ...]  # the target and the controls, [3, height, width] uint8 of the bucket's size
+    frames: tuple[Tensor, ...]  # the target and the controls, [3, height, width] uint8
     controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
     masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
 
@@ -226,7 +228,7 @@ def encode_items(
         encode = _causal if batch[0].item.layout.causal else _independent
         for one, (latents, condition) in zip(batch, encode(vae, batch, blanks), strict=True):
             features = torch.stack([encode_clip(clip, control) for control in one.controls])
-            yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0])
+            yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0], one.item.sizes)
 
 
 def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> LoadedItem:
@@ -243,7 +245,7 @@ def _independent(
     size = batch[0].item.bucket
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
-    encoded = iter(encode_images(vae, torch.stack([frame for one in batch for frame in one.frames])))
+    encoded = iter(encode_frames(vae, [frame for one in batch for frame in one.frames]))
     for one in batch:
         layout = one.item.layout
         target, *controls = islice(encoded, len(one.frames))
@@ -262,7 +264,7 @@ def _causal(vae: WanVAE, batch: Sequence[LoadedItem], _blanks: object) -> Iterat
 
 def _size(item: Item) -> tuple:
     """What items whose frames go through the VAE together have in common."""
-    return item.dataset, item.bucket
+    return item.dataset, item.bucket, item.sizes if len(set(item.sizes)) > 1 else ()
 
 
 def _dataset(item: Item) -> tuple:
@@ -303,9 +305,10 @@ def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
         pairs = zip(item.controls, item.control_masks, strict=True)
         opened = [open_masked(path, "control image", mask) for path, mask in pairs]
     controls = [image for image, _ in opened]
-    frames = tuple(frame_levels(image, item.bucket) for image in (target, *controls))
-    masks = (target_mask, *(mask for _, mask in opened))
-    masks = tuple(mask and latent_mask(mask, item.bucket) for mask in masks)
+    fits = (Fit(item.size, item.bucket), *item.control_fits)
+    images, masks = (target, *controls), (target_mask, *(mask for _, mask in opened))
+    frames = tuple(frame_levels(image, fit.bucket, fit.crop_only) for image, fit in zip(images, fits, strict=True))
+    masks = tuple(mask and latent_mask(mask, fit.bucket, fit.crop_only) for mask, fit in zip(masks, fits, strict=True))
     if masks[0] is not None and not masks[0].any():
         raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
     return LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)

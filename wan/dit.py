@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wan.attention import Attention, sdpa
 from wan.config import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
+from wan.frame_sizes import FrameSizes, check_sizes, inner_tokens, with_padding
 from wan.rope import apply_rope, grid_positions, rope_angles
 
 _ROWS_OF_TEXT = 64  # `pad_text` makes a multiple of it, so that few programs serve texts of all lengths
@@ -116,7 +117,7 @@ class Prepared:
 
 @dataclass(eq=False)
 class StepCache:
-    """For several calls with the same text, image and frame indices: the first one fills it, the others reuse it."""
+    """For several calls with the same text, image, frame indices and sizes: the first fills it, the others reuse it."""
 
     prepared: Prepared | None = None
 
@@ -287,6 +288,7 @@ class WanDiT(nn.Module):
         frame_indices: Tensor,
         skip_blocks: frozenset[int] = frozenset(),
         cache: StepCache | None = None,
+        frame_sizes: FrameSizes | None = None,
     ) -> Tensor:
         """Velocity of noisy latents.
 
@@ -296,17 +298,19 @@ class WanDiT(nn.Module):
         frame_indices: [B, F] integer, the time index of each latent frame.
         skip_blocks: numbers of blocks that are left out (skip-layer guidance).
         cache: see `StepCache`; without one nothing is kept.
+        frame_sizes: of frames that do not fill H and W. What lies outside of them has no effect, and velocity 0.
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
-        self._check(latents, condition, text, image, frame_indices)
+        self._check(latents, condition, text, image, frame_indices, frame_sizes)
         x = latents if condition is None else torch.cat([latents, condition], dim=1)
         x = self.patch_embedding(x.to(self.dtype))
         grid = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2).float()
+        x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
 
         prepared = None if cache is None else cache.prepared
         if prepared is None:
-            prepared = self._prepare(text, image, frame_indices, grid, keep=cache is not None)
+            positions = inner_tokens(grid_positions(frame_indices, *grid[1:]), grid, frame_sizes)
+            prepared = self._prepare(text, image, positions, keep=cache is not None)
         if cache is not None:
             cache.prepared = prepared
         time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
@@ -314,12 +318,10 @@ class WanDiT(nn.Module):
         for number, block in enumerate(self.blocks):
             if number not in skip_blocks:
                 x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin)
-        return self._unpatchify(self.head(x, time), grid)
+        return self._unpatchify(with_padding(self.head(x, time), grid, frame_sizes), grid)
 
-    def _prepare(
-        self, text: Tensor, image: Tensor | None, frame_indices: Tensor, grid: tuple[int, int, int], keep: bool
-    ) -> Prepared:
-        angles = rope_angles(grid_positions(frame_indices, *grid[1:]))
+    def _prepare(self, text: Tensor, image: Tensor | None, positions: Tensor, keep: bool) -> Prepared:
+        angles = rope_angles(positions)
         tokens = self.text_embedding(text.to(self.dtype))
         if image is not None:
             tokens = torch.cat([self.img_emb(image, self.dtype), tokens], dim=1)
@@ -327,7 +329,13 @@ class WanDiT(nn.Module):
         return Prepared(angles.cos().float(), angles.sin().float(), contexts)
 
     def _check(
-        self, latents: Tensor, condition: Tensor | None, text: Tensor, image: Tensor | None, frame_indices: Tensor
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        text: Tensor,
+        image: Tensor | None,
+        frame_indices: Tensor,
+        frame_sizes: FrameSizes | None,
     ) -> None:
         kind, needs_image = self.spec.model_type, self.spec.image_dim is not None
         if (condition is not None) != needs_image or (image is not None) != needs_image:
@@ -338,6 +346,8 @@ class WanDiT(nn.Module):
             raise ValueError(f"{text.shape[1]} rows of text; at most {TEXT_LENGTH}")
         if frame_indices.shape != (latents.shape[0], latents.shape[2]):
             raise ValueError(f"frame_indices {tuple(frame_indices.shape)} for latents {tuple(latents.shape)}")
+        if frame_sizes is not None:
+            check_sizes(frame_sizes, latents.shape[2:])
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, f * h * w, p * q * r * C] -> [B, C, f * p, h * q, w * r], with (p, q, r) = PATCH."""

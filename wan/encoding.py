@@ -15,15 +15,15 @@ from wan.one_frame import OneFrameLayout, causal_condition, causal_condition_vid
 from wan.vae import WanVAE
 
 
-def frame_levels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def frame_levels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
     """An RGB image -> [3, height, width] uint8 of a frame of this size (width, height): a quarter of its pixels' bytes,
     to be kept and sent to a GPU."""
-    return to_levels(resize_to_fill(np.asarray(image), size))
+    return to_levels(resize_to_fill(np.asarray(image), size, crop_only))
 
 
-def frame_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+def frame_pixels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
     """The same in [-1, 1]."""
-    return as_pixels(frame_levels(image, size))
+    return as_pixels(frame_levels(image, size, crop_only))
 
 
 @torch.no_grad()
@@ -39,6 +39,16 @@ def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
     return torch.cat([vae.encode(batch) for batch in batches]).to(vae.dtype)
 
 
+def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
+    """As `encode_images`, of frames [3, 8 h, 8 w], those of one size together. Returns [16, 1, h, w] each."""
+    latents: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(frame.shape for frame in frames):
+        numbers = [number for number, frame in enumerate(frames) if frame.shape == shape]
+        encoded = encode_images(vae, torch.stack([frames[number] for number in numbers]))
+        latents |= dict(zip(numbers, encoded, strict=True))
+    return [latents[number] for number in range(len(frames))]
+
+
 @torch.no_grad()
 def encode_video(vae: WanVAE, pixels: Tensor) -> Tensor:
     """[3, 1 + 4 n, 8 H, 8 W] in [-1, 1] -> [16, 1 + n, H, W] normalised latents in the VAE's dtype."""
@@ -50,9 +60,9 @@ def encode_causal_condition(vae: WanVAE, layout: OneFrameLayout, controls: Seque
     return causal_condition(layout, encode_video(vae, causal_condition_video(layout, controls)))
 
 
-def latent_mask(mask: Image.Image, size: tuple[int, int]) -> Tensor:
+def latent_mask(mask: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
     """Grey image -> [H, W] float32 in 0..1, the means over the pixels of a latent; brought to `size` like its image."""
-    levels = frame_pixels(mask.convert("RGB"), size)[0]
+    levels = frame_pixels(mask.convert("RGB"), size, crop_only)[0]
     return (F.avg_pool2d(levels[None], VAE_STRIDE)[0] + 1) / 2
 
 

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from dataset.buckets import Fit
 from dataset.cache import read_header, read_latent_cache
 from dataset.config import DatasetsConfig, read_config
@@ -13,10 +11,10 @@ from dataset.loader import TrainingItem, TrainingSet
 from dataset.sources import Item, find_all_items
 from utils.cli import option
 from utils.dtypes import dtype_name
-from utils.images import check_image, open_masked
+from utils.images import open_masked
 from utils.tables import table
 from wan.checkpoint import load_tokenizer
-from wan.config import CLIP_TOKENS, TEXT_LENGTH, VAE_STRIDE, DiTSpec, TaskSpec
+from wan.config import CLIP_TOKENS, TEXT_LENGTH, DiTSpec, TaskSpec
 from wan.encoding import latent_mask
 from wan.footprint import (
     expected_memory,
@@ -25,15 +23,17 @@ from wan.footprint import (
     frozen_bytes,
     generation_parts,
     passes,
+    request_tokens,
     size_text,
     told,
     weightless_dit,
 )
+from wan.frame_sizes import Size, frame_of
 from wan.guidance import GuidanceConfig
 from wan.lora_files import LoRAFile
 from wan.memory import MemoryConfig
 from wan.models import DiTConfig
-from wan.one_frame import OneFrameLayout, relayout
+from wan.one_frame import OneFrameLayout
 from wan.report import dataset_rows, start_table
 from wan.request import Request
 from wan.t5 import clean_prompt
@@ -58,46 +58,48 @@ class _Frame:
 
     name: str  # "control 0", "target"
     file: str
+    size: Size  # width and height in pixels
     fit: Fit | None  # None: nothing is resized
     used: float | None  # share that its mask leaves; None without a mask
 
 
-def frame_table(layout: OneFrameLayout, frames: Sequence[_Frame], size: tuple[int, int]) -> list[str]:
-    """A row per slot. frames: the controls as given, then the target; size: (width, height) in pixels."""
+def frame_table(layout: OneFrameLayout, frames: Sequence[_Frame]) -> list[str]:
+    """A row per slot. frames: the controls as given, then the target."""
     rows = [("slot", "role", "RoPE index", "file", "size", "cropped", "mask used", "tokens")]
     for slot, i in enumerate(layout.order):
         frame = frames[i]
-        wide = "{}x{}".format(*size)
+        wide = "{}x{}".format(*frame.size)
         rows.append(
             (
                 *(str(slot), frame.name, str(layout.frame_indices[slot]), frame.file),
                 "{}x{} -> {}".format(*frame.fit.size, wide) if frame.fit else wide,
                 f"{frame.fit.cropped:.1%}" if frame.fit else "",
                 "all" if frame.used is None else f"{frame.used:.0%}",
-                str(frame_tokens(size)),
+                str(frame_tokens(frame.size)),
             )
         )
     return table(rows)
 
 
-def _file_frame(name: str, path: Path, mask: Path | None, size: tuple[int, int], masked: bool) -> _Frame:
+def _file_frame(name: str, path: Path, mask: Path | None, fit: Fit, masked: bool) -> _Frame:
     """masked: whether a mask counts at all."""
     coverage = open_masked(path, name, mask)[1] if masked else None
-    used = None if coverage is None else float(latent_mask(coverage, size).mean())
-    return _Frame(name, str(path), Fit(check_image(path, name), size), used)
+    used = None if coverage is None else float(latent_mask(coverage, fit.bucket, fit.crop_only).mean())
+    return _Frame(name, str(path), fit.bucket, fit, used)
 
 
-def _control_frames(made: Item | Request, size: tuple[int, int]) -> list[_Frame]:
+def _control_frames(made: Item | Request) -> list[_Frame]:
     """The control images of an item or a picture. The causal layout takes no masks of them."""
-    pairs = zip(made.controls, made.control_masks, strict=True)
+    files = zip(made.controls, made.control_masks, made.control_fits, strict=True)
     masked = not made.layout.causal
-    return [_file_frame(f"control {i}", path, mask, size, masked) for i, (path, mask) in enumerate(pairs)]
+    return [_file_frame(f"control {i}", *file, masked) for i, file in enumerate(files)]
 
 
-def _tokens_line(layout: OneFrameLayout, size: tuple[int, int], images: int) -> str:
-    frames, each = len(layout.order), frame_tokens(size)
+def _tokens_line(layout: OneFrameLayout, frames: Sequence[_Frame], images: int) -> str:
+    each = [frame_tokens(frames[i].size) for i in layout.order]
+    counts = f"{len(each)} frames x {each[0]}" if len(set(each)) == 1 else " + ".join(map(str, each))
     context = f"{TEXT_LENGTH} of the text and {CLIP_TOKENS * images} of CLIP"
-    return f"tokens per forward: {frames} frames x {each} = {frames * each}, which also look at {context}"
+    return f"tokens per forward: {counts} = {sum(each)}, which also look at {context}"
 
 
 # --- caching
@@ -109,13 +111,13 @@ def latents(dataset_config: Path, layout: str | None, batch_size: int | None, we
     items = find_all_items(config, need_controls=True)
     groups: dict[tuple, list[Item]] = {}
     for item in items:
-        groups.setdefault((item.dataset, item.bucket, str(item.layout)), []).append(item)
+        groups.setdefault((item.dataset, item.bucket, str(item.layout), item.sizes), []).append(item)
     lines = []
-    for (index, size, _), group in list(groups.items())[:_SHOWN]:
+    for (index, size, *_), group in list(groups.items())[:_SHOWN]:
         item = group[0]
         wide = "{}x{}".format(*size)
         lines += [f"dataset {index}, {wide}, {item.layout}: {len(group)} items, the first is {item.stem}"]
-        lines += [*frame_table(item.layout, _item_frames(item), size), ""]
+        lines += [*frame_table(item.layout, _item_frames(item)), ""]
     lines += _left_out(len(groups))
     images = sum(1 + len(item.controls) for item in items)
     largest = max(items, key=lambda item: item.bucket[0] * item.bucket[1])
@@ -130,8 +132,8 @@ def latents(dataset_config: Path, layout: str | None, batch_size: int | None, we
 
 
 def _item_frames(item: Item) -> list[_Frame]:
-    target = _file_frame("target", item.target, item.target_mask, item.bucket, masked=True)
-    return [*_control_frames(item, item.bucket), target]
+    target = _file_frame("target", item.target, item.target_mask, Fit(item.size, item.bucket), masked=True)
+    return [*_control_frames(item), target]
 
 
 def texts(dataset_config: Path, batch_size: int | None, tokenizer: Path | None, weights: Path) -> list[str]:
@@ -179,9 +181,8 @@ def generation(
     lines, forwards, flops, most = [], 0, 0.0, 0
     for number, request in enumerate(requests, start=1):
         together, in_step = passes(request, guidance)
-        each, reasoning = frame_tokens((request.width, request.height)), request.reasoning
-        own, tokens = (len(frames) * each for frames in (request.layout.order, reasoning.frame_indices))
-        at_length = request.reasoning_steps if reasoning.count else 0
+        own, tokens = request_tokens(request)
+        at_length = request.reasoning_steps if request.reasoning.count else 0
         steps = ((own, request.steps - at_length), (tokens, at_length))
         cost = in_step * sum(count * forward_flops(dit.spec, length) for length, count in steps)
         forwards, flops, most = (
@@ -204,17 +205,17 @@ def generation(
 
 
 def _request_lines(request: Request, in_step: int, together: int, cost: float) -> list[str]:
-    size = (request.width, request.height)
-    frames = _control_frames(request, size)
+    target = _Frame("target", "(generated)", (request.width, request.height), None, None)
+    frames = [*_control_frames(request), target]
     added = request.reasoning.indices
     reasoning = [
         f"reasoning frames at RoPE index {', '.join(map(str, added))} in the first {request.reasoning_steps} steps: "
-        f"{len(request.reasoning.frame_indices) * frame_tokens(size)} tokens"
+        f"{request_tokens(request)[1]} tokens"
     ]
     how = "one prompt" if in_step == 1 else f"both prompts {'together' if together == 2 else 'one after the other'}"
     return [
-        *frame_table(request.layout, [*frames, _Frame("target", "(generated)", None, None)], size),
-        _tokens_line(request.layout, size, len(request.clip_images)),
+        *frame_table(request.layout, frames),
+        _tokens_line(request.layout, frames, len(request.clip_images)),
         *(reasoning if added else ()),
         f"CLIP sees {', '.join(map(str, request.clip_images))}",
         f"{request.steps} steps of {request.solver}, shift {request.shift:g}, guidance {request.guidance:g}: {how} "
@@ -237,12 +238,13 @@ def training(
     run, memory = options.run, options.memory
     groups: dict[tuple, TrainingItem] = {}
     for item in training_set.items:
-        groups.setdefault((item.key.split("/")[0], read_header(item.latents).bucket, str(item.layout)), item)
+        header = read_header(item.latents)
+        groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
     lines = []
-    for (dataset, size, layout), item in list(groups.items())[:_SHOWN]:
+    for (dataset, size, layout, _), item in list(groups.items())[:_SHOWN]:
         lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
-        lines += frame_table(item.layout, _cached_frames(item), size)
-        lines += [_tokens_line(item.layout, size, task.clip_images), ""]
+        frames = _cached_frames(item)
+        lines += [*frame_table(item.layout, frames), _tokens_line(item.layout, frames, task.clip_images), ""]
     lines += _left_out(len(groups))
     dtype = run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
     held, network = weightless_dit(dit, dtype, memory, options.network, weights)
@@ -263,25 +265,22 @@ def training(
 
 def _cached_frames(item: TrainingItem) -> list[_Frame]:
     cache = read_latent_cache(item.latents)
-    condition = relayout(cache.condition, cache.layout, item.layout)
-    used: dict[int, float] = {}
-    for slot, i in enumerate(item.layout.order):
-        given: Tensor = condition[:4, slot].amax(dim=0).float()
-        if i < len(item.layout.control_indices) and bool((given < 1).any()):
+    controls, used = len(item.layout.control_indices), {}
+    for slot, i in enumerate(cache.layout.order):
+        given = frame_of(cache.condition[:4], slot, cache.frame_sizes).amax(dim=0).float()
+        if i < controls and bool((given < 1).any()):
             used[i] = float(given.mean())
-    names = [f"control {i}" for i in range(len(item.layout.control_indices))]
-    target = None if cache.target_mask is None else float(cache.target_mask.mean())
-    return [
-        *(_Frame(name, "(cached)", None, used.get(i)) for i, name in enumerate(names)),
-        _Frame("target", "(cached)", None, target),
-    ]
+    if cache.target_mask is not None:
+        used[controls] = float(cache.target_mask.mean())
+    sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)
+    names = [*(f"control {i}" for i in range(controls)), "target"]
+    return [_Frame(name, "(cached)", sizes[i], None, used.get(i)) for i, name in enumerate(names)]
 
 
 def _training_flops(spec: DiTSpec, training_set: TrainingSet, recomputed: bool) -> Iterator[float]:
     """Of the items of each bucket: forward, the gradients of the activations, and forward again when recomputed."""
     for bucket in training_set.buckets:
-        tokens = bucket.frames * frame_tokens((bucket.width * VAE_STRIDE, bucket.height * VAE_STRIDE))
-        yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, tokens)
+        yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, bucket.tokens)
 
 
 # --- estimates

@@ -62,9 +62,7 @@ def frozen_bytes(module: nn.Module) -> int:
 
 def largest_batch(buckets: Iterable[BucketCount]) -> int:
     """Tokens of the largest batch."""
-    return max(
-        min(bucket.batch_size, bucket.items) * bucket.frames * bucket.height * bucket.width // 4 for bucket in buckets
-    )
+    return max(min(bucket.batch_size, bucket.items) * bucket.tokens for bucket in buckets)
 
 
 def frame_tokens(size: tuple[int, int]) -> int:
@@ -79,10 +77,15 @@ def passes(request: Request, guidance: GuidanceConfig) -> tuple[int, int]:
     return (1 if guidance.separate_passes else 2), 2
 
 
+def request_tokens(request: Request) -> tuple[int, int]:
+    """Tokens of one prompt with a picture's own frames, and with the reasoning frames too."""
+    counts = [frame_tokens(size) for size in request.sizes]
+    return sum(counts), sum(counts) + request.reasoning.count * counts[-1]
+
+
 def forward_tokens(request: Request, guidance: GuidanceConfig) -> int:
     """Tokens of the longest forward pass."""
-    frames = len(request.reasoning.frame_indices)
-    return passes(request, guidance)[0] * frames * frame_tokens((request.width, request.height))
+    return passes(request, guidance)[0] * request_tokens(request)[1]
 
 
 def training_parts(

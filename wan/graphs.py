@@ -6,7 +6,6 @@ writes the memory that it was recorded with: inputs are copied there, and a resu
 
 import gc
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,8 +14,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from wan.config import PATCH
 from wan.dit import StepCache
+from wan.frame_sizes import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +42,16 @@ class CudaRecorder:
 
 
 class Recorded:
-    """A function of tensors, for inputs of the sizes that it is made with."""
+    """A function of tensors and constants, for constants and sizes that it is made with."""
 
-    def __init__(self, record: Recorder, work: Callable[..., Any], *inputs: Tensor | None) -> None:
-        self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
+    def __init__(self, record: Recorder, work: Callable[..., Any], *inputs: Any) -> None:
+        self._inputs = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in inputs]
         self._replay, self._result = record(partial(work, *self._inputs))
 
-    def __call__(self, *inputs: Tensor | None) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         """The result, which the next call writes over."""
         for own, tensor in zip(self._inputs, inputs, strict=True):
-            if own is not None:
+            if isinstance(own, Tensor):
                 own.copy_(tensor, non_blocking=True)
         self._replay()
         return self._result
@@ -81,15 +80,17 @@ class _GraphedForward:
         frame_indices: Tensor,
         skip_blocks: frozenset[int] = frozenset(),
         cache: StepCache | None = None,
+        frame_sizes: FrameSizes | None = None,
     ) -> Tensor:
         def work(latents: Tensor, condition: Tensor | None, timesteps: Tensor) -> Tensor:
-            return self._forward(latents, condition, timesteps, text, image, frame_indices, skip_blocks, cache)
+            shared = text, image, frame_indices, skip_blocks, cache, frame_sizes
+            return self._forward(latents, condition, timesteps, *shared)
 
         inputs = latents, condition, timesteps
         first = cache is None or cache.prepared is None
-        if first or torch.is_grad_enabled() or not self._fits or _tokens(latents) > _MOST_TOKENS:
+        if first or torch.is_grad_enabled() or not self._fits or _tokens(latents, frame_sizes) > _MOST_TOKENS:
             return work(*inputs)
-        found, size = self._recorded.setdefault(cache, {}), (latents.shape, skip_blocks)
+        found, size = self._recorded.setdefault(cache, {}), (latents.shape, skip_blocks, frame_sizes)
         if size not in found:
             try:
                 found[size] = Recorded(self._record, work, *inputs)
@@ -111,14 +112,15 @@ class GraphedGradients:
         self._recorded: dict[tuple, Recorded] = {}
         self._fits = True
 
-    def __call__(self, inputs: dict[str, Tensor | None], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The losses [B], and the gradients of their sum times `factor`, a scalar. The next call may write over both.
 
-        inputs: of `loss`; among them `latents` [B, 16, F, H, W].
+        inputs: of `loss`, tensors and constants; among them `latents` [B, 16, F, H, W].
         """
         work, tensors = partial(self._work, list(inputs)), [factor, *inputs.values()]
-        size = tuple(None if tensor is None else tensor.shape for tensor in tensors)
-        wanted = self._fits and size in self._known and _tokens(inputs["latents"]) <= _MOST_TOKENS
+        size = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+        tokens = _tokens(inputs["latents"], inputs.get("frame_sizes"))
+        wanted = self._fits and size in self._known and tokens <= _MOST_TOKENS
         if wanted and size not in self._recorded:
             try:
                 self._recorded[size] = Recorded(self._record, work, *tensors)
@@ -142,15 +144,12 @@ class GraphedGradients:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _work(
-        self, names: list[str], factor: Tensor, *tensors: Tensor | None
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def _work(self, names: list[str], factor: Tensor, *tensors: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
         losses = self._loss(**dict(zip(names, tensors, strict=True)))
         gradients = torch.autograd.grad(losses.sum() * factor, self.parameters, allow_unused=True)
         return losses.detach(), gradients
 
 
-def _tokens(latents: Tensor) -> int:
+def _tokens(latents: Tensor, sizes: FrameSizes | None) -> int:
     """Tokens of a batch of latents [B, C, F, H, W]."""
-    batch, _, *sides = latents.shape
-    return batch * math.prod(sides) // math.prod(PATCH)
+    return len(latents) * token_count(latents.shape[2:], sizes)

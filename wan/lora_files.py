@@ -310,7 +310,7 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
         return layout
     places = {index: place for place, index in enumerate(layout.frame_indices)}
     controls = tuple(places[index] for index in layout.control_indices)
-    return OneFrameLayout(controls, places[layout.target_index], layout.causal)
+    return replace(layout, control_indices=controls, target_index=places[layout.target_index])
 
 
 def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from utils.cli import option
 from utils.errors import ConfigError, suggest
+from wan.config import VAE_STRIDE
+from wan.frame_sizes import AS_TARGET, SIZE_KEYS, ControlSizes, FrameSizes, Size, frame_of, padded, parse_resolution
 
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("independent", "causal")
-KEYS = ("control_index", "target_index", "layout")
+KEYS = ("control_index", "target_index", "layout", *SIZE_KEYS)
+INDEX_KEYS = ("fp_1f_clean_indices", "fp_1f_target_index")  # of datasets
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 _MASK_CHANNELS = 4  # one per video frame of a latent frame
 
@@ -51,6 +54,7 @@ class OneFrameLayout:
     control_indices: tuple[int, ...]  # time index of each control image, in the order the images are given
     target_index: int  # time index of the frame to generate
     causal: bool = False  # the images are encoded as one video, whose first frame is a control
+    control_sizes: ControlSizes = AS_TARGET
 
     def __post_init__(self) -> None:
         for name, indices in (("control_index", self.control_indices), ("target_index", (self.target_index,))):
@@ -69,10 +73,15 @@ class OneFrameLayout:
             raise ConfigError(
                 f"target_index={self.target_index} comes before every control image; the causal layout begins with one"
             )
+        if self.causal and self.control_sizes:
+            raise ConfigError(
+                f"{self.control_sizes}: the causal layout has frames of one size; take the independent one"
+            )
 
     def __str__(self) -> str:
         controls = f"control_index={';'.join(map(str, self.control_indices))}," if self.control_indices else ""
-        return f"{controls}target_index={self.target_index}{',layout=causal' * self.causal}"
+        sizes = f",{self.control_sizes}" if self.control_sizes else ""
+        return f"{controls}target_index={self.target_index}{',layout=causal' * self.causal}{sizes}"
 
     @property
     def order(self) -> list[int]:
@@ -102,6 +111,17 @@ class OneFrameLayout:
                 f"latents made for {made_for} do not serve {self}; give the same indices and layout (fp_1f_layout or "
                 "--one_frame_layout), or run wan_cache_latents.py again"
             )
+        if self.control_sizes != made_for.control_sizes:
+            raise ConfigError(
+                f"latents made for {made_for} do not serve {self}; give the same {' and '.join(SIZE_KEYS)}, or "
+                "run wan_cache_latents.py again"
+            )
+
+    def frame_sizes(self, sizes: Sequence[Size]) -> FrameSizes | None:
+        """Those of the slots; None when all are one. sizes: in pixels, of the controls as given and of the target."""
+        if len(set(sizes)) < 2:
+            return None
+        return tuple((sizes[i][1] // VAE_STRIDE, sizes[i][0] // VAE_STRIDE) for i in self.order)
 
     def check_controls(self, count: int) -> None:
         """Raise ConfigError unless there is one control image per control index."""
@@ -110,11 +130,12 @@ class OneFrameLayout:
             raise ConfigError(f"{count} control images for control_index={listed}; give one index per image")
 
 
-def parse(text: str, default_layout: str | None = None) -> OneFrameLayout:
+def parse(text: str, default_layout: str | None = None, default_sizes: ControlSizes = AS_TARGET) -> OneFrameLayout:
     """`control_index=0;2,target_index=1` -> layout; blanks around `=`, `,` and `;` are allowed.
 
     As in the reference a missing target_index is 0 and a missing control_index is none. `layout=causal` asks for that
-    layout; without the key it is `default_layout`, independent for None. FramePack's words are ignored with a warning.
+    layout; without the key it is `default_layout`, independent for None. `control_resolution=512x768` and
+    `no_resize_control=true` likewise go over `default_sizes`. FramePack's words are ignored with a warning.
     Raises ConfigError for anything else.
     """
     values: dict[str, str] = {}
@@ -133,6 +154,16 @@ def parse(text: str, default_layout: str | None = None) -> OneFrameLayout:
         tuple(_index("control_index", part) for part in controls.split(";")) if controls else (),
         _index("target_index", values.get("target_index", "0")),
         is_causal(values.get("layout", default_layout)),
+        _sizes(values, default_sizes),
+    )
+
+
+def _sizes(values: Mapping[str, str], default: ControlSizes) -> ControlSizes:
+    resolution, no_resize = (values.get(key) for key in SIZE_KEYS)
+    if no_resize not in (None, "true"):
+        raise ConfigError(f"no_resize_control={no_resize} is unknown; write true, or leave it out")
+    return ControlSizes(
+        parse_resolution(resolution) if resolution else default.resolution, default.no_resize or no_resize is not None
     )
 
 
@@ -154,7 +185,8 @@ def layout_from_toml(
     target_index: int | None,
     controls: int | None = None,
     causal: bool = False,
-    keys: tuple[str, str] = ("fp_1f_clean_indices", "fp_1f_target_index"),
+    keys: tuple[str, str] = INDEX_KEYS,
+    sizes: ControlSizes = AS_TARGET,
 ) -> OneFrameLayout:
     """Layout of the values of a dataset's `keys`; `controls`: images per item, if known.
 
@@ -171,7 +203,7 @@ def layout_from_toml(
             raise ConfigError(f"{keys[1]} is missing; give the time index of the target, e.g. 1 between 0 and 2")
         target_index = 1
     try:
-        layout = OneFrameLayout(tuple(clean_indices), target_index, causal)
+        layout = OneFrameLayout(tuple(clean_indices), target_index, causal, sizes)
     except ConfigError as error:
         message = str(error).replace("control_index", keys[0]).replace("target_index", keys[1])
         raise ConfigError(message) from None
@@ -197,9 +229,12 @@ def layout_of_cache(frame_indices: Sequence[int], condition: Tensor) -> OneFrame
 
 
 def stack_frames(layout: OneFrameLayout, controls: Sequence[Tensor], target: Tensor) -> Tensor:
-    """A [C, 1, H, W] per control, as given, and one for the target -> [C, F, H, W] in time order."""
+    """A [C, 1, H, W] per control, as given, and one for the target -> [C, F, H, W] in time order.
+
+    Where their sizes differ, H and W are the largest ones and the others are padded.
+    """
     layout.check_controls(len(controls))
-    inputs = [*controls, target]
+    inputs = padded([*controls, target])
     return torch.cat([inputs[i] for i in layout.order], dim=1)
 
 
@@ -217,14 +252,11 @@ def stack_condition(
     Four mask channels (1 = given, 0 = to generate), then the latents. masks: [H, W] per control, 1 where it is to be
     used and 0 where not, or None to use all of it; mask channels and latents are multiplied by it (formats.md 9.4).
     """
-    latents = stack_frames(layout, controls, blank)
-    given = torch.ones_like(latents[:_MASK_CHANNELS])
-    given[:, layout.target_slot] = 0
-    condition = torch.cat([given, latents])
+    given = [torch.cat([torch.ones_like(latents[:_MASK_CHANNELS]), latents]) for latents in controls]
     for i, mask in enumerate(masks or ()):
         if mask is not None:
-            condition[:, layout.order.index(i)] *= mask.to(condition)
-    return condition
+            given[i] *= mask.to(given[i])
+    return stack_frames(layout, given, torch.cat([torch.zeros_like(blank[:_MASK_CHANNELS]), blank]))
 
 
 def causal_video(layout: OneFrameLayout, controls: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -274,12 +306,12 @@ def pin_controls(velocity: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
     return torch.where(given, noise - condition[_MASK_CHANNELS:], velocity)
 
 
-def pick_target(layout: OneFrameLayout, frames: Tensor) -> Tensor:
-    """[C, F, H, W] in time order -> what the target is decoded from: that frame [C, 1, H, W].
+def pick_target(layout: OneFrameLayout, frames: Tensor, sizes: FrameSizes | None = None) -> Tensor:
+    """[C, F, H, W] in time order -> what the target is decoded from: that frame [C, 1, h, w] without padding.
 
     In the causal layout [C, 1 + n, H, W], with the n frames before it; the target is the last picture of the video.
     """
-    return frames[:, 0 if layout.causal else layout.target_slot : layout.target_slot + 1]
+    return frames[:, : layout.target_slot + 1] if layout.causal else frame_of(frames, layout.target_slot, sizes)
 
 
 def natural_indices(frame_indices: Tensor) -> Tensor:
@@ -293,7 +325,7 @@ def loss_weights(
     """How much each frame, [B, F], or each place of it, [B, F, H, W], counts in the loss; None: all the same.
 
     condition: [B, 4 + C, F, H, W]. The generated frame counts where its mask in target_masks [B, H, W] is 1; control
-    images where their own masks are, or, with target_only, not at all.
+    images where their own masks are, or, with target_only, not at all. Padding has masks of 0.
     """
     is_target = torch.eye(len(layouts[0].order))[[layout.target_slot for layout in layouts]].to(condition.device)
     given = condition[:, :_MASK_CHANNELS].amax(dim=1)
@@ -308,10 +340,10 @@ def loss_weights(
 def random_target(layout: OneFrameLayout, indices: range, generator: torch.Generator) -> OneFrameLayout:
     """The layout with its target at an index drawn evenly from those of `indices` that no control has.
 
-    In the causal layout the target stays between the same controls.
+    In the causal layout, and where control images have sizes of their own, it stays between the same controls.
     """
     free = [index for index in indices if index not in layout.control_indices]
-    if layout.causal:
+    if layout.causal or layout.control_sizes:
         neighbours = [sum(control < index for control in layout.control_indices) for index in free]
         free = [index for index, before in zip(free, neighbours, strict=True) if before == layout.target_slot]
     if not free:

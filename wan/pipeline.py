@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils.images import from_pixels, open_image, open_masked, to_levels
 from utils.stopwatch import Stopwatch
 from wan import one_frame, sampling
+from wan.config import VAE_STRIDE
 from wan.dit import StepCache, WanDiT, pad_text
 from wan.encoding import (
     encode_blank,
@@ -25,6 +26,8 @@ from wan.encoding import (
     frame_pixels,
     latent_mask,
 )
+from wan.flow_matching import address_seed
+from wan.frame_sizes import pad_to
 from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
 from wan.one_frame import OneFrameLayout
@@ -206,9 +209,9 @@ def denoise(
     frame_indices = torch.tensor([reasoning.frame_indices], device=device)
     own = torch.tensor(reasoning.own_slots, device=device)
     own_condition, own_indices = condition[:, :, own], frame_indices[:, own]
-    size = (16, len(own), *condition.shape[3:])
-    noise = initial_noise(size, request.seed, device, request.cpu_noise, reasoning.count)
-    noise = reasoning.insert(noise[:, : len(own)], noise[:, len(own) :])
+    own_sizes = request.frame_sizes
+    sizes = reasoning.insert_sizes(own_sizes)
+    noise = _noise(request, device)
     guided_steps = guidance.guided_steps(request.steps)
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
     timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
@@ -221,12 +224,13 @@ def denoise(
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
             frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
+            kept = {"cache": caches[names, whole], "frame_sizes": sizes if whole else own_sizes}
             inputs = frames[0][None], frames[1], timesteps[step, None]
             latents, conditions, times, images, indices = (
                 tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, conditions, times, text, images, indices, skip_blocks, cache=caches[names, whole])
+            return dit(latents, conditions, times, text, images, indices, skip_blocks, **kept)
 
         result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
@@ -234,12 +238,12 @@ def denoise(
         if request.pin_controls:
             result = one_frame.pin_controls(result, condition[0], noise)
         if watch is not None:
-            watch(step, one_frame.pick_target(request.layout, (x - sigmas[step] * result)[:, own]))
+            watch(step, one_frame.pick_target(request.layout, (x - sigmas[step] * result)[:, own], own_sizes))
         return result
 
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
-    return one_frame.pick_target(request.layout, latents[:, own]).cpu()
+    return one_frame.pick_target(request.layout, latents[:, own], own_sizes).cpu()
 
 
 def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
@@ -257,6 +261,20 @@ def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Reques
         conditional, unconditional = run("prompt", "negative")
     result = sampling.guided(conditional, unconditional, request.guidance)
     return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
+
+
+def _noise(request: Request, device: torch.device) -> Tensor:
+    """[16, F, H, W] of all frames, reasoning frames included. That of the target depends on no other frame."""
+    layout, reasoning, sizes = request.layout, request.reasoning, request.frame_sizes
+    frames, height, width = len(layout.order), request.height // VAE_STRIDE, request.width // VAE_STRIDE
+    noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count)
+    if sizes is not None:
+        shape = 16, frames, *(max(sides) for sides in zip(*sizes, strict=True))
+        of_controls = initial_noise(shape, address_seed(request.seed, "controls"), device, request.cpu_noise)
+        controls = [slot for slot in range(frames) if slot != layout.target_slot]
+        noise = pad_to(noise, *shape[2:])
+        noise[:, controls] = of_controls[:, controls]
+    return reasoning.insert(noise[:, :frames], noise[:, frames:])
 
 
 def initial_noise(
@@ -290,10 +308,11 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
         latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
         own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
         return one_frame.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
-    pairs = zip(request.controls, request.control_masks, strict=True)
-    opened = [open_masked(path, "control image", mask) for path, mask in pairs]
-    controls = [encode_images(vae, frame_levels(image, size)[None])[0] for image, _ in opened]
-    masks = [mask and latent_mask(mask, size) for _, mask in opened]
+    controls, masks = [], []
+    for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
+        image, coverage = open_masked(path, "control image", mask)
+        controls.append(encode_images(vae, frame_levels(image, fit.bucket, fit.crop_only)[None])[0])
+        masks.append(coverage and latent_mask(coverage, fit.bucket, fit.crop_only))
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
     condition = one_frame.stack_condition(layout, controls, blanks[size], masks).float().cpu()
@@ -304,7 +323,8 @@ def _condition_key(request: Request) -> tuple:
     """What the condition depends on, apart from time indices: see `relayout`."""
     controls = tuple(map(_version, request.controls))
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
-    return request.layout.causal_order, request.reasoning_frames, controls, masks, _size(request)
+    layout, fits = request.layout, request.control_fits
+    return layout.causal_order, layout.control_sizes, request.reasoning_frames, controls, masks, fits, _size(request)
 
 
 def _size(request: Request) -> tuple[int, int]:

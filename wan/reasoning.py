@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
+from wan.frame_sizes import FrameSizes
 from wan.one_frame import OneFrameLayout
 from wan.vae import TIME_STRIDE
 
@@ -77,6 +78,13 @@ class ReasoningFrames:
     def insert(self, own: Tensor, added: Tensor) -> Tensor:
         """[C, F, H, W] of the layout's own frames and [C, n, H, W] of these -> [C, F + n, H, W] in time order."""
         return torch.cat([own, added], dim=1)[:, self._order]
+
+    def insert_sizes(self, own: FrameSizes | None) -> FrameSizes | None:
+        """Those of the layout's own frames -> of all slots: these frames have the target's size."""
+        if own is None:
+            return None
+        sizes = [*own, *[own[self.layout.target_slot]] * self.count]
+        return tuple(sizes[i] for i in self._order)
 
     def lengthen(self, video: Tensor) -> Tensor:
         """The video [3, frames, height, width] of a causal condition with these frames, grey, before the target's."""

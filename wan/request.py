@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.buckets import Fit
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.images import check_image, check_mask_size, floor16, size_for_area
 from utils.prompts import Prompt
 from wan import one_frame
 from wan.config import TaskSpec
+from wan.frame_sizes import ControlSizes, FrameSizes, Size, parse_resolution
 from wan.lora_files import TrainedFor
 from wan.one_frame import LayoutConfig, OneFrameLayout
 from wan.reasoning import ReasoningFrames
@@ -29,6 +31,14 @@ class SamplingConfig(LayoutConfig):
 
     sample_solver: str = option("unipc", choices=SOLVERS, help="solver; vanilla is Euler")
     cpu_noise: bool = option(False, help="draw the initial noise on the CPU (the same on every device)")
+    control_resolution: str | None = option(
+        None,
+        help="own size of the control images, of which the area counts, where the prompt doesn't say: 512 or 512x768 "
+        "(width, height); default: that of the picture, in training what the datasets say",
+    )
+    no_resize_control: bool = option(
+        False, help="control images keep their size, those above --control_resolution, if given, excepted"
+    )
     reasoning_frames: int = option(
         0, help="frames between control and target that are denoised along in the first steps and then dropped"
     )
@@ -42,10 +52,23 @@ class SamplingConfig(LayoutConfig):
     )
 
     def __post_init__(self) -> None:
+        _ = self.control_sizes
         if self.reasoning_frames < 0:
             raise ConfigError(f"--reasoning_frames {self.reasoning_frames}: must be at least 0")
         if self.reasoning_steps is not None and self.reasoning_steps < 1:
             raise ConfigError(f"--reasoning_steps {self.reasoning_steps}: must be at least 1")
+
+    @property
+    def control_sizes(self) -> ControlSizes:
+        """What sizes control images get, where the prompt doesn't say."""
+        resolution = parse_resolution(self.control_resolution) if self.control_resolution else None
+        return ControlSizes(resolution, self.no_resize_control)
+
+    def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
+        """For samples like what is trained: in this layout, with controls of these sizes unless flags ask for any."""
+        resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
+        own = {} if self.control_sizes else {"control_resolution": resolution, "no_resize_control": sizes.no_resize}
+        return replace(self, one_frame_layout=layout, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +88,7 @@ class Request:
     controls: tuple[Path, ...]  # in the order of layout.control_indices
     control_masks: tuple[Path | None, ...]  # one each; None: the alpha channel of the control, if it has one
     clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
+    control_fits: tuple[Fit, ...] = ()  # what is done to each control; empty: it gets the size of the picture
     solver: str = "unipc"
     cpu_noise: bool = False
     pin_controls: bool = False
@@ -75,6 +99,17 @@ class Request:
     def reasoning(self) -> ReasoningFrames:
         """Where the reasoning frames sit. ConfigError when there is no room."""
         return ReasoningFrames(self.layout, self.reasoning_frames)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Width and height of the frames: the controls as given, and the target."""
+        size = (self.width, self.height)
+        return *(tuple(fit.bucket for fit in self.control_fits) or (size,) * len(self.controls)), size
+
+    @property
+    def frame_sizes(self) -> FrameSizes | None:
+        """Those of the layout's own frames."""
+        return self.layout.frame_sizes(self.sizes)
 
     @classmethod
     def resolve(
@@ -95,7 +130,7 @@ class Request:
 
     @classmethod
     def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor) -> "Request":
-        layout, controls = _controls(prompt, sampling.one_frame_layout, trained.layout)
+        layout, controls = _controls(prompt, sampling, trained.layout)
         if sampling.pin_controls and layout.causal:
             raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
         control_masks = _masks(prompt, layout, controls)
@@ -106,6 +141,7 @@ class Request:
             width, height = map(floor16, asked)
         else:
             width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
+        fits = tuple(_fit(path, layout, (width, height)) for path in controls)
 
         def given(value, default):
             return default if value is None else value
@@ -132,6 +168,7 @@ class Request:
             controls=controls,
             control_masks=control_masks,
             clip_images=clip_images,
+            control_fits=fits,
             solver=sampling.sample_solver,
             cpu_noise=sampling.cpu_noise,
             pin_controls=sampling.pin_controls,
@@ -183,17 +220,19 @@ def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
 
 
 def _controls(
-    prompt: Prompt, layout_name: str | None, trained: OneFrameLayout | None
+    prompt: Prompt, sampling: SamplingConfig, trained: OneFrameLayout | None
 ) -> tuple[OneFrameLayout, tuple[Path, ...]]:
     if not prompt.one_frame:
         raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
     try:
+        name, sizes = sampling.one_frame_layout, sampling.control_sizes
         if prompt.one_frame.strip() == "auto":
             if trained is None:
                 raise ConfigError("no LoRA file names the indices that it was trained at; give them")
-            layout = replace(trained, causal=one_frame.is_causal(layout_name)) if layout_name else trained
+            causal = one_frame.is_causal(name) if name else trained.causal
+            layout = replace(trained, causal=causal, control_sizes=sizes or trained.control_sizes)
         else:
-            layout = one_frame.parse(prompt.one_frame, layout_name)
+            layout = one_frame.parse(prompt.one_frame, name, sizes)
         if trained not in (None, layout):
             log.warning("%s: one_frame %s, but the LoRA was trained at %s", prompt.place, layout, trained)
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
@@ -203,6 +242,13 @@ def _controls(
     for path in controls:
         check_image(path, "control image")
     return layout, controls
+
+
+def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Fit:
+    try:
+        return layout.control_sizes.fit(check_image(control, "control image"), size)
+    except ConfigError as error:
+        raise ConfigError(f"control image {control}: {error}") from None
 
 
 def _masks(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...]) -> tuple[Path | None, ...]:

@@ -22,6 +22,7 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
 from utils.images import from_pixels, open_masked, resize_to_fill
 from wan.encoding import latent_mask
+from wan.frame_sizes import frame_of
 from wan.models import DeviceConfig, VAEConfig
 from wan.one_frame import LayoutConfig, OneFrameLayout
 from wan.vae import WanVAE
@@ -108,21 +109,23 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
 
 def make_row(item: Item, decode: Callable[[Item], tuple[Tile, ...]] | None = None) -> Row:
     """An item with its files brought to its bucket, in time order, each mask after its image."""
-    fit = Fit(item.size, item.bucket)
+    fits = (*item.control_fits, Fit(item.size, item.bucket))
     facts = (
         f"dataset {item.dataset}: {item.stem}",
-        "{}x{} → {}x{}".format(*item.size, *item.bucket) + f", {fit.cropped:.0%} cropped",
+        "{}x{} → {}x{}".format(*item.size, *item.bucket) + f", {fits[-1].cropped:.0%} cropped",
         str(item.layout),
     )
     tiles = []
     for slot, (name, path, mask) in enumerate(_frames(item)):
         image, coverage = open_masked(path, name, mask)
-        title = _title(item.layout, slot, name)
-        tiles.append(Tile(title, path.name, _small(Image.fromarray(resize_to_fill(np.asarray(image), item.bucket)))))
+        title, fit = _title(item.layout, slot, name), fits[item.layout.order[slot]]
+        title += ", {}x{}".format(*fit.bucket) if fit.bucket != item.bucket else ""
+        pixels = resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
+        tiles.append(Tile(title, path.name, _small(Image.fromarray(pixels))))
         if coverage is not None and not (item.layout.causal and name != "target"):
-            used = latent_mask(coverage, item.bucket)
+            used = latent_mask(coverage, fit.bucket, fit.crop_only)
             shown = Image.fromarray((used.numpy() * 255).round().astype(np.uint8))
-            shown = shown.resize(item.bucket, Image.Resampling.NEAREST).convert("RGB")
+            shown = shown.resize(fit.bucket, Image.Resampling.NEAREST).convert("RGB")
             file = mask.name if mask is not None else "its alpha channel"
             tiles.append(Tile(f"mask, {float(used.mean()):.0%} used", file, _small(shown)))
     lines = (tuple(tiles),) if decode is None else (tuple(tiles), decode(item))
@@ -166,7 +169,8 @@ def decoded_frames(vae: WanVAE, cache: LatentCache) -> list[Image.Image]:
     if cache.layout.causal:
         video = vae.decode(latents)[0]
         return [from_pixels(video[:, frame]) for frame in range(0, video.shape[1], 4)]
-    return [from_pixels(vae.decode(frame)[0, :, 0]) for frame in latents.split(1, dim=2)]
+    frames = (frame_of(latents[0], slot, cache.frame_sizes) for slot in range(latents.shape[2]))
+    return [from_pixels(vae.decode(frame[None])[0, :, 0]) for frame in frames]
 
 
 def _small(image: Image.Image) -> Image.Image:

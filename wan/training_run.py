@@ -130,7 +130,7 @@ def _check(
     task = models.dit.check()
     options.run.compute_dtype(models.dit.dit_dtype)
     options.tracking.check()
-    sampling = replace(options.sampling, one_frame_layout=datasets.layout_name)  # samples are like what is trained
+    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
     requests = options.samples.requests(task, sampling)
     if requests:
         models.t5.check(models.dit.spec)

@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -103,10 +104,10 @@ class TrainingStep:
 
     def batch_loss(self, batch: TrainingBatch, noise: Tensor, t: Tensor, weighting_scheme: str = "none") -> Tensor:
         """Loss of each item, [B], at given noise [B, 16, F, H, W] and noise levels t [B]; inputs on any device."""
-        return flow_matching_loss(self.model, **self._tensors(batch, noise, t), weighting_scheme=weighting_scheme)
+        return flow_matching_loss(self.model, **self._inputs(batch, noise, t), weighting_scheme=weighting_scheme)
 
-    def _tensors(self, batch: TrainingBatch, noise: Tensor, t: Tensor) -> dict[str, Tensor | None]:
-        """Those of `flow_matching_loss`, on the device."""
+    def _inputs(self, batch: TrainingBatch, noise: Tensor, t: Tensor) -> dict[str, Any]:
+        """Those of `flow_matching_loss`, tensors on the device."""
         run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = one_frame.natural_indices(frame_indices)
@@ -124,7 +125,8 @@ class TrainingStep:
             "weights": weights,
         }
         device = self.accelerator.device
-        return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        return tensors | {"frame_sizes": batch.frame_sizes}
 
     def _noisy(self, batch: TrainingBatch, epoch: int) -> tuple[TrainingBatch, Tensor, Tensor]:
         """What the epoch makes of a batch: with the targets drawn, if they are, and its noise and noise levels."""
@@ -132,13 +134,13 @@ class TrainingStep:
         if target_range is not None:
             batch = with_random_targets(batch, target_range, self.seed, epoch)
         generators = [seeded(self.seed, epoch, key) for key in batch.item_keys]
-        t = sample_noise_levels(noise_config, tuple(batch.latents.shape[3:]), batch.uniform, generators)
+        t = sample_noise_levels(noise_config, batch.target_size, batch.uniform, generators)
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
         return batch, noise, t
 
     def _replayed(self, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool) -> Tensor:
         """Losses [B]; their gradients, times `factor`, are added up. keep: there are more batches before the update."""
-        losses, gradients = self.graphs(self._tensors(*noisy), torch.tensor(factor, device=self.accelerator.device))
+        losses, gradients = self.graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
         for parameter, gradient in zip(self.graphs.parameters, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient
