@@ -27,7 +27,7 @@ from torch import Tensor
 from demo.edit import Limits, figures
 from demo.figures import clip
 from demo.judge import psnr
-from demo.lesson import Lesson, commands, judge, outputs, run, save_picture, write_data, write_tests
+from demo.lesson import Lesson, commands, emptied, judge, outputs, run, save_picture, write_data, write_tests
 from demo.miniature import FOLDER
 from demo.page import Row, sheet
 from demo.tasks import HELD_OUT_SEED
@@ -246,8 +246,7 @@ def figures_of_motion(lesson: Lesson, seed: int, options: argparse.Namespace, ou
     the share of the change between the two that the output makes (1 where it is the clip's), and noise: the mean
     difference of neighbouring pixels, as a multiple of the start's."""
     lesson = replace(lesson, name=f"{lesson.name}-{seed}")
-    folder = out / lesson.name
-    folder.mkdir(parents=True)
+    folder = emptied(out / lesson.name)
     lines, clips = [], []
     for number, action in enumerate(MOVING):
         scene = moving(action, seed, number)
@@ -306,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the miniature's files")
-    parser.add_argument("--out", type=Path, default=Path("output/experiments"), help="a new folder")
+    parser.add_argument("--out", type=Path, default=Path("output/experiments"), help="what an earlier run left there is replaced")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -76,9 +77,9 @@ class Lesson:
 
 def write_data(lesson: Lesson, out: Path) -> None:
     """Pairs with captions, and the control pictures of the tests."""
-    folder = out / lesson.name
+    folder = emptied(out / lesson.name)
     for part in ("target", "start"):
-        (folder / part).mkdir(parents=True)
+        (folder / part).mkdir()
     for number in range(lesson.pairs):
         pair = lesson.example(number, held_out=False)
         save_picture(pair.truth, folder / f"target/{number:03}.png")
@@ -93,6 +94,13 @@ def write_data(lesson: Lesson, out: Path) -> None:
         layout=lesson.layout,
     )
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
+
+
+def emptied(folder: Path) -> Path:
+    """The folder, there and without what an earlier run has left in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def write_tests(lesson: Lesson, out: Path, name: str) -> None:
