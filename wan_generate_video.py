@@ -214,9 +214,13 @@ def main(argv: list[str] | None = None) -> None:
         prepare_(network, memory, to)
         return network
 
+    def merge_again(network: WanDiT, multipliers: tuple[float, ...]) -> None:
+        dit.merge_again_(network, device, mergers[multipliers])
+
     generation = Generation(
         pipeline=Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive),
         load=load,
+        merge_again=merge_again,
         plan=plan,
         task=task.name,
         loras=lora.names,

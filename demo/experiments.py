@@ -305,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=EXPERIMENTS)
     parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the miniature's files")
-    parser.add_argument("--out", type=Path, default=Path("output/experiments"), help="what an earlier run left there is replaced")
+    parser.add_argument("--out", type=Path, default=Path("output/experiments"), help="earlier runs are replaced")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])

@@ -17,6 +17,9 @@ from tests.photos import write_pairs
 from utils.errors import ConfigError
 from utils.grid import draw_grid
 from wan import one_frame, recipe
+from wan.checkpoint_files import Checkpoint
+from wan.memory import GenerationMemoryConfig
+from wan.memory_plan import Choice, Plan, Room
 from wan.sweep import Axis, SweepConfig
 
 FLAGS = [
@@ -109,7 +112,29 @@ def test_one_seed_is_drawn_for_all_pictures_of_a_prompt():
     assert len({recipe.read(path).options["seed"] for path in singles}) == 1
 
 
-def test_the_model_is_loaded_once_for_each_choice_of_multipliers_and_each_encoder_once(monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dit_dtype", "bfloat16"],
+        ["--fp8_scaled"],
+        ["--fp8_scaled", "--blocks_to_swap", "1", "--use_pinned_memory_for_block_swap"],
+        ["--blocks_to_swap", "1"],
+        ["--compile", "--compile_backend", "eager"],
+    ],
+    ids=" ".join,
+)
+def test_pictures_of_other_multipliers_are_those_of_runs_of_their_own(flags):
+    sweep = ("--sweep", "lora_multiplier=1,-2,0.3", "--sweep", "seed=7,8")
+    *singles, _grid = generate("out", *LORA, *flags, *sweep)
+    assert len({pixels(path) for path in singles}) == 6
+    for multiplier in ("1", "-2", "0.3"):
+        shutil.rmtree("alone", ignore_errors=True)
+        (alone,) = generate("alone", *LORA[:3], "--lora_multiplier", multiplier, "0.5", "--seed", "8", *flags)
+        (found,) = Path("out").glob(f"*_8_lora_multiplier-{multiplier}_seed-8_000.png")
+        assert found.read_bytes() == alone.read_bytes()
+
+
+def test_models_load_once_whatever_varies_and_other_multipliers_read_what_the_lora_changes(monkeypatch):
     loaded = []
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
         original = getattr(wan.checkpoint, name)
@@ -122,8 +147,30 @@ def test_the_model_is_loaded_once_for_each_choice_of_multipliers_and_each_encode
     generate("out", "--sweep", "target_index=1,2", "seed=1,2")
     assert sorted(loaded) == ["load_clip", "load_dit", "load_t5", "load_vae"]
     loaded.clear()
-    generate("out", *LORA, "--sweep", "target_index=1,2", "--sweep", "lora_multiplier=1,2")
-    assert loaded.count("load_dit") == 2 and len(loaded) == 5
+    read, original = [], Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name, *more: read.append(name) or original(self, name, *more))
+    generate("out", *LORA, "--sweep", "target_index=1,2", "--sweep", "lora_multiplier=1,2,3")
+    assert sorted(loaded) == ["load_clip", "load_dit", "load_t5", "load_vae"]
+    assert {name for name in read if read.count(name) == 3} == {f"blocks.0.self_attn.{part}.weight" for part in "qv"}
+    assert len(read) == len(set(read)) + 2 * 2
+
+
+def test_when_memory_runs_out_at_another_multiplier_the_next_choice_makes_the_same_pictures(monkeypatch):
+    sweep = (*LORA, "--sweep", "lora_multiplier=1,-2", "seed=7,8")
+    expected = [pixels(path) for path in generate("again", *sweep)]
+    memories = GenerationMemoryConfig(), GenerationMemoryConfig(blocks_to_swap=1)
+    plan = Plan([Choice(memory, {"all": size}) for memory, size in zip(memories, (1, 0), strict=True)], Room(1, 1))
+    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan)
+    original, failing = wan.checkpoint.merge_again_, [True]
+
+    def merge_again_(*arguments):
+        original(*arguments)
+        if failing.pop():
+            raise torch.OutOfMemoryError("not enough")
+
+    monkeypatch.setattr(wan.checkpoint, "merge_again_", merge_again_)
+    assert [pixels(path) for path in generate("out", *sweep, "--memory", "auto")] == expected
+    assert not failing
 
 
 def test_each_prompt_of_a_file_gets_its_grid():

@@ -18,6 +18,7 @@ def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool 
     `blocks - count + 2` blocks. On CUDA the next block is copied on a stream of its own while one computes.
     pinned: page-locked host memory, which is copied faster and without holding up the program; CUDA only.
 
+    In the state dict the weights of these blocks are those in host memory; what is written there counts.
     Outputs and gradients stay the same. Backward needs recomputed blocks (`memory.checkpoint_blocks_`, applied after
     this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
     """
@@ -28,6 +29,13 @@ def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool 
         block.forward = partial(swapper.run, number, block.forward)
     dit.to(device)
     dit.register_forward_pre_hook(lambda *_: swapper.prefetch(0, after=swapper.now()))
+
+    def show_host_memory(_dit: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict) -> None:
+        for number, (block, weights) in enumerate(zip(blocks, swapper.weights(), strict=True), len(dit.blocks) - count):
+            names = [name for name, parameter in block.named_parameters() if not parameter.requires_grad]
+            state.update(zip([f"{prefix}blocks.{number}.{name}" for name in names], weights, strict=True))
+
+    dit.register_state_dict_post_hook(show_host_memory)
 
 
 def _places(block: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -74,6 +82,14 @@ class _Swapper:
         self._host.append(_page_locked(weights) if self._pinned else weights)
         for (module, name), parameter in zip(_places(block), slot.parameters, strict=True):
             setattr(module, name, parameter)
+
+    def weights(self) -> list[list[Tensor]]:
+        """Those of each block in host memory, to be read and written: no copy is on its way, and all are made anew."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        for slot in self._slots:
+            slot.content = None
+        return self._host
 
     def run(self, number: int, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """The forward pass of a block, with its weights on the device; then the next block's are sent for."""

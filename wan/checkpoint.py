@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,17 +81,23 @@ def _load(
     """
     module.eval().requires_grad_(False)
     state: dict[str, Tensor] = {}
-    total = sum(checkpoint.tensors[name].nbytes for name in names)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {checkpoint.path.name}", disable=None) as progress:
-        for name, stored in checkpoint.read_all(names, device):
-            for key, tensor in to_entries(name, stored).items():
-                state |= keep(name, key, tensor.to(dtype))
-            progress.update(checkpoint.tensors[name].nbytes)
+    for name, stored in _read(checkpoint, names, device):
+        for key, tensor in to_entries(name, stored).items():
+            state |= keep(name, key, tensor.to(dtype))
     module.load_state_dict(state, assign=True)
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):  # those that are in no file
             setattr(part, name, buffer.to(device))
     return module
+
+
+def _read(checkpoint: Checkpoint, names: Iterable[str], device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on `device`) one after the other, with a progress bar."""
+    total = sum(checkpoint.tensors[name].nbytes for name in names)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {checkpoint.path.name}", disable=None) as progress:
+        for name, stored in checkpoint.read_all(names, device):
+            yield name, stored
+            progress.update(checkpoint.tensors[name].nbytes)
 
 
 def _open_dit(path: str | Path, attention: Attention = sdpa) -> tuple[Checkpoint, WanDiT]:
@@ -151,6 +157,29 @@ def load_dit(
         return {key: tensor.to(home) for key, tensor in entries.items()}
 
     return _load(model, checkpoint, names, to_entries, dtype, device, keep)
+
+
+@torch.no_grad()
+def merge_again_(
+    dit: WanDiT,
+    path: str | Path,
+    device: torch.device | str,
+    merge: Callable[[str, Tensor], Tensor],
+    names: Iterable[str],
+) -> None:
+    """`dit`, which `load_dit` read from `path`, becomes what it gives with this `merge`, bit for bit and in place.
+
+    names: the weights that any merging changes. Subtracting what was merged would leave rounding errors, so they are
+    read again. Keeping them would take as much host memory as the DiT, with the usual LoRA; the page cache keeps files
+    anyway while nothing else needs that memory. fp8 weights are quantised anew, those of swapped blocks written where
+    they wait.
+    """
+    checkpoint = layouts.dit_layout(open_checkpoint(path, "--dit", rename=layouts.dit_name))
+    layers = {f"{name}.weight": layer for name, layer in dit.named_modules() if isinstance(layer, Fp8Linear)}
+    places = dit.state_dict()
+    for name, stored in _read(checkpoint, names, device):
+        for key, tensor in fp8_entries(layers, name, merge(name, stored.to(dit.dtype))).items():
+            places[key].copy_(tensor)
 
 
 def save_dit(path: str | Path, dit: WanDiT, metadata: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ class Generation:
 
     pipeline: Pipeline
     load: Callable[[tuple[float, ...], MemoryConfig, torch.device], nn.Module]  # (LoRA multipliers, ...) -> DiT
+    merge_again: Callable[[nn.Module, tuple[float, ...]], None]  # other multipliers into a loaded DiT
     plan: Plan
     task: str
     loras: tuple[str, ...]  # names for the metadata
@@ -44,7 +45,7 @@ class Generation:
         )
 
     def make(self, cells: Sequence[Cell], kept: Resident | None = None) -> None:
-        """Write the files of all cells. The DiT is `kept`, or else loaded once for each choice of multipliers.
+        """Write the files of all cells. The DiT, `kept` or loaded once, gets each choice of multipliers in turn.
 
         Raises ConfigError, when all the others are written, if latents were no numbers. When the GPU's memory runs out
         the DiT is loaded again as the plan's next choice says, or the error goes on.
@@ -53,21 +54,26 @@ class Generation:
         view = self.pipeline.fit_preview([cell.request for cell in cells]) if self.preview.preview else None
         made: dict[int, Image.Image | None] = {}
         failed: list[int] = []
-        for multipliers in dict.fromkeys(cell.multipliers for cell in cells):
-            left = [i for i, cell in enumerate(cells) if cell.multipliers == multipliers]
-            while left:
-                resident = kept or self.resident(multipliers)
-                try:
-                    with resident.on_device() as dit:
-                        while left:
-                            label = f"image {len(made) + 1}/{len(cells)}"
-                            made[left[0]], good = self._make_one(dit, cells[left[0]], encoded[left[0]], label, view)
-                            failed += [] if good else left[:1]
-                            del left[0]
-                except torch.OutOfMemoryError:
-                    if not self.plan.step_down():
-                        raise
-                    resident.forget()
+        choices = list(dict.fromkeys(cell.multipliers for cell in cells))
+        left = sorted(range(len(cells)), key=lambda i: choices.index(cells[i].multipliers))
+        while left:
+            merged = cells[left[0]].multipliers
+            resident = kept or self.resident(merged)
+            try:
+                with resident.on_device() as dit:
+                    while left:
+                        cell, label = cells[left[0]], f"image {len(made) + 1}/{len(cells)}"
+                        if cell.multipliers != merged:
+                            with self.pipeline.stopwatch.stage("merging again"):
+                                self.merge_again(dit, cell.multipliers)
+                            merged = cell.multipliers
+                        made[left[0]], good = self._make_one(dit, cell, encoded[left[0]], label, view)
+                        failed += [] if good else left[:1]
+                        del left[0]
+            except torch.OutOfMemoryError:
+                if not self.plan.step_down():
+                    raise
+                resident.forget()
         self._save_grids(cells, [made[i] for i in range(len(cells))])
         log.info("time: %s", self.pipeline.stopwatch)
         if failed:

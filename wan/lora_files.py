@@ -262,6 +262,11 @@ class Merger:
         self._merged: set[str] = set()
         self._squares = [[0.0, 0.0] for _ in loras]  # per file: of all changes, and of what they were added to
 
+    @property
+    def names(self) -> list[str]:
+        """Official names of the weights that are changed, whatever the multipliers."""
+        return list(dict.fromkeys(name for _, _, match in self._loras for name in match.weights))
+
     def __call__(self, weight_name: str, weight: Tensor) -> Tensor:
         """weight: [out, in] under its official name, or a bias etc.; returned on its device in its dtype."""
         merged, before = weight, None

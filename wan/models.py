@@ -184,6 +184,12 @@ class DiTConfig:
             log.info("LoRA %s", line)
         return dit
 
+    def merge_again_(self, dit: WanDiT, device: torch.device, merger: Merger) -> None:
+        """Into the loaded `dit`, in place of what was merged: the same LoRA files at other multipliers."""
+        checkpoint.merge_again_(dit, self.dit, device, merger, merger.names)
+        for line in merger.report():
+            log.info("LoRA %s", line)
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
