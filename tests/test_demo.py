@@ -377,6 +377,15 @@ def test_noise_is_the_mean_difference_of_neighbours():
     assert experiments.noise(stripes) == pytest.approx(5)  # 10 down, 0 across
 
 
+def test_an_edge_runs_through_the_latent_pixels_that_are_partly_white_in_a_mask():
+    masks = torch.zeros(2, 16, 24, dtype=torch.bool)
+    masks[0, :8, :8] = True  # the whole of one
+    masks[0, 3, 10] = masks[1, 8:, 16:20] = True
+    expected = torch.zeros(16, 24, dtype=torch.bool)
+    expected[:8, 8:16] = expected[8:, 16:] = True
+    assert torch.equal(experiments.edges(masks), expected)
+
+
 def test_a_table_shows_the_mean_and_the_spread_over_seeds(capsys):
     experiments.print_table(["a", "b"], [["x", experiments.spread([1.0, 2.0, 3.0], 1)]])
     assert capsys.readouterr().out == "\n| a | b |\n|---|---|\n| x | 2.0 ± 1.0 |\n"
@@ -410,6 +419,13 @@ def test_what_the_masks_show_is_the_truth_and_the_same_in_the_other_controls(num
 
 def test_the_figure_is_in_either_control():
     assert {bool(cut_out(number, True, 2).masks[0].float().mean() > 0.5) for number in range(2)} == {True, False}
+
+
+def test_a_lesson_takes_the_place_of_an_earlier_one(tmp_path):
+    lesson = Lesson("i2v", pairs=1, steps=1, tests=1)
+    write_data(replace(lesson, pairs=3), tmp_path)
+    write_data(lesson, tmp_path)
+    assert [path.name for path in (tmp_path / "i2v/start").iterdir()] == ["000.png"]
 
 
 def test_masks_and_other_tests_are_written_for_the_scripts(tmp_path):
