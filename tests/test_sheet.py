@@ -113,6 +113,14 @@ def test_the_page_holds_its_pictures_and_shows_captions_as_text(folder):
     assert sorted(path.name for path in Path("out").iterdir()) == ["sheet.html", "sheet.png"]
 
 
+def test_a_white_picture_has_an_outline_on_the_white_sheet():
+    white = Image.new("RGB", (40, 30), "white")
+    drawn = sheet.to_png([sheet.Row((), "", ((sheet.Tile("", "", white),),))])
+    grey = np.argwhere((np.asarray(drawn) == 0xCC).all(axis=2))[drawn.width :]  # without the line between rows
+    (top, left), (bottom, right) = grey.min(axis=0), grey.max(axis=0)
+    assert (right - left, bottom - top) == (41, 31) and len(grey) == 2 * 41 + 2 * 31
+
+
 def test_a_limit_spreads_over_the_dataset(folder):
     for name in "cd":
         for path in (*Path("target").glob("a.*"), *Path("start").glob("a_?.png")):

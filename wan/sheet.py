@@ -39,6 +39,7 @@ _PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px sans-serif; margin: 1em }}
 section {{ display: flex; gap: 12px; border-top: 1px solid #ccc; padding: 12px 0 }}
+img {{ outline: 1px solid #ccc }}
 .text {{ flex: 0 0 260px }} .tiles {{ display: flex; flex-wrap: wrap; gap: 12px }}
 figure {{ margin: 0 }} figcaption {{ font-size: 12px; max-width: 224px; overflow-wrap: anywhere }}
 </style></head><body><h1>{title}</h1><p>{note}</p>
@@ -225,7 +226,10 @@ def to_png(rows: Sequence[Row]) -> Image.Image:
                 draw.text((x, y), _latin(tile.title), "black", font)
                 draw.text((x, y + _LINE), _latin(_cut(tile.name)), "#666666", font)
                 if tile.image is not None:
-                    sheet.paste(tile.image, (x, y + 2 * _LINE + 4))
+                    upper = y + 2 * _LINE + 4
+                    end = x + tile.image.width, upper + tile.image.height
+                    draw.rectangle((x - 1, upper - 1, *end), outline="#cccccc")
+                    sheet.paste(tile.image, (x, upper))
             y += _line_height(line)
         top += height
     return sheet
