@@ -1,5 +1,7 @@
 """Weights that come through buffers are the file's, whatever the sizes, on a CPU in place of the GPU."""
 
+import json
+import os
 from functools import partial
 
 import pytest
@@ -69,8 +71,31 @@ def test_next_tensors_are_read_while_one_is_in_use(tmp_path):
 
 
 def test_a_file_that_shrank_since_its_header_was_read_is_an_error(tmp_path):
-    save_file({"weight": torch.ones(64)}, tmp_path / "model.safetensors")
-    header = tmp_path / "model.safetensors"
-    reader = FileTensor(header, header.stat().st_size - 8, partial(torch.ones, 64))
-    with pytest.raises(OSError, match="ends too early"):
-        list(staged([("weight", reader)], CPU, 4096))
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.ones(64)}, path)
+    reader = open_checkpoint(path, "--dit").readers["weight"]
+    os.truncate(path, path.stat().st_size - 8)
+    for read in (
+        reader,
+        lambda: list(staged([("weight", reader)], CPU, 4096)),
+        lambda: reader.fill(memoryview(bytearray(256)), 0),
+    ):
+        with pytest.raises(OSError, match="ends too early"):
+            read()
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks a POSIX system for its memory")
+def test_a_file_larger_than_the_memory_is_read_tensor_by_tensor(tmp_path):
+    path, size = tmp_path / "model.safetensors", 4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    places = {"large": ([size - 4], [0, size - 4]), "last": ([4], [size - 4, size])}
+    header = {name: {"dtype": "U8", "shape": s, "data_offsets": at} for name, (s, at) in places.items()}
+    content = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + size)  # a hole, which takes no space on the disk
+        file.seek(-4, os.SEEK_END)
+        file.write(bytes([1, 2, 3, 4]))
+    found = open_checkpoint(path, "--dit").readers["last"]()
+    assert found.tolist() == [1, 2, 3, 4]
+    found[0] = 5
+    assert open_checkpoint(path, "--dit").readers["last"]().tolist() == [1, 2, 3, 4]

@@ -174,18 +174,19 @@ class _NotAllowedError(Exception):
 
 
 def _safetensors_headers(path: Path) -> dict[str, Header]:
-    file = safe_open(path, framework="pt")  # checks it; stays open for the readers, until the last of them is gone
+    with safe_open(path, framework="np") as file:  # checks it
+        names = file.keys()
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")  # of the header, which names places behind it
         stored = json.loads(stream.read(size))
     headers = {}
-    for name in file.keys():  # noqa: SIM118 (not a dict)
+    for name in names:
         kind, (start, _) = stored[name]["dtype"], stored[name]["data_offsets"]
         dtype = _SAFETENSORS_DTYPES.get(kind)
         if dtype is None:
             raise _NotAllowedError(f"tensor '{one_line(name)}' has the dtype {kind}; use a bf16, fp16 or fp32 file")
-        reader = FileTensor(path, 8 + size + start, partial(file.get_tensor, name))
-        headers[name] = TensorInfo(tuple(stored[name]["shape"]), dtype), reader
+        info = TensorInfo(tuple(stored[name]["shape"]), dtype)
+        headers[name] = info, FileTensor(path, 8 + size + start, info.shape, dtype)
     return headers
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,26 @@ THREADS = 16  # 16 GB/s out of the page cache of a machine with 16 cores; 4 thre
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that lies in a file byte by byte. Calling it gives the mapped tensor, as other readers do."""
+    """A tensor that lies in a file byte by byte."""
 
     path: Path
     offset: int  # bytes
-    mapped: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
     def __call__(self) -> Tensor:
-        return self.mapped()
+        """The mapped tensor; what is written to it does not reach the file. Raises OSError when that ends before.
+
+        Mapped alone, because Linux refuses to map a whole file that is larger than the memory of the machine.
+        """
+        count = prod(self.shape) * self.dtype.itemsize
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        try:
+            values = np.memmap(self.path, np.uint8, "c", self.offset, (count,))
+        except ValueError:
+            raise OSError(f"{self.path}: ends too early") from None
+        return torch.from_numpy(values).view(self.dtype).reshape(self.shape)
 
     def fill(self, view: memoryview, start: int) -> None:
         """Bytes of the tensor from `start` on -> the whole of `view`. Raises OSError when the file ends before."""
