@@ -110,9 +110,8 @@ def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_
     if scale > 1:
         image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS))
     elif scale < 1:
-        planes = image.transpose(2, 0, 1).astype(np.float32, order="C")  # contiguous, or matmul goes without BLAS
-        planes = _area_weights(height, new_height) @ planes @ _area_weights(width, new_width).T
-        image = (planes + 0.5).astype(np.uint8).transpose(1, 2, 0)
+        means = _means(_means(image, 0, new_height), 1, new_width)
+        image = (means + 0.5).astype(np.uint8)
     left, top = (new_width - size[0]) // 2, (new_height - size[1]) // 2
     return image[top : top + size[1], left : left + size[0]]
 
@@ -217,9 +216,18 @@ def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{what} {path}: cannot be read as an image ({reason}); replace the file")
 
 
-def _area_weights(old: int, new: int) -> np.ndarray:
-    """[new, old] float32: row i holds the share of each source pixel in output pixel i, rows sum to 1 (new <= old)."""
+def _means(image: np.ndarray, axis: int, new: int) -> np.ndarray:
+    """The mean over each of `new` equal parts of an axis of [height, width, 3], float64; new <= its length.
+
+    Sums of pixels less and plus the shares of those at the edges. Not by BLAS, whose rounding depends on the processor
+    and on the number of threads.
+    """
+    old = image.shape[axis]
     edges = np.arange(new + 1) * (old / new)
-    pixels = np.arange(old)
-    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return (overlap.clip(min=0) * (new / old)).astype(np.float32)
+    first = edges.astype(int)
+    shares = np.expand_dims(edges - first, tuple({0, 1, 2} - {axis}))
+    at_edges = shares * image.take(np.minimum(first, old - 1), axis)
+    sums = np.add.reduceat(image, first[:-1], axis, dtype=np.float64)
+    sums += np.diff(at_edges, axis=axis)
+    sums *= new / old
+    return sums
