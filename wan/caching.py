@@ -226,8 +226,9 @@ def encode_items(
     blanks: dict[tuple[int, int], Tensor] = {}
     for batch in batches:
         encode = _causal if batch[0].item.layout.causal else _independent
-        for one, (latents, condition) in zip(batch, encode(vae, batch, blanks), strict=True):
-            features = torch.stack([encode_clip(clip, control) for control in one.controls])
+        found = encode_clip(clip, [control for one in batch for control in one.controls])
+        shares = found.split([len(one.controls) for one in batch])
+        for one, (latents, condition), features in zip(batch, encode(vae, batch, blanks), shares, strict=True):
             yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0], one.item.sizes)
 
 

@@ -125,10 +125,15 @@ def preprocess(pixels: Tensor) -> Tensor:
     return (pixels * 0.5 + 0.5 - mean) / std
 
 
-@torch.no_grad()
 def encode_image(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
-    """[B, 3, height, width] in [-1, 1] -> [B, 257, width] in the model's dtype: no final norm, class token first."""
-    return model(pixel_values=preprocess(pixels).to(model.dtype)).last_hidden_state
+    """[B, 3, height, width] in [-1, 1] -> [B, 257, width], see `encode_inputs`."""
+    return encode_inputs(model, preprocess(pixels))
+
+
+@torch.no_grad()
+def encode_inputs(model: CLIPVisionModel, inputs: Tensor) -> Tensor:
+    """What `preprocess` makes of images -> [B, 257, width] in the model's dtype: no final norm, class token first."""
+    return model(pixel_values=inputs.to(model.dtype)).last_hidden_state
 
 
 def _count_blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:

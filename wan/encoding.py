@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.images import as_pixels, resize_to_fill, to_levels
-from wan.clip import encode_image
+from wan.clip import encode_inputs, preprocess
 from wan.config import VAE_STRIDE
 from wan.one_frame import OneFrameLayout, causal_condition, causal_condition_video
 from wan.vae import WanVAE
@@ -75,12 +75,16 @@ def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_clip(clip: nn.Module, pixels: Tensor) -> Tensor:
-    """[3, height, width], uint8 or in [-1, 1], the whole uncropped image -> CLIP features [257, D] in its dtype.
+def encode_clip(clip: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """[3, height, width] each, uint8 or in [-1, 1], whole uncropped images -> CLIP features [n, 257, D] in its dtype.
 
     The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones (formats.md 9.12).
+    All together or one by one as in `encode_images`.
     """
-    return encode_image(clip, as_pixels(pixels[None].to(_device(clip))))[0]
+    device = _device(clip)
+    inputs = torch.cat([preprocess(as_pixels(image[None].to(device))) for image in images])
+    batches = inputs.split(1) if device.type == "cpu" else [inputs]
+    return torch.cat([encode_inputs(clip, batch) for batch in batches])
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -166,7 +166,7 @@ class Pipeline:
             with self._clip.on_device() as clip:
                 for key, path in missing.items():
                     levels = to_levels(open_image(path, "start or end image"))
-                    self._features[key] = encode_clip(clip, levels).float().cpu()
+                    self._features[key] = encode_clip(clip, [levels])[0].float().cpu()
 
     @torch.inference_mode()
     def _encode_conditions(self, requests: Sequence[Request]) -> None:
