@@ -45,7 +45,7 @@ def test_a_size_is_measured_once(monkeypatch):
     (small, small_checkpoint, free), (large, large_checkpoint, _) = sizes
     # Tokens x dim: the stream in float32, and what attention returns in 16 bits
     assert (small_checkpoint, large_checkpoint) == (12 * SPEC.dim * 6, 24 * SPEC.dim * 6)
-    assert small_checkpoint < small < large and free == -2 * small  # a CPU: nothing is known of its memory
+    assert small_checkpoint < small < large and free == -small  # a CPU: nothing is known of its memory
 
 
 def test_what_autograd_keeps_is_counted_without_the_weights():

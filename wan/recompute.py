@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 log = logging.getLogger(__name__)
 
-_SPARE = 0.06  # of the device's memory: what no plan may use, for workspaces and fragments
+_SPARE = 0.05  # of the device's memory: what no plan may use, for workspaces and fragments
 _LATER_BYTES = 12  # per trained number: gradient and the two moments of AdamW, which the first step has yet to make
 
 _ATTENTION = [
@@ -138,8 +138,8 @@ class Planner:
     def _fitting(self, x: Tensor, activations: int) -> int:
         whole, free = self._measured[x.shape]
         checkpointed = x.nbytes + x.nbytes // 2  # the stream, and what attention returns in 16 bits
-        # A block that is being recomputed or measured, and the gradients of one
-        return kept_blocks(len(self._blocks), activations, checkpointed, free - 2 * whole)
+        # As much as a whole block for what backward makes; blocks are recomputed when those that keep theirs are done
+        return kept_blocks(len(self._blocks), activations, checkpointed, free - whole)
 
     def _decide(self, x: Tensor, plan: Plan, size: int) -> None:
         self._plans[x.shape] = plan
