@@ -88,7 +88,7 @@ def _linear32(layer: Linear32, operations: ModuleType, x: Tensor) -> Tensor:
 
 
 def _head(head: Head, operations: ModuleType, x: Tensor | Residual, time: Tensor) -> Tensor:
-    shift, scale = (head.modulation.float() + time[:, None]).unbind(1)
+    shift, scale = (head.modulation + time[:, None]).unbind(1)
     eps = head.norm.eps
     if isinstance(x, Residual):
         return head.head(operations.residual_norm_(*x, scale, shift, eps, True, torch.float32))
@@ -133,7 +133,7 @@ class _FusedBlock:
     ) -> Tensor:
         """Every operation has a gradient. again: `made_again`, or what takes its place where tensors are kept."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation.float() + modulation).unbind(1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         layers = self.layers_with_lora(dtype)
 
         def norm(x, addend, gate, *settings):
@@ -191,7 +191,7 @@ class _FusedBlock:
     def infer(self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Residual:
         """Writes over x."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation.float() + modulation).unbind(1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         x, addend, addend_gate = x if isinstance(x, Residual) else (x.contiguous(), None, None)
 
         def norm_(addend, gate, scale, shift, modulated, layer):
