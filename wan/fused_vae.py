@@ -19,10 +19,10 @@ _SCORES = 1 << 26  # attention scores that are in memory at a time: 256 MB in fl
 def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Callable | None = None) -> None:
     """Lay the weights out for channels-last convolutions and fuse what is between them; for use without gradients.
 
-    normalize, attend: `channel_norm` of wan/kernels.py and `attention` below unless given.
+    normalize, attend: `channel_norm` of wan/vae_kernels.py and `attention` below unless given.
     """
     if normalize is None:
-        from wan.kernels import channel_norm as normalize
+        from wan.vae_kernels import channel_norm as normalize
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
@@ -69,7 +69,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     D is 384 here, for which the attention kernels of torch are slow or missing.
     """
-    from wan.kernels import softmax
+    from wan.vae_kernels import softmax
 
     scale, together = q.shape[1] ** -0.5, max(_SCORES // len(k), 1)
     parts = (softmax(torch.mm(rows, k.t(), out_dtype=torch.float32), scale, q.dtype) for rows in q.split(together))

@@ -4,8 +4,6 @@ Every kernel reads and writes each number once: at these sizes nothing but memor
 row, i.e. one token, and computes in float32.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,6 @@ from wan.attention_kernels import cross_attention
 from wan.fp8 import FP8, SMALLEST_ROW, Rows8
 
 __all__ = [
-    "channel_norm",
     "cross_attention",
     "linear32",
     "linear_gelu",
@@ -25,14 +22,13 @@ __all__ = [
     "residual_norm_",
     "rms_rope",
     "rms_rope_",
-    "softmax",
 ]
 _FP8_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
 _HALF_HEAD = 64  # numbers of a row that a kernel sees as half a head where nothing is rotated
 
 
-def _launch(kernel, programs: int, dim: int, *arguments, numbers_per_warp: int = 1024, **constants) -> None:
+def launch_rows(kernel, programs: int, dim: int, *arguments, numbers_per_warp: int = 1024, **constants) -> None:
     """Run `kernel` with as many threads as a row of `dim` numbers keeps busy."""
     block = triton.next_power_of_2(dim)
     warps = min(max(block // numbers_per_warp, 1), 16)
@@ -119,7 +115,7 @@ def _residual_norm(x, addend, gate, scale, shift, eps, modulated, x_out, out, ou
     sizes = (x.shape[1], dim, eps, _stride(gate), _stride(scale), _stride(shift))
     constants = {"ADD": addend is not None, "GATE": gate is not None, "NORM": out is not None}
     constants |= {"MODULATED": modulated, "EIGHT_BITS": out_scale is not None}
-    _launch(_residual_norm_kernel, rows, dim, *tensors, *sizes, **constants)
+    launch_rows(_residual_norm_kernel, rows, dim, *tensors, *sizes, **constants)
 
 
 def residual_norm_(
@@ -212,7 +208,7 @@ class _ResidualNorm(torch.autograd.Function):
         tensors = (grad_x, _or(grad_out, grad_x).contiguous(), _or(x, grad_x), _or(gate, grad_x), _or(scale, grad_x))
         sizes = (grad_x.shape[1], grad_x.shape[-1], eps, _stride(gate), _stride(scale))
         constants = {"ADD": add, "GATE": gate is not None, "NORM": norm, "MODULATED": modulated}
-        _launch(
+        launch_rows(
             *(_residual_norm_backward_kernel, _rows(grad_x), grad_x.shape[-1]),
             *(*tensors, grad, _or(grad_addend, grad), *sizes),
             **constants,
@@ -368,7 +364,7 @@ def quantized(x: Tensor, gelu: bool = False) -> Rows8:
     """See wan/fused_plain.py."""
     x = x.contiguous()
     rows = Rows8(torch.empty(x.shape, dtype=FP8, device=x.device), torch.empty(*x.shape[:-1], 1, device=x.device))
-    _launch(_quantize_kernel, _rows(x), x.shape[-1], x, *rows, x.shape[-1], GELU=gelu)
+    launch_rows(_quantize_kernel, _rows(x), x.shape[-1], x, *rows, x.shape[-1], GELU=gelu)
     return rows
 
 
@@ -392,47 +388,3 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """See wan/fused_plain.py: cuBLAS applies the tanh form to its float32 sums."""
     out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return out.unflatten(0, x.shape[:-1])
-
-
-@triton.jit
-def _channel_norm_kernel(x, gain, out, rows, dim, root, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    mask = (row[:, None] < rows) & (columns[None, :] < dim)
-    place = row[:, None] * dim + columns[None, :]
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(gain + columns, mask=columns < dim, other=0.0).to(tl.float32)
-    norm = tl.maximum(tl.sqrt(tl.sum(value * value, axis=1)), 1e-12)  # F.normalize's eps
-    value = value * (root / norm)[:, None] * factor[None, :]
-    if SILU:
-        value *= tl.sigmoid(value)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
-
-
-def channel_norm(x: Tensor, gain: Tensor, silu: bool) -> Tensor:
-    """The VAE's normalisation of [B, C, H, W] over C, then SiLU if asked for. Channels-last, in and out."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    out, dim = torch.empty_like(x), x.shape[1]
-    rows, block = x.numel() // dim, triton.next_power_of_2(dim)
-    together = max(4096 // block, 1)
-    _channel_norm_kernel[(triton.cdiv(rows, together),)](
-        x, gain, out, rows, dim, dim**0.5, SILU=silu, ROWS=together, BLOCK=block, num_warps=4
-    )
-    return out
-
-
-@triton.jit
-def _softmax_kernel(x, out, dim, factor, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < dim
-    value = tl.load(x + row * dim + columns, mask=mask, other=-float("inf")) * factor
-    value = tl.exp2(value - tl.max(value, axis=0))
-    tl.store(out + row * dim + columns, (value / tl.sum(value, axis=0)).to(out.dtype.element_ty), mask=mask)
-
-
-def softmax(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """softmax(x * scale) along the rows of a float32 [L, n], in `dtype`."""
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _launch(_softmax_kernel, len(x), x.shape[1], x, out, x.shape[1], scale / math.log(2))
-    return out
