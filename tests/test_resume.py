@@ -201,13 +201,22 @@ def test_steps_without_a_finite_loss_change_nothing_are_counted_and_end_the_run(
     assert all(torch.equal(stopped.weights[key], good[key]) for key in good)
 
 
+KILLED_STEPS = 120  # ten kills, each after one to four steps and a moment, don't reach the end
+
+
 def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(tmp_path):
     flags = ("--save_state", "--save_every_n_steps", "2", "--save_last_n_steps_state", "4", "--resume", "auto")
-    straight = train(str(tmp_path / "straight"), *flags)
+    start = time.perf_counter()
+    straight = train(str(tmp_path / "straight"), *flags, steps=KILLED_STEPS)
+    step = (time.perf_counter() - start) / KILLED_STEPS
     folder, rng = tmp_path / "killed", random.Random(0)
     killed = 0
     for _attempt in range(30):
-        command = [sys.executable, str(ROOT / "wan_train_network.py"), *arguments(str(folder), *flags)]
+        command = [
+            sys.executable,
+            str(ROOT / "wan_train_network.py"),
+            *arguments(str(folder), *flags, steps=KILLED_STEPS),
+        ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         done = len(metrics(folder)) if (folder / "run-metrics.jsonl").exists() else 0
         target = done + rng.randint(1, 4)
@@ -216,7 +225,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(tmp_p
                 (folder / "run-metrics.jsonl").exists() and len(metrics(folder)) >= target
             ):
                 time.sleep(0.002)
-            time.sleep(rng.random() * 0.1)
+            time.sleep(rng.random() * 2 * step)
         if killed < 10 and process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
