@@ -18,6 +18,14 @@ _KEYS = _QUERIES = 64  # that a program holds at a time; with more, fewer progra
 
 
 @triton.jit
+def _starts(length, rows, heads, DIM: tl.constexpr):
+    """Of the item and the head of a program: where its queries and its keys begin, and how far their rows are apart."""
+    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    stride = heads * DIM
+    return item * length * stride + head * DIM, item * rows * stride + head * DIM, stride
+
+
+@triton.jit
 def _tile(base, rows, end, stride, DIM: tl.constexpr):
     """Some rows of a head: [rows, DIM], zeros from row `end` on."""
     columns = tl.arange(0, DIM)
@@ -84,13 +92,11 @@ def _forward_kernel(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    stride = heads * DIM
-    keys += item * rows * stride + head * DIM
-    values += item * rows * stride + head * DIM
+    start, origin, stride = _starts(length, rows, heads, DIM)
+    keys += origin
+    values += origin
     place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     mask = place < length
-    start = item * length * stride + head * DIM
     asked = _tile(q + start, place, length, stride, DIM)
     cells = start + place[:, None] * stride + tl.arange(0, DIM)[None, :]
     lines = (tl.program_id(1).to(tl.int64) * 2) * length + place
@@ -161,13 +167,11 @@ def _query_gradient_kernel(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    stride = heads * DIM
-    keys += item * rows * stride + head * DIM
-    values += item * rows * stride + head * DIM
+    start, origin, stride = _starts(length, rows, heads, DIM)
+    keys += origin
+    values += origin
     place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     mask = place < length
-    start = item * length * stride + head * DIM
     asked = _tile(q + start, place, length, stride, DIM)
     coming = _tile(gradient + start, place, length, stride, DIM)
     found = _tile(out + start, place, length, stride, DIM).to(tl.float32)
@@ -227,18 +231,15 @@ def _key_gradient_kernel(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
+    start, origin, stride = _starts(length, rows, heads, DIM)
     chunk, text_chunks = tl.program_id(0), tl.cdiv(text_rows, KEYS)
-    item, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    stride = heads * DIM
     of_text = chunk < text_chunks
     first = tl.where(of_text, chunk * KEYS, text_rows + (chunk - text_chunks) * KEYS)
     end = tl.where(of_text, text_rows, rows)
     places = first + tl.arange(0, KEYS)
-    origin = item * rows * stride + head * DIM
     k, v = _tile(keys + origin, places, end, stride, DIM), _tile(values + origin, places, end, stride, DIM)
     bias = tl.where(places == text_rows - 1, log_repeats, 0.0)
     lines = (tl.program_id(1).to(tl.int64) * 2 + tl.where(of_text, 0, 1)) * length
-    start = item * length * stride + head * DIM
     k_total, v_total = tl.zeros((KEYS, DIM), tl.float32), tl.zeros((KEYS, DIM), tl.float32)
     for at in range(0, length, QUERIES):
         place = at + tl.arange(0, QUERIES)
