@@ -117,8 +117,11 @@ def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_
 
 
 def to_levels(image: np.ndarray | Image.Image) -> Tensor:
-    """RGB image [height, width, 3] uint8 -> [3, height, width] uint8."""
-    return torch.tensor(np.asarray(image)).permute(2, 0, 1).contiguous()
+    """RGB image [height, width, 3] uint8 -> [3, height, width] uint8.
+
+    Laid out by NumPy: in each thread that reads images torch would start threads of its own.
+    """
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def as_pixels(levels: Tensor) -> Tensor:
