@@ -47,16 +47,18 @@ def drop_from_cache(folder: Path) -> None:
 def disk_speed(path: Path) -> float:
     """Bytes per second at which threads read a file that is not in the page cache."""
 
+    size = path.stat().st_size
+
     def read(start: int) -> None:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            file.readinto(bytearray(min(_PART, path.stat().st_size - start)))
+            file.readinto(bytearray(min(_PART, size - start)))
 
     start = time.perf_counter()
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(read, range(0, path.stat().st_size, _PART)):
+        for _ in pool.map(read, range(0, size, _PART)):
             pass
-    return path.stat().st_size / (time.perf_counter() - start)
+    return size / (time.perf_counter() - start)
 
 
 def generate(folder: Path, size: tuple[int, int], steps: int, flags: list[str]) -> dict[str, float]:

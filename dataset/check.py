@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dataset.buckets import Fit
 from dataset.cache import (
     latent_cache_path,
     latent_source_reason,
@@ -216,7 +215,7 @@ def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRo
         dataset = config.datasets[index]
         count = len(group) * dataset.num_repeats
         batches = -(-count // dataset.batch_size)
-        fits = [Fit(item.size, item.bucket) for item in group]
+        fits = [item.target_fit for item in group]
         scales, losses = [fit.scale for fit in fits], [fit.cropped for fit in fits]
         yield BucketRow(
             dataset=index,

@@ -42,6 +42,11 @@ class Item:
     control_fits: tuple[Fit, ...] = ()  # what is done to each control
 
     @property
+    def target_fit(self) -> Fit:
+        """What is done to the target."""
+        return Fit(self.size, self.bucket)
+
+    @property
     def sizes(self) -> tuple[Size, ...]:
         """What controls and target are brought to."""
         return *(fit.bucket for fit in self.control_fits), self.bucket

@@ -26,6 +26,13 @@ def _starts(length, rows, heads, DIM: tl.constexpr):
 
 
 @triton.jit
+def _queries(length, QUERIES: tl.constexpr):
+    """Those of a program: their places, which of them there are, and where the numbers of each, for the text, lie."""
+    place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    return place, place < length, tl.program_id(1).to(tl.int64) * 2 * length + place
+
+
+@triton.jit
 def _tile(base, rows, end, stride, DIM: tl.constexpr):
     """Some rows of a head: [rows, DIM], zeros from row `end` on."""
     columns = tl.arange(0, DIM)
@@ -33,10 +40,10 @@ def _tile(base, rows, end, stride, DIM: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, rows, end, last, log_repeats, factor):
-    """Logarithms, to the base 2, of the weights before normalisation: [queries, keys]."""
+def _scores(q, k, rows, end, log_repeats, factor):
+    """Logarithms, to the base 2, of the weights before normalisation: [queries, keys]; row `end` - 1 counts often."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
-    scores += tl.where(rows == last, log_repeats, 0.0)[None, :]
+    scores += tl.where(rows == end - 1, log_repeats, 0.0)[None, :]
     return tl.where((rows < end)[None, :], scores, -float("inf"))
 
 
@@ -48,7 +55,6 @@ def _attend(
     start,
     end,
     stride,
-    last,
     log_repeats,
     factor,
     QUERIES: tl.constexpr,
@@ -61,7 +67,7 @@ def _attend(
     found = tl.zeros((QUERIES, DIM), tl.float32)
     for first in range(start, end, KEYS):
         rows = first + tl.arange(0, KEYS)
-        scores = _scores(q, _tile(keys, rows, end, stride, DIM), rows, end, last, log_repeats, factor)
+        scores = _scores(q, _tile(keys, rows, end, stride, DIM), rows, end, log_repeats, factor)
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new[:, None])
         decay = tl.exp2(largest - new)
@@ -95,20 +101,14 @@ def _forward_kernel(
     start, origin, stride = _starts(length, rows, heads, DIM)
     keys += origin
     values += origin
-    place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    mask = place < length
+    place, mask, lines = _queries(length, QUERIES)
     asked = _tile(q + start, place, length, stride, DIM)
     cells = start + place[:, None] * stride + tl.arange(0, DIM)[None, :]
-    lines = (tl.program_id(1).to(tl.int64) * 2) * length + place
-    found, normaliser = _attend(
-        asked, keys, values, 0, text_rows, stride, text_rows - 1, log_repeats, factor, QUERIES, KEYS, DIM
-    )
+    found, normaliser = _attend(asked, keys, values, 0, text_rows, stride, log_repeats, factor, QUERIES, KEYS, DIM)
     if TRAINS:
         tl.store(normalisers + lines, normaliser, mask=mask)
     if IMAGE:
-        seen, normaliser = _attend(
-            asked, keys, values, text_rows, rows, stride, text_rows - 1, 0.0, factor, QUERIES, KEYS, DIM
-        )
+        seen, normaliser = _attend(asked, keys, values, text_rows, rows, stride, 0.0, factor, QUERIES, KEYS, DIM)
         found += seen
         if TRAINS:
             tl.store(normalisers + length + lines, normaliser, mask=mask)
@@ -127,7 +127,6 @@ def _query_gradient(
     start,
     end,
     stride,
-    last,
     log_repeats,
     factor,
     total,
@@ -138,7 +137,7 @@ def _query_gradient(
     for first in range(start, end, KEYS):
         rows = first + tl.arange(0, KEYS)
         k, v = _tile(keys, rows, end, stride, DIM), _tile(values, rows, end, stride, DIM)
-        weights = tl.exp2(_scores(q, k, rows, end, last, log_repeats, factor) - normaliser[:, None])
+        weights = tl.exp2(_scores(q, k, rows, end, log_repeats, factor) - normaliser[:, None])
         change = tl.dot(gradient, tl.trans(v), input_precision="ieee") - delta[:, None]
         total = tl.dot((weights * change).to(k.dtype), k, total, input_precision="ieee")
     return total
@@ -170,12 +169,10 @@ def _query_gradient_kernel(
     start, origin, stride = _starts(length, rows, heads, DIM)
     keys += origin
     values += origin
-    place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    mask = place < length
+    place, mask, lines = _queries(length, QUERIES)
     asked = _tile(q + start, place, length, stride, DIM)
     coming = _tile(gradient + start, place, length, stride, DIM)
     found = _tile(out + start, place, length, stride, DIM).to(tl.float32)
-    lines = (tl.program_id(1).to(tl.int64) * 2) * length + place
     total = tl.zeros((QUERIES, DIM), tl.float32)
     if IMAGE:
         seen = _tile(out_image + start, place, length, stride, DIM).to(tl.float32)
@@ -184,7 +181,7 @@ def _query_gradient_kernel(
         tl.store(deltas + length + lines, delta, mask=mask)
         normaliser = tl.load(normalisers + length + lines, mask=mask, other=0.0)
         total = _query_gradient(
-            asked, coming, delta, normaliser, keys, values, text_rows, rows, stride, -1, 0.0, factor, total, KEYS, DIM
+            asked, coming, delta, normaliser, keys, values, text_rows, rows, stride, 0.0, factor, total, KEYS, DIM
         )
     delta = tl.sum(found * coming.to(tl.float32), axis=1)
     tl.store(deltas + lines, delta, mask=mask)
@@ -199,7 +196,6 @@ def _query_gradient_kernel(
         0,
         text_rows,
         stride,
-        text_rows - 1,
         log_repeats,
         factor,
         total,

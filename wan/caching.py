@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset.buckets import Fit
 from dataset.cache import (
     LatentCache,
     LatentSettings,
@@ -306,7 +305,7 @@ def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
         pairs = zip(item.controls, item.control_masks, strict=True)
         opened = [open_masked(path, "control image", mask) for path, mask in pairs]
     controls = [image for image, _ in opened]
-    fits = (Fit(item.size, item.bucket), *item.control_fits)
+    fits = (item.target_fit, *item.control_fits)
     images, masks = (target, *controls), (target_mask, *(mask for _, mask in opened))
     frames = tuple(frame_levels(image, fit.bucket, fit.crop_only) for image, fit in zip(images, fits, strict=True))
     masks = tuple(mask and latent_mask(mask, fit.bucket, fit.crop_only) for mask, fit in zip(masks, fits, strict=True))

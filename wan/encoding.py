@@ -1,6 +1,7 @@
 """Images to what the DiT is conditioned on. Caching and generation both call these, so their results are equal bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,15 +29,9 @@ def frame_pixels(image: Image.Image, size: tuple[int, int], crop_only: bool = Fa
 
 @torch.no_grad()
 def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
-    """[B, 3, 8 H, 8 W], uint8 or in [-1, 1] -> [B, 16, 1, H, W] normalised latents in the VAE's dtype, as cached.
-
-    On a GPU all together. On a CPU, where a batch is no faster, one by one: there the rounding depends on the size of
-    the batch (1e-7 in float32), and a cached image shall equal the same image at generation in every bit.
-    """
-    device = _device(vae)
-    frames = as_pixels(pixels.to(device))[:, :, None]  # videos of one frame
-    batches = frames.split(1) if device.type == "cpu" else [frames]
-    return torch.cat([vae.encode(batch) for batch in batches]).to(vae.dtype)
+    """[B, 3, 8 H, 8 W], uint8 or in [-1, 1] -> [B, 16, 1, H, W] normalised latents in the VAE's dtype, as cached."""
+    frames = as_pixels(pixels.to(_device(vae)))[:, :, None]  # videos of one frame
+    return _by_batch(vae.encode, frames).to(vae.dtype)
 
 
 def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
@@ -79,12 +74,20 @@ def encode_clip(clip: nn.Module, images: Sequence[Tensor]) -> Tensor:
     """[3, height, width] each, uint8 or in [-1, 1], whole uncropped images -> CLIP features [n, 257, D] in its dtype.
 
     The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones (formats.md 9.12).
-    All together or one by one as in `encode_images`.
     """
     device = _device(clip)
     inputs = torch.cat([preprocess(as_pixels(image[None].to(device))) for image in images])
-    batches = inputs.split(1) if device.type == "cpu" else [inputs]
-    return torch.cat([encode_inputs(clip, batch) for batch in batches])
+    return _by_batch(partial(encode_inputs, clip), inputs)
+
+
+def _by_batch(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """encode(inputs), on a GPU all together.
+
+    On a CPU, where a batch is no faster, one by one: there the rounding depends on the size of the batch (1e-7 in
+    float32), and a cached image shall equal the same image at generation in every bit.
+    """
+    batches = inputs.split(1) if inputs.device.type == "cpu" else [inputs]
+    return torch.cat([encode(batch) for batch in batches])
 
 
 def _device(module: nn.Module) -> torch.device:

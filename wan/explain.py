@@ -132,7 +132,7 @@ def latents(dataset_config: Path, layout: str | None, batch_size: int | None, we
 
 
 def _item_frames(item: Item) -> list[_Frame]:
-    target = _file_frame("target", item.target, item.target_mask, Fit(item.size, item.bucket), masked=True)
+    target = _file_frame("target", item.target, item.target_mask, item.target_fit, masked=True)
     return [*_control_frames(item), target]
 
 

@@ -60,22 +60,20 @@ class _LoRAProducts(torch.autograd.Function):
         rows = x.flatten(0, -2)
         low = rows @ low_rank.downs.t()
         ctx.ranks, ctx.scales = [up.shape[1] for up in low_rank.ups], [layer.scale for layer in layers]
-        stored, outs = [], []
+        outs = []
         for layer, up, part in zip(layers, low_rank.ups, low.split(ctx.ranks, dim=1), strict=True):
-            weight = _stored(layer.base)
             out = F.linear(part, up, layer.base.bias)
             if read:
-                out.addmm_(rows, _usable(*weight).t())
+                out.addmm_(rows, layer.base.weight.t())
             outs.append(out.unflatten(0, x.shape[:-1]))
-            stored += weight[:2]
-        ctx.fp8_dtypes = [_stored(layer.base)[2] for layer in layers]
-        ctx.save_for_backward(x, low, low_rank.downs, *low_rank.ups, *stored)
+        weights, scales, ctx.fp8_dtypes = zip(*(_stored(layer.base) for layer in layers), strict=True)
+        ctx.save_for_backward(x, low, low_rank.downs, *low_rank.ups, *weights, *scales)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        x, low, downs, *rest = ctx.saved_tensors
-        ups, stored = rest[: len(gradients)], rest[len(gradients) :]
+        (x, low, downs, *rest), count = ctx.saved_tensors, len(gradients)
+        ups, stored = rest[:count], zip(rest[count : 2 * count], rest[2 * count :], ctx.fp8_dtypes, strict=True)
         rows = [gradient.flatten(0, -2) for gradient in gradients]
         low_gradients = [gradient @ up for gradient, up in zip(rows, ups, strict=True)]
         parts = low.split(ctx.ranks, dim=1)
@@ -85,8 +83,8 @@ class _LoRAProducts(torch.autograd.Function):
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = _joined(low_gradients) @ downs
-            for gradient, weight, scale, dtype in zip(rows, stored[::2], stored[1::2], ctx.fp8_dtypes, strict=True):
-                x_gradient.addmm_(gradient, _usable(weight, scale, dtype))
+            for gradient, weight in zip(rows, stored, strict=True):
+                x_gradient.addmm_(gradient, _usable(*weight))
             x_gradient = x_gradient.unflatten(0, x.shape[:-1])
         pairs = zip(down_gradients, up_gradients, strict=True)
         return x_gradient, None, None, None, *(gradient for pair in pairs for gradient in pair)

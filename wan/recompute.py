@@ -5,7 +5,7 @@ A block keeps everything, or all but what few passes over memory make again (it 
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,11 +33,13 @@ def is_recomputing() -> bool:
 
 
 @contextmanager
-def _recompute() -> Iterator[None]:
+def _recompute(kept: AbstractContextManager) -> Iterator[None]:
+    """Within it a block is made again, but for what `kept` returns of the first time."""
     global _recomputing
     _recomputing = True
     try:
-        yield
+        with kept:
+            yield
     finally:
         _recomputing = False
 
@@ -59,18 +61,12 @@ def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: b
         block.forward = partial(planner.run, number, keep, recompute) if planner else recompute
 
 
-def _contexts(keep_attention: bool) -> tuple:
+def _contexts(keep_attention: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Those of the forward pass and of its repetition."""
-    if not keep_attention:
-        return nullcontext(), _recompute()
-    first, again = create_selective_checkpoint_contexts(_ATTENTION)
-    return first, _both(again)
-
-
-@contextmanager
-def _both(again: object) -> Iterator[None]:
-    with again, _recompute():
-        yield
+    first, again = (
+        create_selective_checkpoint_contexts(_ATTENTION) if keep_attention else (nullcontext(), nullcontext())
+    )
+    return first, _recompute(again)
 
 
 @contextmanager
@@ -193,16 +189,6 @@ def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared) -> Tensor:
     """`forward` of a checkpointed block, with x kept in host memory; the other inputs are the same for all blocks."""
     if not torch.is_grad_enabled():
         return forward(x, *shared)
-    address = x.data_ptr()  # autograd keeps the hooks: with x in one of them, nothing would be freed
-
-    def pack(tensor: Tensor) -> tuple[Tensor, torch.device] | Tensor:
-        if tensor.data_ptr() != address:
-            return tensor
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return host.copy_(tensor, non_blocking=True), tensor.device
-
-    def unpack(packed: tuple[Tensor, torch.device] | Tensor) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[0].to(packed[1], non_blocking=True)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
+    with made_again((x, partial(host.to, x.device, non_blocking=True))):
         return forward(x, *shared)

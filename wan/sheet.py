@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset.buckets import Fit
 from dataset.cache import LatentCache, latent_cache_path, read_latent_cache
 from dataset.config import read_config
 from dataset.sources import Item, find_all_items
@@ -110,7 +109,7 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
 
 def make_row(item: Item, decode: Callable[[Item], tuple[Tile, ...]] | None = None) -> Row:
     """An item with its files brought to its bucket, in time order, each mask after its image."""
-    fits = (*item.control_fits, Fit(item.size, item.bucket))
+    fits = (*item.control_fits, item.target_fit)
     facts = (
         f"dataset {item.dataset}: {item.stem}",
         "{}x{} → {}x{}".format(*item.size, *item.bucket) + f", {fits[-1].cropped:.0%} cropped",
