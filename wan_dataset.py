@@ -2,7 +2,8 @@
 
 from dataset.check import CheckConfig, run_check
 from utils import cli
-from wan.models import DeviceConfig, VAEConfig
+from wan.models import VAEConfig
+from wan.processes import DeviceConfig
 from wan.sheet import SheetConfig, run_sheet
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from utils import cli
 from wan import lora_tools
 from wan.lora_dialects import DIALECTS
-from wan.models import DeviceConfig
+from wan.processes import DeviceConfig
 
 
 def build_parser() -> cli.Parser:

@@ -2,19 +2,19 @@
 
 from utils import cli
 from utils.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
-from wan.explain import ExplainConfig
+from wan.frame_table import ExplainConfig
 from wan.memory import TrainingMemoryConfig
-from wan.metadata import MetadataConfig
-from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
+from wan.models import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
 from wan.preview import PreviewConfig
+from wan.processes import DeviceConfig
 from wan.request import SamplingConfig
 from wan.samples import SampleConfig
 from wan.timestep_plot import TimestepPlotConfig
 from wan.timesteps import NoiseConfig
 from wan.tracking import TrackingConfig
-from wan.training_options import RunConfig, SaveConfig, TrainingOptions
+from wan.training_options import MetadataConfig, RunConfig, SaveConfig, TrainingOptions
 from wan.validation import ValidationConfig
 
 _MODELS = (DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig, AttentionSwitches)

@@ -25,7 +25,8 @@ from benchmarks.random_model import SPECS, write_release
 from demo.tiny_models import FILES
 from wan import caching
 from wan.caching import LatentCachingConfig
-from wan.models import CLIPConfig, DeviceConfig, VAEConfig
+from wan.models import CLIPConfig, VAEConfig
+from wan.processes import DeviceConfig
 
 MODELS = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "random")
 

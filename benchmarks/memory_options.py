@@ -25,8 +25,8 @@ from wan.dit import pad_text
 from wan.flow_matching import flow_matching_loss
 from wan.lora import inject_lora_
 from wan.memory import TrainingMemoryConfig, prepare_
-from wan.models import DeviceConfig
 from wan.network_options import NetworkConfig
+from wan.processes import DeviceConfig
 
 FULL = {"gradient_checkpointing": "all"}
 SWAP = FULL | {"use_pinned_memory_for_block_swap": True}

@@ -37,9 +37,9 @@ from wan.fused_vae import fuse_vae_
 from wan.graphs import GraphedGradients
 from wan.lora import LoRANetwork, inject_lora_
 from wan.memory import GenerationMemoryConfig, prepare_
-from wan.models import DeviceConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig, build_optimizer
+from wan.processes import DeviceConfig
 from wan.recompute import checkpoint_blocks_
 from wan.vae import WanVAE
 

@@ -38,7 +38,7 @@ from wan.dit import StepCache
 from wan.lora import inject_lora_
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
 from wan.memory_plan import SPARE, Plan, Room, plan_generation, plan_training
-from wan.models import DeviceConfig
+from wan.processes import DeviceConfig
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),

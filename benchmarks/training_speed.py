@@ -24,11 +24,13 @@ from dataset.config import read_config
 from dataset.loader import TrainingSet
 from utils import cli
 from wan.checkpoint import load_dit
-from wan.config import TASKS, DiTSpec
+from wan.condition import stack_condition, stack_frames
+from wan.config import DiTSpec
 from wan.footprint import expected_memory
 from wan.lora import inject_lora_
 from wan.memory import prepare_
-from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
+from wan.one_frame import OneFrameLayout
+from wan.tasks import TASKS
 from wan.training import Trainer, TrainingJob
 from wan.training_options import TrainingOptions
 from wan.training_start import build_accelerator

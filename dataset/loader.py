@@ -30,9 +30,11 @@ from dataset.cache import (
 )
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
-from wan.frame_sizes import FrameSizes, Size, frame_of, pad_to, token_count
-from wan.one_frame import OneFrameLayout, clip_controls, layout_from_toml, relayout
-from wan.timesteps import stratified_uniform
+from utils.randomness import stratified_uniform
+from wan.condition import clip_controls, relayout
+from wan.frame_sizes import Size, frame_of, pad_to
+from wan.one_frame import OneFrameLayout, layout_from_toml
+from wan.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.buckets import Fit
 from dataset.config import ImageDatasetConfig
 from dataset.likeness import largest_difference, shift_between
 from dataset.problems import Problem
 from dataset.sources import Item, Source, make_item
 from utils.errors import ConfigError
 from utils.files import fingerprint
-from utils.images import check_image, check_mask_size, open_masked, resize_to_fill
+from utils.images import Fit, check_image, check_mask_size, open_masked, resize_to_fill
 from wan.one_frame import OneFrameLayout
 
 # Where a picture starts to suffer: choices of ours.

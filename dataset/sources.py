@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.buckets import Fit
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.files import parse_json
-from utils.images import IMAGE_SUFFIXES, check_image, check_mask_size
+from utils.images import IMAGE_SUFFIXES, Fit, check_image, check_mask_size
 from wan.frame_sizes import Size
 from wan.one_frame import OneFrameLayout
 

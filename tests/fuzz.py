@@ -68,13 +68,15 @@ from tests.fuzz_files import (
 from utils.errors import ConfigError
 from utils.images import check_image, open_image
 from utils.prompts import Prompt, parse_line, read_file
-from wan import checkpoint, one_frame, outputs, recipe, state
+from wan import checkpoint, one_frame, outputs, recipe, state, tokenizer
 from wan.checkpoint_files import open_checkpoint
-from wan.config import TASKS
-from wan.lora_files import check_lora, layout_from_metadata, read_lora
+from wan.lora_files import read_lora
+from wan.lora_merge import check_lora
 from wan.lora_tools import inspect
 from wan.request import Request, SamplingConfig
 from wan.t5 import clean_prompt
+from wan.tasks import TASKS
+from wan.trained_for import layout_from_metadata
 
 SLOWEST = 20.0  # seconds for one file
 STUCK = 600.0  # seconds for a hundred of them, after which the search ends with the place where it is
@@ -122,7 +124,7 @@ _tokenizers: dict[str, object] = {}
 def tokenized(text: str) -> None:
     here = str(Path.cwd())
     if here not in _tokenizers:
-        _tokenizers[here] = checkpoint.load_tokenizer("tokenizer")
+        _tokenizers[here] = tokenizer.load_tokenizer("tokenizer")
     _tokenizers[here]([clean_prompt(text)], truncation=True, max_length=512)
 
 
@@ -206,7 +208,7 @@ def opened_whole(path: Path) -> None:
 
 
 def tokenizer_of(path: Path) -> None:
-    checkpoint.load_tokenizer(path.parent)
+    tokenizer.load_tokenizer(path.parent)
 
 
 def opened(path: Path) -> None:

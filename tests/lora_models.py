@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from wan.lora import LoRANetwork, inject_lora_
-from wan.lora_files import Merger, read_lora
+from wan.lora_files import read_lora
+from wan.lora_merge import Merger
 from wan.network_options import NetworkConfig
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from dataset import cache
 from dataset.cache import LatentCache, LatentSettings, TextSettings
 from utils.errors import ConfigError
-from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
+from wan.condition import stack_condition, stack_frames
+from wan.one_frame import OneFrameLayout
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = LatentSettings(

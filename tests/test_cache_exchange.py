@@ -12,7 +12,8 @@ from dataset import cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from utils.dtypes import dtype_name
-from wan.one_frame import OneFrameLayout, stack_condition, stack_frames
+from wan.condition import stack_condition, stack_frames
+from wan.one_frame import OneFrameLayout
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = cache.LatentSettings(

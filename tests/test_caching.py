@@ -18,11 +18,13 @@ from tests.helpers import TINY, golden, needs_shared, rel_l2
 from utils.errors import ConfigError
 from utils.images import open_image, resize_to_fill, to_pixels
 from wan import caching, checkpoint
+from wan import tokenizer as tokenizer_module
 from wan.caching import LatentCachingConfig, run_latents
 from wan.clip import build_clip, clip_shapes, encode_image
+from wan.condition import stack_condition
 from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
 from wan.models import CLIPConfig, VAEConfig
-from wan.one_frame import OneFrameLayout, stack_condition
+from wan.one_frame import OneFrameLayout
 from wan.processes import Processes
 from wan.t5 import encode_text
 from wan.vae import WanVAE
@@ -163,7 +165,7 @@ def test_cached_texts_are_what_generation_makes_of_the_captions(data, either):
     cache_texts(data, either, "--batch_size", "16")
     assert sorted(stamps(data)) == TEXT_NAMES
     model = checkpoint.load_t5(either.t5, torch.float32, "cpu")
-    tokenizer = checkpoint.load_tokenizer(either.tokenizer)
+    tokenizer = tokenizer_module.load_tokenizer(either.tokenizer)
     for name, caption in zip(TEXT_NAMES, ["a red dog", "a blue dog", "a red dog"], strict=True):
         path = data / "cache" / name
         assert cache.read_text_header(path).caption == caption

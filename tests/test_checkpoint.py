@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from tests.helpers import MANIFESTS, TINY, needs_shared
 from utils.errors import ConfigError
 from wan import checkpoint
+from wan import tokenizer as tokenizer_module
 from wan.checkpoint import Checkpoint, TensorInfo, check_tensors
 from wan.config import DiTSpec
 from wan.dit import WanDiT
@@ -323,17 +324,17 @@ def tokenizer_dir(tmp_path) -> Path:
 
 
 def test_the_tokenizer_file_is_used_as_it_is(tokenizer_dir):
-    checkpoint.check_tokenizer(tokenizer_dir)
-    tokenizer = checkpoint.load_tokenizer(tokenizer_dir)
+    tokenizer_module.check_tokenizer(tokenizer_dir)
+    tokenizer = tokenizer_module.load_tokenizer(tokenizer_dir)
     assert tokenizer("Ｆﬁ，").input_ids == [3, 4, 5, 6, 1]
     assert tokenizer.pad_token_id == 0
 
 
 def test_a_folder_without_a_tokenizer_is_an_error_before_loading(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        message = one_line_error(checkpoint.check_tokenizer, folder)
+        message = one_line_error(tokenizer_module.check_tokenizer, folder)
         assert message.startswith(f"--t5_tokenizer {folder}: ") and "google/umt5-xxl" in message
-        assert one_line_error(checkpoint.load_tokenizer, folder) == message
+        assert one_line_error(tokenizer_module.load_tokenizer, folder) == message
 
 
 @pytest.mark.parametrize("broken", ["{", '{"model": 3}', None])
@@ -343,7 +344,7 @@ def test_a_damaged_tokenizer_or_one_without_an_end_token_is_an_error(broken, tok
         content = json.loads(path.read_text(encoding="utf-8"))
         broken = json.dumps(content | {"post_processor": None})
     path.write_text(broken, encoding="utf-8")
-    assert "is no umT5 tokenizer" in one_line_error(checkpoint.load_tokenizer, tokenizer_dir)
+    assert "is no umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
 
 
 def test_without_a_folder_the_tokenizer_comes_from_the_hub(tokenizer_dir, monkeypatch):
@@ -354,9 +355,9 @@ def test_without_a_folder_the_tokenizer_comes_from_the_hub(tokenizer_dir, monkey
         return str(tokenizer_dir / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    checkpoint.check_tokenizer(None)
+    tokenizer_module.check_tokenizer(None)
     assert asked == []
-    assert checkpoint.load_tokenizer(None)("F").input_ids == [3, 4, 1]
+    assert tokenizer_module.load_tokenizer(None)("F").input_ids == [3, 4, 1]
     assert asked == [("google/umt5-xxl", "tokenizer.json")]
 
 
@@ -365,7 +366,7 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_download(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    message = one_line_error(checkpoint.load_tokenizer, None)
+    message = one_line_error(tokenizer_module.load_tokenizer, None)
     assert "tokenizer.json of google/umt5-xxl" in message and "--t5_tokenizer DIR" in message
 
 

@@ -27,11 +27,11 @@ from tests.test_explain import rows
 from tests.test_reasoning import Alone
 from utils.errors import ConfigError
 from utils.prompts import parse_line
-from wan.config import TASKS
 from wan.frame_sizes import ControlSizes
 from wan.pipeline import denoise
 from wan.recipe import read as read_recipe
 from wan.request import Request, SamplingConfig
+from wan.tasks import TASKS
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 INDICES = "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1\n"

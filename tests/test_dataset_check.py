@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 import wan_dataset
-from dataset import buckets, likeness
-from dataset.buckets import Fit
+from dataset import likeness
 from dataset.cache import (
     LatentCache,
     latent_cache_path,
@@ -25,8 +24,9 @@ from dataset.check import check
 from dataset.config import read_config
 from dataset.problems import KINDS, Problem
 from dataset.sources import find_all_items
+from utils import images
 from utils.errors import ConfigError
-from utils.images import resize_to_fill
+from utils.images import Fit, resize_to_fill
 
 SIZE = (128, 96)
 NAMES = ("ant", "bee", "cow", "dog")
@@ -375,7 +375,7 @@ def test_the_bucket_table_counts_items_places_and_losses(folder):
 @pytest.mark.parametrize("size", [(200, 100), (100, 300), (64, 48), (333, 211), (128, 96)])
 def test_a_fit_says_what_resizing_does(size):
     bucket = (128, 96)
-    fit = buckets.Fit(size, bucket)
+    fit = images.Fit(size, bucket)
     assert (
         fit.resized[0] >= 128
         and fit.resized[1] >= 96

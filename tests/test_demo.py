@@ -22,20 +22,14 @@ from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
 from demo.recordings import given_frames, record, video_mask
 from demo.tasks import TASKS, collage, cut_out, cut_out_of_others, in_all_places
 from demo.train_dit import count_padding_, embed_text, new_dit
-from demo.train_vae import (
-    convolve_in_2d,
-    decode,
-    new_vae,
-    normalise_and_activate,
-    normalise_latents_,
-    recoloured,
-)
+from demo.train_vae import convolve_in_2d, decode, new_vae, normalise_and_activate, normalise_latents_, recoloured
 from demo.world import LIGHTS, PLACES, sample_scene
 from utils.prompts import parse_line
-from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_tokenizer, load_vae
+from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_vae
 from wan.dit import pad_text
 from wan.one_frame import parse
 from wan.t5 import encode_text
+from wan.tokenizer import load_tokenizer
 from wan.vae import CausalConv3d, ChannelNorm
 
 CPU = torch.device("cpu")

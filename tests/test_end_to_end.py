@@ -22,12 +22,12 @@ from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils.errors import ConfigError
 from utils.prompts import parse_line
-from wan.config import TASKS
-from wan.lora_files import TrainedFor
 from wan.models import CLIPConfig, LoRAConfig, T5Config, VAEConfig
 from wan.one_frame import OneFrameLayout
 from wan.pipeline import Pipeline
 from wan.request import Request, SamplingConfig
+from wan.tasks import TASKS
+from wan.trained_for import TrainedFor
 
 CPU = torch.device("cpu")
 ENCODERS = {kind: f"models/{FILES[kind]}" for kind in ("vae", "clip", "t5")}

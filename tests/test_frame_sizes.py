@@ -13,21 +13,15 @@ from tests.test_graphs import Rerun, flat, losses_and_gradients, training_inputs
 from utils.errors import ConfigError
 from utils.images import resize_to_fill
 from wan import fused_plain
+from wan.condition import loss_weights, pick_target, random_target, stack_condition, stack_frames
 from wan.dit import Context, StepCache, timestep_features
 from wan.flow_matching import flow_matching_loss
-from wan.frame_sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution, token_count
+from wan.frame_sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution
 from wan.fused import fuse_
 from wan.graphs import GraphedGradients, graph_forward_
-from wan.one_frame import (
-    OneFrameLayout,
-    loss_weights,
-    parse,
-    pick_target,
-    random_target,
-    stack_condition,
-    stack_frames,
-)
+from wan.one_frame import OneFrameLayout, parse
 from wan.rope import rope_angles
+from wan.tokens import token_count
 
 SIZES = ((4, 6), (2, 4))  # of the frames of `arguments`: rows and columns
 LAYOUT = OneFrameLayout((3,), 0, control_sizes=ControlSizes((32, 16)))  # the target comes first

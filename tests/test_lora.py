@@ -12,8 +12,11 @@ from utils.errors import ConfigError
 from wan.checkpoint import load_dit
 from wan.config import DiTSpec
 from wan.dit import WanDiT, pad_text
-from wan.lora import LoRALinear, inject_lora_, save_lora
-from wan.lora_files import add_change, lora_name, read_lora
+from wan.dit_names import lora_name
+from wan.lora import inject_lora_, save_lora
+from wan.lora_files import read_lora
+from wan.lora_layers import LoRALinear
+from wan.lora_module import add_change
 from wan.lora_product import lora_products
 from wan.memory import checkpoint_blocks_
 from wan.timesteps import add_noise, velocity_target

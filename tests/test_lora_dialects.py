@@ -17,10 +17,13 @@ from tests.test_dit import DIFFUSERS_NAMES
 from utils.errors import ConfigError
 from wan.config import DiTSpec
 from wan.dit import WanDiT
-from wan.lora_dialects import DIALECTS, diffusers_name, dotted_name, lora_name
-from wan.lora_files import Merger, layout_from_metadata, parse_lora, read_lora, size_from_metadata
+from wan.dit_names import diffusers_name, dotted_name, lora_name
+from wan.lora_dialects import DIALECTS
+from wan.lora_files import parse_lora, read_lora
+from wan.lora_merge import Merger
 from wan.lora_tools import convert
 from wan.one_frame import OneFrameLayout
+from wan.trained_for import layout_from_metadata, size_from_metadata
 
 LINEAR = [
     *(

@@ -14,8 +14,11 @@ from tests.lora_models import config, shapes_of, toy, trained
 from utils.errors import ConfigError
 from wan.checkpoint import load_dit
 from wan.dit import pad_text
+from wan.dit_names import lora_name
 from wan.lora import inject_lora_, save_lora
-from wan.lora_files import Merger, add_change, check_lora, lora_name, read_lora, weight_change
+from wan.lora_files import read_lora
+from wan.lora_merge import Merger, check_lora
+from wan.lora_module import add_change, weight_change
 
 
 @needs_shared

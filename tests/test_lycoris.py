@@ -9,7 +9,8 @@ from tests.helpers import rel_l2
 from tests.lora_models import config, shapes_of
 from utils.errors import ConfigError
 from wan.lora import inject_lora_, save_lora
-from wan.lora_files import Merger, read_lora
+from wan.lora_files import read_lora
+from wan.lora_merge import Merger
 
 LYCORIS = {
     "loha": ("networks.loha", ()),

@@ -20,11 +20,12 @@ from tests.test_end_to_end import FLF2V, I2V, cache, dataset_toml, encoded, gene
 from utils.errors import ConfigError
 from utils.images import open_image, open_masked
 from utils.prompts import parse_line
-from wan.config import TASKS
+from wan.condition import loss_weights, stack_condition
 from wan.encoding import latent_mask
 from wan.flow_matching import flow_matching_loss
-from wan.one_frame import OneFrameLayout, loss_weights, stack_condition
+from wan.one_frame import OneFrameLayout
 from wan.request import Request, SamplingConfig
+from wan.tasks import TASKS
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 WHERE = 'target_mask_directory = "data/where"\n'

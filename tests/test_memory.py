@@ -21,7 +21,7 @@ from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from utils.errors import ConfigError
 from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
-from wan.models import DeviceConfig
+from wan.processes import DeviceConfig
 
 EAGER = {"compile": True, "compile_backend": "eager", "compile_fullgraph": True}
 RECOMPUTE = {"gradient_checkpointing": "all"}

@@ -12,7 +12,8 @@ from wan.block_swap import swap_blocks_
 from wan.checkpoint_files import Checkpoint
 from wan.fused import fuse_
 from wan.lora import save_lora
-from wan.lora_files import Merger, read_lora
+from wan.lora_files import read_lora
+from wan.lora_merge import Merger
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in random_dit().state_dict().items()}
 TOUCHED = 12 * 4  # layers of a block with a LoRA, blocks

@@ -7,19 +7,17 @@ import torch
 from torch.testing import assert_close
 
 from utils.errors import ConfigError
-from wan.one_frame import (
-    OneFrameLayout,
+from wan.condition import (
     clip_controls,
-    layout_from_toml,
     layout_of_cache,
     natural_indices,
-    parse,
     pick_target,
     relayout,
     stack_condition,
     stack_frames,
     unstack_frames,
 )
+from wan.one_frame import OneFrameLayout, layout_from_toml, parse
 
 LAYOUTS = [
     OneFrameLayout((), 1),

@@ -26,7 +26,7 @@ from tests.photos import write_pairs
 from tests.two_processes import ROOT, SECONDS, finish, run_jobs, start
 from utils.errors import ConfigError
 from wan import processes, training_start
-from wan.models import DeviceConfig
+from wan.processes import DeviceConfig
 from wan.state import load_state
 
 PHOTOS = ["astronaut", "brick", "cat", "coffee"]

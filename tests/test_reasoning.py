@@ -15,7 +15,6 @@ from utils.errors import ConfigError
 from utils.images import open_image
 from utils.prompts import parse_line
 from wan.checkpoint import load_vae
-from wan.config import TASKS
 from wan.dit import pad_text
 from wan.encoding import encode_video, frame_pixels
 from wan.guidance import GuidanceConfig
@@ -24,6 +23,7 @@ from wan.pipeline import Encoded, denoise, initial_noise
 from wan.reasoning import ReasoningFrames
 from wan.request import Request, SamplingConfig
 from wan.sampling import SOLVERS, sample, schedule
+from wan.tasks import TASKS
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"

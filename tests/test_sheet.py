@@ -21,8 +21,9 @@ from utils.errors import ConfigError
 from utils.images import from_pixels, to_pixels
 from wan import sheet
 from wan.checkpoint import load_vae
+from wan.condition import causal_video
 from wan.encoding import encode_images, encode_video
-from wan.one_frame import OneFrameLayout, causal_video
+from wan.one_frame import OneFrameLayout
 
 TOML = """
 [[datasets]]

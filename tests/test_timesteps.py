@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tests.helpers import golden, needs_shared
 from utils.errors import ConfigError
+from utils.randomness import stratified_uniform
 from wan.timesteps import (
     TIMESTEP_SAMPLING,
     NoiseConfig,
@@ -17,7 +18,6 @@ from wan.timesteps import (
     network_timestep,
     noise_level,
     sample_noise_levels,
-    stratified_uniform,
     velocity_target,
 )
 

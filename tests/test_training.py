@@ -7,10 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import TINY, needs_shared, rel_l2
+from utils.randomness import seeded
 from wan.checkpoint import load_dit
 from wan.config import DiTSpec
 from wan.dit import WanDiT
-from wan.flow_matching import flow_matching_loss, seeded
+from wan.flow_matching import flow_matching_loss
 from wan.lora import inject_lora_
 from wan.memory import checkpoint_blocks_
 from wan.network_options import NetworkConfig

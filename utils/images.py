@@ -4,6 +4,7 @@ import importlib
 import logging
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,31 @@ def check_image(path: str | Path, what: str) -> tuple[int, int]:
             return image.size[::-1] if sideways else image.size
     except Exception as error:  # as above
         raise _unreadable(path, what, error) from None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What `utils.images.resize_to_fill` does to an image to bring it to a bucket. Sizes are (width, height)."""
+
+    size: tuple[int, int]
+    bucket: tuple[int, int]
+    crop_only: bool = False  # the image keeps its scale
+
+    @property
+    def scale(self) -> float:
+        """The factor on both sides; above 1 the image is enlarged."""
+        return 1.0 if self.crop_only else max(self.bucket[0] / self.size[0], self.bucket[1] / self.size[1])
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Its size before the centre is cut out."""
+        width, height = (int(side * self.scale + 0.5) for side in self.size)
+        return width, height
+
+    @property
+    def cropped(self) -> float:
+        """The share of its pixels that is cut off, 0 to 1."""
+        return 0.0 if self.size == self.bucket else 1 - math.prod(self.bucket) / math.prod(self.resized)
 
 
 def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_only: bool = False) -> np.ndarray:

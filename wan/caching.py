@@ -37,6 +37,7 @@ from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
 from utils.images import as_pixels, open_image, open_masked, to_levels
+from wan.condition import causal_video, stack_condition, stack_frames
 from wan.encoding import (
     encode_blank,
     encode_causal_condition,
@@ -47,7 +48,7 @@ from wan.encoding import (
     latent_mask,
 )
 from wan.models import CLIPConfig, T5Config, VAEConfig
-from wan.one_frame import LayoutConfig, causal_video, stack_condition, stack_frames
+from wan.one_frame import LayoutConfig
 from wan.processes import Processes
 from wan.t5 import encode_text
 from wan.vae import WanVAE

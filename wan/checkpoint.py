@@ -28,7 +28,6 @@ from wan.checkpoint_files import (
     TensorInfo,
     blocks_of_scale,
     check_tensors,
-    one_line,
     open_checkpoint,
 )
 from wan.config import DiTSpec
@@ -37,7 +36,7 @@ from wan.fp8 import FP8, FP8Kind, Fp8Linear, fp8_entries, is_dit_weight, is_inne
 from wan.vae import WanVAE, vae_base_dim
 
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
-    from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import CLIPVisionModel, UMT5EncoderModel
 
 __all__ = ["Checkpoint", "TensorInfo", "check_tensors", "open_checkpoint"]
 
@@ -294,48 +293,3 @@ def load_clip(path: str | Path, dtype: torch.dtype, device: torch.device | str) 
     """The image encoder, without its last block, in `dtype` on `device`."""
     checkpoint, model = _open_clip(path)
     return _load(model, checkpoint, clip.clip_shapes(model), clip.clip_tensors, dtype, device)
-
-
-_TOKENIZER_REPOSITORY = "google/umt5-xxl"
-_TOKENIZER_FILE = "tokenizer.json"
-
-
-def check_tokenizer(directory: str | Path | None) -> None:
-    """Raise ConfigError when `directory` holds no tokenizer. None stands for the hub, which is not asked here."""
-    if directory is not None and not (Path(directory) / _TOKENIZER_FILE).is_file():
-        raise ConfigError(
-            f"--t5_tokenizer {directory}: holds no {_TOKENIZER_FILE}; give the folder of {_TOKENIZER_REPOSITORY}'s"
-        )
-
-
-def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
-    """The umT5 tokenizer of a local folder, or from the hub (and its cache) with None.
-
-    tokenizer.json is used as it is: AutoTokenizer of transformers 5 rebuilds tokenizers of class T5Tokenizer and loses
-    their Unicode normalisation, which changes the tokens of full-width characters, so of most Chinese prompts.
-    """
-    check_tokenizer(directory)
-    from transformers import PreTrainedTokenizerFast
-
-    file = _hub_tokenizer() if directory is None else Path(directory) / _TOKENIZER_FILE
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-        fits = tokenizer("").input_ids == [tokenizer.eos_token_id]
-    except Exception:  # the tokenizers package raises bare Exceptions
-        fits = False
-    if not fits:
-        raise ConfigError(f"--t5_tokenizer {file}: is no umT5 tokenizer; use that of {_TOKENIZER_REPOSITORY}")
-    return tokenizer
-
-
-def _hub_tokenizer() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(_TOKENIZER_REPOSITORY, _TOKENIZER_FILE))
-    except Exception as error:  # no network, a proxy, a missing cache: each library below has its own exceptions
-        raise ConfigError(
-            f"--t5_tokenizer is missing and the hub cannot be reached ({one_line(type(error).__name__)}); "
-            f"download {_TOKENIZER_FILE} of {_TOKENIZER_REPOSITORY} and give its folder as --t5_tokenizer DIR"
-        ) from None

@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.errors import ConfigError
 from wan import clip, t5
 from wan.checkpoint_files import Checkpoint, TensorInfo, blocks_of_scale, one_line
-from wan.lora_dialects import dotted_name
+from wan.dit_names import dotted_name
 
 _DIT_PREFIX = "model.diffusion_model."  # in repackaged DiT files
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from wan.attention import Attention, sdpa
 from wan.config import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
-from wan.frame_sizes import FrameSizes, check_sizes, inner_tokens, with_padding
 from wan.rope import apply_rope, grid_positions, rope_angles
+from wan.tokens import FrameSizes, check_sizes, inner_tokens, with_padding
 
 _ROWS_OF_TEXT = 64  # `pad_text` makes a multiple of it, so that few programs serve texts of all lengths
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from utils.images import as_pixels, resize_to_fill, to_levels
 from wan.clip import encode_inputs, preprocess
+from wan.condition import causal_condition, causal_condition_video
 from wan.config import VAE_STRIDE
-from wan.one_frame import OneFrameLayout, causal_condition, causal_condition_video
+from wan.one_frame import OneFrameLayout
 from wan.vae import WanVAE
 
 

@@ -1,23 +1,11 @@
 """The training objective: what one item contributes, and where its random numbers come from."""
 
-import hashlib
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from wan.frame_sizes import FrameSizes
 from wan.timesteps import add_noise, loss_weight, network_timestep, velocity_target
-
-
-def seeded(*address: object) -> torch.Generator:
-    """A CPU generator whose numbers depend on nothing but the address, e.g. (seed, epoch, item)."""
-    return torch.Generator().manual_seed(address_seed(*address))
-
-
-def address_seed(*address: object) -> int:
-    """A seed, 0 to 2^63 - 1, that depends on the address alone."""
-    return int.from_bytes(hashlib.sha256(repr(address).encode()).digest()[:8], "little") >> 1
+from wan.tokens import FrameSizes
 
 
 def flow_matching_loss(

@@ -7,16 +7,14 @@ from torch import nn
 
 from dataset.loader import BucketCount
 from wan.block_swap import SLOTS
-from wan.config import CLIP_TOKENS, PATCH, TEXT_LENGTH, VAE_STRIDE, DiTSpec
+from wan.config import CLIP_IMAGES, CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 from wan.dit import WanDiT
 from wan.fp8 import quantize
-from wan.guidance import GuidanceConfig
 from wan.lora import LoRANetwork, inject_lora_
 from wan.lora_files import LoRAFile
 from wan.memory import MemoryConfig, TrainingMemoryConfig
 from wan.models import DiTConfig
 from wan.network_options import NetworkConfig
-from wan.request import Request
 from wan.sharding import held_here
 
 Parts = dict[str, float]  # what -> bytes
@@ -65,29 +63,6 @@ def largest_batch(buckets: Iterable[BucketCount]) -> int:
     return max(min(bucket.batch_size, bucket.items) * bucket.tokens for bucket in buckets)
 
 
-def frame_tokens(size: tuple[int, int]) -> int:
-    """Tokens of a frame of (width, height) pixels."""
-    return size[0] // (VAE_STRIDE * PATCH[1]) * (size[1] // (VAE_STRIDE * PATCH[2]))
-
-
-def passes(request: Request, guidance: GuidanceConfig) -> tuple[int, int]:
-    """(prompts in one forward pass, prompts in one step), as far as every step is guided."""
-    if request.guidance == 1:
-        return 1, 1
-    return (1 if guidance.separate_passes else 2), 2
-
-
-def request_tokens(request: Request) -> tuple[int, int]:
-    """Tokens of one prompt with a picture's own frames, and with the reasoning frames too."""
-    counts = [frame_tokens(size) for size in request.sizes]
-    return sum(counts), sum(counts) + request.reasoning.count * counts[-1]
-
-
-def forward_tokens(request: Request, guidance: GuidanceConfig) -> int:
-    """Tokens of the longest forward pass."""
-    return passes(request, guidance)[0] * request_tokens(request)[1]
-
-
 def training_parts(
     frozen: int, network: LoRANetwork, spec: DiTSpec, tokens: int, memory: TrainingMemoryConfig
 ) -> Parts:
@@ -104,7 +79,7 @@ def training_parts(
 
 def generation_parts(frozen: int, spec: DiTSpec, tokens: int) -> Parts:
     """The peak of denoising. tokens: of one forward pass."""
-    images = {"i2v": 1, "flf2v": 2}.get(spec.model_type, 0)
+    images = CLIP_IMAGES[spec.model_type]
     rows = _PROMPTS * (TEXT_LENGTH + images * CLIP_TOKENS)
     return {
         "DiT": frozen,
@@ -137,3 +112,20 @@ def expected_memory(
 
 def size_text(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+_H100_FLOPS = 2.8e14  # a second: the forward pass of docs/performance.md, 8192 tokens in 0.89 s
+
+
+def forward_flops(spec: DiTSpec, tokens: int) -> float:
+    """Floating point operations of one forward pass of one item: 2 per weight and token, 4 per pair of tokens and
+    channel for attention. Text and image tokens are left out."""
+    per_block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim  # q, k, v, o; q and o of the text; both layers of the ffn
+    return spec.num_layers * (2.0 * tokens * per_block + 4.0 * tokens**2 * spec.dim)
+
+
+def time_text(flops: float) -> str:
+    """On the one GPU that was measured; others differ."""
+    seconds = flops / _H100_FLOPS
+    shown = f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{flops / 1e12:.3g} TFLOP, about {shown} on an H100 without fp8 and compiling"

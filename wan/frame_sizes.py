@@ -9,20 +9,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.buckets import Fit
 from utils.errors import ConfigError
-from utils.images import STEP, floor16
-from wan.config import PATCH
+from utils.images import STEP, Fit, floor16
+from wan.tokens import FrameSizes
 
 SIZE_KEYS = ("control_resolution", "no_resize_control")
 
 Size = tuple[int, int]
-FrameSizes = tuple[tuple[int, int], ...]
-"""Rows and columns of the latents of each slot, both even. In its place None where all frames fill their slots."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +69,6 @@ def _nearest(area: int, ratio: float) -> Size:
     return min(sizes, key=lambda size: abs(size[0] / size[1] - ratio), default=(0, 0))
 
 
-def check_sizes(sizes: FrameSizes, shape: Sequence[int]) -> None:
-    """Raise ValueError unless these can be the sizes of the frames of latents [F, H, W]."""
-    frames, height, width = shape
-    fits = (0 < rows <= height and 0 < columns <= width for rows, columns in sizes)
-    if len(sizes) != frames or not all(fits) or any(rows % PATCH[1] or columns % PATCH[2] for rows, columns in sizes):
-        raise ValueError(f"frame sizes {sizes} of latents {tuple(shape)}; give each frame two even sides within them")
-
-
 def padded(frames: Sequence[Tensor]) -> list[Tensor]:
     """Tensors [..., h, w] -> [..., H, W] of the largest h and w, zeros below and to the right of them."""
     height, width = (max(frame.shape[axis] for frame in frames) for axis in (-2, -1))
@@ -97,35 +85,3 @@ def frame_of(frames: Tensor, slot: int, sizes: FrameSizes | None) -> Tensor:
     """[C, F, H, W] -> that frame [C, 1, h, w] without padding."""
     rows, columns = (None, None) if sizes is None else sizes[slot]
     return frames[:, slot : slot + 1, :rows, :columns]
-
-
-def inner_tokens(x: Tensor, grid: tuple[int, int, int], sizes: FrameSizes | None) -> Tensor:
-    """Tokens [B, f * h * w, dim] of a grid (f, h, w) -> [B, L, dim], those of the frames alone."""
-    if sizes is None:
-        return x
-    frames = x.unflatten(1, grid).unbind(1)
-    return torch.cat([frame[:, :h, :w].flatten(1, 2) for frame, (h, w) in zip(frames, _grids(sizes), strict=True)], 1)
-
-
-def with_padding(x: Tensor, grid: tuple[int, int, int], sizes: FrameSizes | None) -> Tensor:
-    """Undoes `inner_tokens`, with zeros for the tokens of the padding."""
-    if sizes is None:
-        return x
-    parts = x.split([h * w for h, w in _grids(sizes)], dim=1)
-    frames = [
-        F.pad(part.unflatten(1, (h, w)), (0, 0, 0, grid[2] - w, 0, grid[1] - h))
-        for part, (h, w) in zip(parts, _grids(sizes), strict=True)
-    ]
-    return torch.stack(frames, dim=1).flatten(1, 3)
-
-
-def token_count(shape: Sequence[int], sizes: FrameSizes | None) -> int:
-    """Tokens of latents [F, H, W]."""
-    if sizes is None:
-        return math.prod(shape) // math.prod(PATCH)
-    return sum(h * w for h, w in _grids(sizes))
-
-
-def _grids(sizes: FrameSizes) -> list[tuple[int, int]]:
-    """Rows and columns of the tokens of each slot."""
-    return [(rows // PATCH[1], columns // PATCH[2]) for rows, columns in sizes]

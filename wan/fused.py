@@ -30,7 +30,7 @@ from wan.dit import (
     split_heads,
 )
 from wan.fp8 import Fp8Linear, Rows8, product_of_rows
-from wan.lora import LoRALinear
+from wan.lora_layers import LoRALinear
 from wan.lora_product import cast_low_rank, lora_products
 from wan.recompute import is_recomputing, made_again
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.dit import StepCache
-from wan.frame_sizes import FrameSizes, token_count
+from wan.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 

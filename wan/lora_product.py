@@ -20,7 +20,7 @@ class LowRank:
 
 @torch.no_grad()
 def cast_low_rank(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> list[LowRank]:
-    """Those of each group of `wan.lora.LoRALinear`, by few kernels for all of them."""
+    """Those of each group of `wan.lora_layers.LoRALinear`, by few kernels for all of them."""
     made, sources, targets, scales = [], [], [], []
     for layers in groups:
         downs, ups = [layer.lora_down.weight for layer in layers], [layer.lora_up.weight for layer in layers]
@@ -38,7 +38,7 @@ def cast_low_rank(groups: Sequence[Sequence[nn.Module]], dtype: torch.dtype) -> 
 def lora_products(
     x: Tensor, layers: Sequence[nn.Module], low_rank: LowRank | None = None, read: bool = True
 ) -> tuple[Tensor, ...]:
-    """x weight^T + bias + scale (x down^T) up^T in the dtype of x for each of some `wan.lora.LoRALinear`.
+    """x weight^T + bias + scale (x down^T) up^T in the dtype of x for each of some `wan.lora_layers.LoRALinear`.
 
     x: [..., in]. low_rank: what `cast_low_rank` makes of the layers, if that has been done already. read: False leaves
     the large product out, for a pass that only backward needs. Gradients reach x, down and up, the latter in float32.

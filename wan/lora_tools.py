@@ -16,8 +16,11 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
 from wan import checkpoint_layouts as layouts
 from wan.checkpoint_files import Checkpoint, open_checkpoint
-from wan.lora_dialects import CONFIG_KEY, DIFFERENCES, LOHA, LOKR, LORA, dotted_name, lora_name, shown, write_keys
-from wan.lora_files import ADAPTER, LoRAModule, layout_from_metadata, read_lora, write_lora
+from wan.dit_names import dotted_name, lora_name
+from wan.lora_dialects import CONFIG_KEY, shown, write_keys
+from wan.lora_files import ADAPTER, read_lora, write_lora
+from wan.lora_module import DIFFERENCES, LOHA, LOKR, LORA, LoRAModule
+from wan.trained_for import layout_from_metadata
 
 log = logging.getLogger(__name__)
 

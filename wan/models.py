@@ -5,9 +5,7 @@ called before any weights load; `load()` reads the weights.
 """
 
 import logging
-import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -22,53 +20,21 @@ from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
 from wan import checkpoint
+from wan import tokenizer as tokenizer_module
 from wan.attention import Attention, sdpa, select_attention
 from wan.checkpoint_layouts import release_files
-from wan.config import TASKS, UNSUPPORTED_TASKS, DiTSpec, TaskSpec, resolve_task
+from wan.config import DiTSpec
 from wan.dit import WanDiT
 from wan.fused import can_fuse
 from wan.fused_vae import fuse_vae_
-from wan.lora_files import (
-    LoRAFile,
-    Merger,
-    TrainedFor,
-    choose_modules,
-    layout_from_metadata,
-    read_lora,
-    size_from_metadata,
-)
+from wan.lora_files import LoRAFile, choose_modules, read_lora
+from wan.lora_merge import Merger
 from wan.memory import MemoryConfig
+from wan.tasks import TASKS, UNSUPPORTED_TASKS, TaskSpec, resolve_task
+from wan.trained_for import TrainedFor, layout_from_metadata, size_from_metadata
 
 log = logging.getLogger(__name__)
 Section = TypeVar("Section")
-
-
-@dataclass(frozen=True)
-class DeviceConfig:
-    """device"""
-
-    device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
-
-    def __post_init__(self) -> None:
-        _let_reserves_grow()
-        try:
-            torch.zeros(0, device=self.torch_device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device that the models run on."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _let_reserves_grow() -> None:
-    """Have PyTorch grow what it reserves on a GPU, unless the user has set its allocator; before it is first used.
-
-    Otherwise a tenth of a small GPU ends up in pieces that nothing fits into. Windows has no such memory.
-    """
-    if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
@@ -348,7 +314,7 @@ class T5Config:
             raise ConfigError(
                 f"--t5 {self.t5}: its width is {width}, the DiT takes {spec.text_dim}; use the T5 of the DiT"
             )
-        checkpoint.check_tokenizer(self.t5_tokenizer)
+        tokenizer_module.check_tokenizer(self.t5_tokenizer)
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The dtype that captions are encoded in."""
@@ -360,7 +326,7 @@ class T5Config:
 
     def load(self, device: torch.device):
         """(T5 encoder, tokenizer)."""
-        tokenizer = checkpoint.load_tokenizer(self.t5_tokenizer)
+        tokenizer = tokenizer_module.load_tokenizer(self.t5_tokenizer)
         fp8 = "cast" if self.fp8_t5 else None
         return checkpoint.load_t5(self.t5, self.dtype(device), device, fp8), tokenizer
 

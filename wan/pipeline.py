@@ -13,20 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.images import from_pixels, open_image, open_masked, to_levels
+from utils.randomness import address_seed
 from utils.stopwatch import Stopwatch
-from wan import one_frame, sampling
+from wan import condition as condition_module
+from wan import sampling
 from wan.config import VAE_STRIDE
 from wan.dit import StepCache, WanDiT, pad_text
-from wan.encoding import (
-    encode_blank,
-    encode_clip,
-    encode_images,
-    encode_video,
-    frame_levels,
-    frame_pixels,
-    latent_mask,
-)
-from wan.flow_matching import address_seed
+from wan.encoding import encode_blank, encode_clip, encode_images, encode_video, frame_levels, frame_pixels, latent_mask
 from wan.frame_sizes import pad_to
 from wan.guidance import GuidanceConfig
 from wan.models import CLIPConfig, T5Config, VAEConfig
@@ -184,7 +177,7 @@ class Pipeline:
             text=self._texts[request.prompt],
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
             image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
-            condition=request.reasoning.insert(one_frame.relayout(condition, layout, request.layout), added),
+            condition=request.reasoning.insert(condition_module.relayout(condition, layout, request.layout), added),
         )
 
 
@@ -236,14 +229,14 @@ def denoise(
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
         if request.pin_controls:
-            result = one_frame.pin_controls(result, condition[0], noise)
+            result = condition_module.pin_controls(result, condition[0], noise)
         if watch is not None:
-            watch(step, one_frame.pick_target(request.layout, (x - sigmas[step] * result)[:, own], own_sizes))
+            watch(step, condition_module.pick_target(request.layout, (x - sigmas[step] * result)[:, own], own_sizes))
         return result
 
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
-    return one_frame.pick_target(request.layout, latents[:, own], own_sizes).cpu()
+    return condition_module.pick_target(request.layout, latents[:, own], own_sizes).cpu()
 
 
 def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
@@ -304,10 +297,10 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
     layout, size, reasoning = request.layout, _size(request), request.reasoning
     if layout.causal:
         images = [open_image(path, "control image") for path in request.controls]
-        video = one_frame.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
+        video = condition_module.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
         latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
         own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
-        return one_frame.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
+        return condition_module.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
     controls, masks = [], []
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
         image, coverage = open_masked(path, "control image", mask)
@@ -315,7 +308,7 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
         masks.append(coverage and latent_mask(coverage, fit.bucket, fit.crop_only))
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
-    condition = one_frame.stack_condition(layout, controls, blanks[size], masks).float().cpu()
+    condition = condition_module.stack_condition(layout, controls, blanks[size], masks).float().cpu()
     return condition, condition[:, [layout.target_slot] * reasoning.count]
 
 

@@ -1,6 +1,7 @@
 """The processes that `accelerate launch` or torchrun start together for one run; each of them runs the whole script."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from utils.cli import option
 from utils.errors import ConfigError
-from wan.models import DeviceConfig
 
 Item = TypeVar("Item")
 
@@ -46,6 +47,34 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """device"""
+
+    device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
+
+    def __post_init__(self) -> None:
+        _let_reserves_grow()
+        try:
+            torch.zeros(0, device=self.torch_device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that the models run on."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _let_reserves_grow() -> None:
+    """Have PyTorch grow what it reserves on a GPU, unless the user has set its allocator; before it is first used.
+
+    Otherwise a tenth of a small GPU ends up in pieces that nothing fits into. Windows has no such memory.
+    """
+    if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def join(config: DeviceConfig) -> tuple[Processes, torch.device]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
-from wan.frame_sizes import FrameSizes
 from wan.one_frame import OneFrameLayout
+from wan.tokens import FrameSizes
 from wan.vae import TIME_STRIDE
 
 

@@ -21,7 +21,8 @@ from utils.files import fingerprint, require_file
 from wan import __version__
 from wan.guidance import GuidanceConfig
 from wan.memory import GenerationMemoryConfig
-from wan.models import AttentionConfig, CLIPConfig, DeviceConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.models import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.processes import DeviceConfig
 from wan.request import SamplingConfig
 
 log = logging.getLogger(__name__)

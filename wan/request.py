@@ -7,22 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.buckets import Fit
 from utils.cli import option
 from utils.errors import ConfigError
-from utils.images import check_image, check_mask_size, floor16, size_for_area
+from utils.images import Fit, check_image, check_mask_size, floor16, size_for_area
 from utils.prompts import Prompt
-from wan import one_frame
-from wan.config import TaskSpec
-from wan.frame_sizes import ControlSizes, FrameSizes, Size, parse_resolution
-from wan.lora_files import TrainedFor
+from wan import condition, one_frame
+from wan.frame_sizes import ControlSizes, Size, parse_resolution
 from wan.one_frame import LayoutConfig, OneFrameLayout
 from wan.reasoning import ReasoningFrames
 from wan.sampling import SOLVERS, schedule
+from wan.tasks import TaskSpec
+from wan.tokens import FrameSizes
+from wan.trained_for import NOTHING_TOLD, TrainedFor
 
 log = logging.getLogger(__name__)
-
-NOTHING_TOLD = TrainedFor(layout=None, size=None)
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class Request:
             options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
         if any(self.control_masks):
             options["control_image_mask_path"] = [str(path) for path in self.control_masks]
-        usual = one_frame.clip_controls(self.layout, len(self.clip_images)) if self.controls else []
+        usual = condition.clip_controls(self.layout, len(self.clip_images)) if self.controls else []
         for i, (name, path) in enumerate(zip(("image_path", "end_image_path"), self.clip_images, strict=False)):
             if not usual or path != self.controls[usual[i]]:
                 options[name] = str(path)
@@ -272,7 +270,7 @@ def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, .
         log.warning("%s: the end image has no effect on i2v models, which take one image", prompt.place)
     if None in given and not controls:
         raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
-    fallback = one_frame.clip_controls(layout, count) if controls else []
+    fallback = condition.clip_controls(layout, count) if controls else []
     images = []
     for i, (name, path) in enumerate(zip(("start image", "end image"), given, strict=False)):
         if path is None:

@@ -14,9 +14,9 @@ from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import written_whole
 from utils.prompts import Prompt, read_file
-from wan.config import TaskSpec
 from wan.pipeline import Encoded, Pipeline, denoise
 from wan.request import Request, SamplingConfig
+from wan.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from utils.files import require_writable_dir, written_whole
 from utils.images import from_pixels, open_masked, resize_to_fill
 from wan.encoding import latent_mask
 from wan.frame_sizes import frame_of
-from wan.models import DeviceConfig, VAEConfig
+from wan.models import VAEConfig
 from wan.one_frame import LayoutConfig, OneFrameLayout
+from wan.processes import DeviceConfig
 from wan.vae import WanVAE
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from utils.errors import ConfigError, suggest
 from utils.grid import draw_grid
 from utils.prompts import Prompt, parse_value
 from wan import one_frame
-from wan.config import TaskSpec
-from wan.lora_files import TrainedFor
 from wan.models import LoRAConfig
 from wan.request import Request, SamplingConfig
+from wan.tasks import TaskSpec
+from wan.trained_for import TrainedFor
 
 # What may vary: names on the command line -> where the value goes.
 _OF_PROMPTS = {

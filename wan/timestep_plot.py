@@ -13,7 +13,8 @@ from torch import Tensor
 
 from utils.cli import option
 from utils.files import written_whole
-from wan.timesteps import NoiseConfig, loss_weight, sample_noise_levels, stratified_uniform
+from utils.randomness import stratified_uniform
+from wan.timesteps import NoiseConfig, loss_weight, sample_noise_levels
 
 log = logging.getLogger(__name__)
 

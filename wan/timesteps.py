@@ -189,17 +189,6 @@ def _ideogram4(latent_size: tuple[int, int], normal: Tensor) -> Tensor:
     return torch.sigmoid(mean + 1.5 * normal).clamp(1 / (1 + math.exp(7.5)), 1 - 1 / (1 + math.exp(9)))
 
 
-def stratified_uniform(count: int, buckets: int, generator: torch.Generator) -> Tensor:
-    """[count] float64 in [0, 1), in random order: equally many from each of `buckets` equal intervals, up to one.
-
-    Spec dataset.md section 7: ceil(count / buckets) draws per interval, shuffled together, cut to `count`.
-    """
-    per_bucket = math.ceil(count / buckets)
-    draws = torch.rand(per_bucket, buckets, generator=generator, dtype=torch.float64)
-    values = ((torch.arange(buckets) + draws) / buckets).flatten()
-    return values[torch.randperm(len(values), generator=generator)[:count]]
-
-
 def network_timestep(t: Tensor) -> Tensor:
     """What the network is told at noise level t: 1000 * t, at most 1000, as in generation."""
     return (_STEPS * t).clamp(max=_STEPS)

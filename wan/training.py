@@ -23,8 +23,8 @@ from dataset.loader import BatchLoader, BatchPlan, TrainingBatch, TrainingSet, s
 from utils.cli import Stopped
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
+from utils.tables import start_table
 from wan.checkpoints import Checkpoints
-from wan.config import TaskSpec
 from wan.dit import WanDiT
 from wan.footprint import expected_memory
 from wan.lora import LoRANetwork
@@ -32,11 +32,12 @@ from wan.lora_files import write_lora
 from wan.metadata import lora_metadata
 from wan.optimizers import build_optimizer, build_scheduler
 from wan.processes import write_on_main
-from wan.report import dataset_rows, start_table
+from wan.report import dataset_rows
 from wan.samples import Sampler
 from wan.sharding import load_optimizer_state, mapped, optimizer_state
 from wan.signals import StopRequest
 from wan.state import Progress, State, save_state
+from wan.tasks import TaskSpec
 from wan.tracking import Tracker
 from wan.training_options import TrainingOptions
 from wan.training_step import StepResult, TrainingStep

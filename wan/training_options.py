@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from utils.cli import option
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from wan.memory import TrainingMemoryConfig
-from wan.metadata import MetadataConfig
 from wan.network_options import NetworkConfig
 from wan.optimizers import OptimizerConfig
 from wan.preview import PreviewConfig
@@ -129,6 +129,48 @@ class SaveConfig:
             return parse_dtype(self.save_precision or "float32")
         except ConfigError as error:
             raise ConfigError(f"--save_precision: {error}") from None
+
+
+@dataclass(frozen=True)
+class MetadataConfig:
+    """metadata"""
+
+    training_comment: str | None = option(None, help="stored in the file")
+    no_metadata: bool = option(False, help="store only what loading needs")
+    metadata_title: str | None = option(None, help="title; default: the output name")
+    metadata_author: str | None = option(None, help="author")
+    metadata_description: str | None = option(None, help="description")
+    metadata_license: str | None = option(None, help="license")
+    metadata_tags: str | None = option(None, help="tags, separated by commas")
+    metadata_reso: str | None = option(None, help="resolution, W,H or one number; default 1280x720")
+    metadata_arch: str | None = option(None, help="architecture name; default wan2.1")
+
+    @property
+    def resolution(self) -> str:
+        """`metadata_reso` as modelspec wants it."""
+        if self.metadata_reso is None:
+            return "1280x720"
+        parts = [part.strip() for part in self.metadata_reso.split(",")]
+        if len(parts) > 2 or not all(part.isdigit() for part in parts):
+            raise ConfigError(f"--metadata_reso {self.metadata_reso}: must be W,H or one number, e.g. 1024,1024")
+        return f"{parts[0]}x{parts[-1]}"
+
+    def modelspec(self, output_name: str, noise_range: tuple[int, int] | None) -> dict[str, str]:
+        """The modelspec keys, which every file carries."""
+        fields = {
+            "sai_model_spec": "1.0.0",
+            "architecture": f"{self.metadata_arch or 'wan2.1'}/lora",
+            "implementation": "https://github.com/Wan-Video/Wan2.1",
+            "title": self.metadata_title or output_name,
+            "resolution": self.resolution,
+            "date": datetime.now().isoformat(timespec="seconds"),
+            "author": self.metadata_author,
+            "description": self.metadata_description,
+            "license": self.metadata_license,
+            "tags": self.metadata_tags,
+            "timestep_range": noise_range and "{},{}".format(*noise_range),
+        }
+        return {f"modelspec.{key}": value for key, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from dataset.loader import TrainingSet
 from utils import cli
 from utils.files import require_writable_dir, written_whole
 from wan import training, training_start
-from wan.config import TaskSpec
-from wan.explain import training as explained
 from wan.lora_files import LoRAFile
 from wan.memory_plan import Plan, Room, plan_t5, plan_training
-from wan.models import AttentionSwitches, CLIPConfig, DeviceConfig, DiTConfig, T5Config, VAEConfig
+from wan.models import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
 from wan.pipeline import Pipeline
+from wan.processes import DeviceConfig
+from wan.report import explain_training as explained
 from wan.request import Request
 from wan.samples import Sampler
 from wan.state import State, remove_leftovers
+from wan.tasks import TaskSpec
 from wan.timestep_plot import show
 from wan.tracking import Tracker
 from wan.training_options import TrainingOptions

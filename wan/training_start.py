@@ -10,11 +10,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from utils.errors import ConfigError
+from utils.randomness import seeded
 from wan.attention import Attention
 from wan.dit import WanDiT
-from wan.flow_matching import seeded
 from wan.lora import LoRANetwork, inject_lora_
-from wan.lora_files import LoRAFile, Merger, read_lora
+from wan.lora_files import LoRAFile, read_lora
+from wan.lora_merge import Merger
 from wan.memory import prepare_
 from wan.models import DiTConfig, build_merger
 from wan.network_options import NetworkConfig

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.loader import TrainingBatch, clip_for
-from wan import one_frame
-from wan.config import TaskSpec
+from utils.randomness import address_seed, seeded
+from wan import condition
 from wan.dit import pad_text
-from wan.flow_matching import address_seed, flow_matching_loss, seeded
+from wan.flow_matching import flow_matching_loss
 from wan.graphs import GraphedGradients
 from wan.lora import LoRANetwork
 from wan.sharding import whole
+from wan.tasks import TaskSpec
 from wan.timesteps import sample_noise_levels
 from wan.training_options import TrainingOptions
 
@@ -110,8 +111,8 @@ class TrainingStep:
         """Those of `flow_matching_loss`, tensors on the device."""
         run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
-            frame_indices = one_frame.natural_indices(frame_indices)
-        weights = one_frame.loss_weights(
+            frame_indices = condition.natural_indices(frame_indices)
+        weights = condition.loss_weights(
             batch.layouts, batch.condition, batch.target_masks, run.one_frame_loss == "target"
         )
         tensors = {
@@ -157,13 +158,13 @@ class TrainingStep:
 def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:
     """The batch with each item's target at an index drawn from `indices`, controls excepted; frames are moved along."""
     layouts = tuple(
-        one_frame.random_target(layout, indices, seeded(seed, "target", epoch, key))
+        condition.random_target(layout, indices, seeded(seed, "target", epoch, key))
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
     moved = {
         name: torch.stack(
             [
-                one_frame.relayout(frames, old, new)
+                condition.relayout(frames, old, new)
                 for frames, old, new in zip(getattr(batch, name), batch.layouts, layouts, strict=True)
             ]
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dataset.loader import BatchPlan, TrainingBatch, ValidationSet, load_batch
 from utils.cli import option
 from utils.errors import ConfigError
-from wan.flow_matching import seeded
+from utils.randomness import seeded
 
 log = logging.getLogger(__name__)
 
