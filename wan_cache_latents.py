@@ -1,10 +1,11 @@
 """Encode the images of a dataset with the VAE and CLIP, one cache file per item. Worked example: docs/one_frame.md"""
 
 from utils import cli
-from wan import explain_caching, frame_table
-from wan.caching import LatentCachingConfig, run_latents
-from wan.models import CLIPConfig, ReleaseConfig, VAEConfig
-from wan.processes import DeviceConfig, join
+from wan.caching import explain
+from wan.caching.run import LatentCachingConfig, run_latents
+from wan.frames import table
+from wan.models.device import DeviceConfig, join
+from wan.models.options import CLIPConfig, ReleaseConfig, VAEConfig
 
 _IGNORED = {
     "--i2v": "one-frame caches always hold the conditioning",
@@ -17,7 +18,7 @@ _REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     cli.add_fields(parser, LatentCachingConfig, ReleaseConfig, VAEConfig, CLIPConfig, DeviceConfig)
-    cli.add_fields(parser, frame_table.ExplainConfig)
+    cli.add_fields(parser, table.ExplainConfig)
     cli.ignore(parser, _IGNORED)
     cli.refuse(parser, _REFUSED)
     return parser
@@ -28,12 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     files = cli.build(ReleaseConfig, args)
     run = cli.build(LatentCachingConfig, args)
     vae, clip = (files.fill(cli.build(section, args)) for section in (VAEConfig, CLIPConfig))
-    if cli.build(frame_table.ExplainConfig, args).explain:
+    if cli.build(table.ExplainConfig, args).explain:
         vae.check()
         clip.check()
         weights = (vae.vae, clip.clip)
         print(
-            *explain_caching.explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights),
+            *explain.explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights),
             sep="\n",
         )
         return

@@ -1,15 +1,16 @@
 """Encode the captions of a dataset with T5, one cache file per item. Worked example: docs/one_frame.md"""
 
 from utils import cli
-from wan import explain_caching, frame_table
-from wan.caching import CachingConfig, run_texts
-from wan.models import ReleaseConfig, T5Config
-from wan.processes import DeviceConfig, join
+from wan.caching import explain
+from wan.caching.run import CachingConfig, run_texts
+from wan.frames import table
+from wan.models.device import DeviceConfig, join
+from wan.models.options import ReleaseConfig, T5Config
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig, frame_table.ExplainConfig)
+    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig, table.ExplainConfig)
     return parser
 
 
@@ -17,9 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     run = cli.build(CachingConfig, args)
     t5 = cli.build(ReleaseConfig, args).fill(cli.build(T5Config, args))
-    if cli.build(frame_table.ExplainConfig, args).explain:
+    if cli.build(table.ExplainConfig, args).explain:
         t5.check()
-        print(*explain_caching.explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
+        print(*explain.explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
         return
     processes, device = join(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)

@@ -2,9 +2,9 @@
 
 from dataset.check import CheckConfig, run_check
 from utils import cli
-from wan.models import VAEConfig
-from wan.processes import DeviceConfig
-from wan.sheet import SheetConfig, run_sheet
+from wan.caching.sheet import SheetConfig, run_sheet
+from wan.models.device import DeviceConfig
+from wan.models.options import VAEConfig
 
 
 def build_parser() -> cli.Parser:

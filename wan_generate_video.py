@@ -9,23 +9,24 @@ import torch
 from utils import cli
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
-from utils.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
-from wan import explain_generation, frame_table
-from wan.dit import WanDiT
-from wan.explain_generation import forward_tokens
-from wan.generation import Generation
-from wan.generation_options import MergedModelConfig, PromptConfig
-from wan.guidance import GuidanceConfig
-from wan.memory import GenerationMemoryConfig, prepare_
-from wan.memory_plan import Plan, Room, plan_generation, plan_t5
-from wan.models import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, ReleaseConfig, T5Config, VAEConfig
-from wan.outputs import OutputConfig, read_latent, result_stem, save_image
-from wan.pipeline import Pipeline
-from wan.preview import PreviewConfig
-from wan.processes import DeviceConfig
-from wan.recipe import Recipe, parse_args
-from wan.request import Request, SamplingConfig
-from wan.sweep import SweepConfig
+from wan.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
+from wan.frames import table
+from wan.generation import explain
+from wan.generation.explain import forward_tokens
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.options import MergedModelConfig, PromptConfig
+from wan.generation.outputs import OutputConfig, read_latent, result_stem, save_image
+from wan.generation.pipeline import Pipeline
+from wan.generation.preview import PreviewConfig
+from wan.generation.recipe import Recipe, parse_args
+from wan.generation.request import Request, SamplingConfig
+from wan.generation.run import Generation
+from wan.generation.sweep import SweepConfig
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig, prepare_
+from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, ReleaseConfig, T5Config, VAEConfig
+from wan.models.plan import Plan, Room, plan_generation, plan_t5
+from wan.nets.dit import WanDiT
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _OPTIONS = (PromptConfig, SamplingConfig, GuidanceConfig, OutputConfig, SweepCon
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, *_OPTIONS, MergedModelConfig, frame_table.ExplainConfig, ReleaseConfig, *_MODELS)
+    cli.add_fields(parser, *_OPTIONS, MergedModelConfig, table.ExplainConfig, ReleaseConfig, *_MODELS)
     cli.refuse(parser, GENERATION_REFUSED)
     cli.ignore(parser, GENERATION_IGNORED)
     return parser
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     dit, vae, t5, clip, device, attention, lora, memory = models
     device = device.torch_device
     merged = cli.build(MergedModelConfig, args)
-    explaining = cli.build(frame_table.ExplainConfig, args).explain
+    explaining = cli.build(table.ExplainConfig, args).explain
     if explaining and (merged.save_merged_model or args.latent_path or args.interactive):
         raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
     if merged.save_merged_model is not None:
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     if memory.memory == "auto":
         t5 = plan_t5(t5, device, Room.on(device))
     if explaining:
-        print(*explain_generation.explain_generation(requests, task, dit, plan.memory, guidance), sep="\n")
+        print(*explain.explain_generation(requests, task, dit, plan.memory, guidance), sep="\n")
         return
 
     def load(multipliers: tuple[float, ...], memory: GenerationMemoryConfig, to: torch.device) -> WanDiT:

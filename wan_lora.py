@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from utils import cli
-from wan import lora_tools
-from wan.lora_dialects import DIALECTS
-from wan.processes import DeviceConfig
+from wan.lora import tools
+from wan.lora.keys import DIALECTS
+from wan.models.device import DeviceConfig
 
 
 def build_parser() -> cli.Parser:
@@ -37,16 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     match args.command:
         case "convert":
-            lora_tools.convert(args.source, args.out, args.to)
+            tools.convert(args.source, args.out, args.to)
         case "inspect":
-            print(*lora_tools.inspect(args.file), sep="\n")
+            print(*tools.inspect(args.file), sep="\n")
         case "merge":
-            lora_tools.merge(args.loras, args.multiplier, args.out)
+            tools.merge(args.loras, args.multiplier, args.out)
         case "extract":
             device = cli.build(DeviceConfig, args).torch_device
-            lora_tools.extract(args.base, args.tuned, args.out, args.rank, device)
+            tools.extract(args.base, args.tuned, args.out, args.rank, device)
         case "resize":
-            lora_tools.resize(args.source, args.out, args.rank, cli.build(DeviceConfig, args).torch_device)
+            tools.resize(args.source, args.out, args.rank, cli.build(DeviceConfig, args).torch_device)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """Train a one-frame LoRA on cached images. Worked examples: docs/one_frame.md, docs/training.md"""
 
 from utils import cli
-from utils.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
-from wan.frame_table import ExplainConfig
-from wan.memory import TrainingMemoryConfig
-from wan.models import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
-from wan.network_options import NetworkConfig
-from wan.optimizers import OptimizerConfig
-from wan.preview import PreviewConfig
-from wan.processes import DeviceConfig
-from wan.request import SamplingConfig
-from wan.samples import SampleConfig
-from wan.timestep_plot import TimestepPlotConfig
-from wan.timesteps import NoiseConfig
-from wan.tracking import TrackingConfig
-from wan.training_options import MetadataConfig, RunConfig, SaveConfig, TrainingOptions
-from wan.validation import ValidationConfig
+from wan.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
+from wan.frames.table import ExplainConfig
+from wan.generation.preview import PreviewConfig
+from wan.generation.request import SamplingConfig
+from wan.lora.options import NetworkConfig
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import TrainingMemoryConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
+from wan.training.optimizers import OptimizerConfig
+from wan.training.options import MetadataConfig, RunConfig, SaveConfig, TrainingOptions
+from wan.training.samples import SampleConfig
+from wan.training.timestep_plot import TimestepPlotConfig
+from wan.training.timesteps import NoiseConfig
+from wan.training.tracking import TrackingConfig
+from wan.training.validation import ValidationConfig
 
 _MODELS = (DiTConfig, VAEConfig, T5Config, CLIPConfig, DeviceConfig, AttentionSwitches)
 _OPTIONS = (
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     dit, vae = models[:2]
     options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS), dit=dit.dit, vae=vae.vae)
 
-    from wan import training_run  # late: it imports accelerate, which --help does not need
+    from wan.training import run  # late: it imports accelerate, which --help does not need
 
     if args.show_timesteps:
-        training_run.show_timesteps(options, args.show_timesteps)
+        run.show_timesteps(options, args.show_timesteps)
     elif args.explain:
-        training_run.explain(training_run.TrainingModels(*models), options)
+        run.explain(run.TrainingModels(*models), options)
     else:
-        training_run.run(training_run.TrainingModels(*models), options)
+        run.run(run.TrainingModels(*models), options)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from PIL import Image
 
 from benchmarks.random_model import SPECS, write_release
 from demo.tiny_models import FILES
-from wan import caching
-from wan.caching import LatentCachingConfig
-from wan.models import CLIPConfig, VAEConfig
-from wan.processes import DeviceConfig
+from wan.caching import run as caching
+from wan.caching.run import LatentCachingConfig
+from wan.models.device import DeviceConfig
+from wan.models.options import CLIPConfig, VAEConfig
 
 MODELS = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "random")
 

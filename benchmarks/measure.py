@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from wan.attention import cudnn
-from wan.config import DiTSpec
-from wan.fp8 import product_of_rows, quantize_rows
+from wan.memory.fp8 import product_of_rows, quantize_rows
+from wan.nets.attention import cudnn
+from wan.nets.spec import DiTSpec
 
 HEADER = "| work | ms | TFLOP/s | floor, ms | share of it | peak GB | warm-up, s | |\n|---|---|---|---|---|---|---|---|"
 

@@ -19,14 +19,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks.random_model import SPECS, random_checkpoint
-from wan.checkpoint import load_dit
-from wan.config import DiTSpec
-from wan.dit import pad_text
-from wan.flow_matching import flow_matching_loss
-from wan.lora import inject_lora_
-from wan.memory import TrainingMemoryConfig, prepare_
-from wan.network_options import NetworkConfig
-from wan.processes import DeviceConfig
+from wan.files.load import load_dit
+from wan.lora.network import inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import TrainingMemoryConfig, prepare_
+from wan.nets.dit import pad_text
+from wan.nets.spec import DiTSpec
+from wan.training.loss import flow_matching_loss
 
 FULL = {"gradient_checkpointing": "all"}
 SWAP = FULL | {"use_pinned_memory_for_block_swap": True}

@@ -27,21 +27,21 @@ from torch import Tensor, nn
 
 from benchmarks.measure import HEADER, Bench, last_line, measure_ceilings
 from benchmarks.random_model import SPECS, random_checkpoint
-from wan.checkpoint import load_dit
-from wan.config import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
-from wan.dit import StepCache, WanDiT, pad_text
-from wan.flow_matching import flow_matching_loss
-from wan.fp8 import Rows8, product_of_rows, quantize_rows
-from wan.fused import can_fuse
-from wan.fused_vae import fuse_vae_
-from wan.graphs import GraphedGradients
-from wan.lora import LoRANetwork, inject_lora_
-from wan.memory import GenerationMemoryConfig, prepare_
-from wan.network_options import NetworkConfig
-from wan.optimizers import OptimizerConfig, build_optimizer
-from wan.processes import DeviceConfig
-from wan.recompute import checkpoint_blocks_
-from wan.vae import WanVAE
+from wan.files.load import load_dit
+from wan.fused.dit import can_fuse
+from wan.fused.graphs import GraphedGradients
+from wan.fused.vae import fuse_vae_
+from wan.lora.network import LoRANetwork, inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.memory.fp8 import Rows8, product_of_rows, quantize_rows
+from wan.memory.recompute import checkpoint_blocks_
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig, prepare_
+from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.spec import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
+from wan.nets.vae import WanVAE
+from wan.training.loss import flow_matching_loss
+from wan.training.optimizers import OptimizerConfig, build_optimizer
 
 FORWARDS = ((576, 384, 2), (832, 480, 2), (1024, 1024, 2), (1024, 1024, 3))  # width, height, latent frames
 STEPS = ((576, 384, "none"), (832, 480, "none"), (832, 480, "all"), (1024, 1024, "auto"), (1024, 1024, "all"))
@@ -230,7 +230,7 @@ def kernel_rows(bench: Bench) -> None:
     """The fused kernels alone, at 8192 tokens: bytes per second, to compare with the copy."""
     if not can_fuse(bench.device):
         return
-    from wan import kernels
+    from wan.fused import kernels
 
     length, dim = 8192, bench.spec.dim
     x = torch.randn(1, length, dim, device=bench.device)

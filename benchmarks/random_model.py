@@ -8,13 +8,13 @@ import torch
 
 from demo import tiny_models
 from demo.tiny_models import FILES, Shapes
-from wan import checkpoint
-from wan.checkpoint import Checkpoint, TensorInfo, load_dit, save_dit
-from wan.clip import build_clip, clip_shapes
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.t5 import build_t5, t5_shapes
-from wan.vae import WanVAE
+from wan.files import load
+from wan.files.load import Checkpoint, TensorInfo, load_dit, save_dit
+from wan.nets.clip import build_clip, clip_shapes
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
+from wan.nets.t5 import build_t5, t5_shapes
+from wan.nets.vae import WanVAE
 
 SPECS = {
     "14B": DiTSpec("i2v", dim=5120, ffn_dim=13824, num_layers=40, in_dim=36, text_dim=4096, image_dim=1280),
@@ -40,11 +40,11 @@ def random_checkpoint(spec: DiTSpec, device: torch.device) -> Iterator[None]:
         tensors = {name: TensorInfo(shape, torch.bfloat16) for name, shape in shapes.items()}
         return Checkpoint(flag, Path(path), tensors, readers)
 
-    original, checkpoint.open_checkpoint = checkpoint.open_checkpoint, opened
+    original, load.open_checkpoint = load.open_checkpoint, opened
     try:
         yield
     finally:
-        checkpoint.open_checkpoint = original
+        load.open_checkpoint = original
 
 
 def write_release(folder: Path, size: str, kinds: Sequence[str] = ("i2v", "t5", "clip", "vae", "tokenizer")) -> None:

@@ -33,12 +33,12 @@ from benchmarks.one_frame_speed import (
 )
 from benchmarks.random_model import SPECS, random_checkpoint
 from dataset.loader import BucketCount
-from wan.checkpoint import load_dit
-from wan.dit import StepCache
-from wan.lora import inject_lora_
-from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
-from wan.memory_plan import SPARE, Plan, Room, plan_generation, plan_training
-from wan.processes import DeviceConfig
+from wan.files.load import load_dit
+from wan.lora.network import inject_lora_
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models.plan import SPARE, Plan, Room, plan_generation, plan_training
+from wan.nets.dit import StepCache
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),

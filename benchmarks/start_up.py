@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks.random_model import SPECS, write_release
 from demo.tiny_models import FILES
-from wan.staging import THREADS
+from wan.files.staging import THREADS
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("a person waves", "a person sits down", "a person turns around", "a person jumps")

@@ -23,17 +23,17 @@ from dataset.cache import LatentCache, latent_cache_path, text_cache_path, write
 from dataset.config import read_config
 from dataset.loader import TrainingSet
 from utils import cli
-from wan.checkpoint import load_dit
-from wan.condition import stack_condition, stack_frames
-from wan.config import DiTSpec
-from wan.footprint import expected_memory
-from wan.lora import inject_lora_
-from wan.memory import prepare_
-from wan.one_frame import OneFrameLayout
-from wan.tasks import TASKS
-from wan.training import Trainer, TrainingJob
-from wan.training_options import TrainingOptions
-from wan.training_start import build_accelerator
+from wan.files.load import load_dit
+from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.layout import OneFrameLayout
+from wan.lora.network import inject_lora_
+from wan.models.estimate import expected_memory
+from wan.models.memory_options import prepare_
+from wan.models.tasks import TASKS
+from wan.nets.spec import DiTSpec
+from wan.training.loop import Trainer, TrainingJob
+from wan.training.options import TrainingOptions
+from wan.training.start import build_accelerator
 
 LAYOUT = OneFrameLayout((0,), 1)
 WARM_UP = 3

@@ -26,11 +26,11 @@ from dataset.sources import Item
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
-from wan.condition import layout_of_cache
-from wan.config import VAE_STRIDE
-from wan.frame_sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size
-from wan.one_frame import OneFrameLayout, parse
-from wan.tokens import FrameSizes, check_sizes
+from wan.frames.condition import layout_of_cache
+from wan.frames.layout import OneFrameLayout, parse
+from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size
+from wan.nets.spec import VAE_STRIDE
+from wan.nets.tokens import FrameSizes, check_sizes
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from dataset.sources import Item, Source, list_images, masks_beside, match_contr
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
-from wan.config import TEXT_LENGTH
-from wan.one_frame import LayoutConfig, OneFrameLayout
+from wan.frames.layout import LayoutConfig, OneFrameLayout
+from wan.nets.spec import TEXT_LENGTH
 
 _FIRST_WIDE_LETTER = 0x2E80  # CJK starts here in Unicode: about a token a letter, others about four letters a token
 

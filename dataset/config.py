@@ -14,8 +14,8 @@ from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
 from utils.files import parse_json, parse_toml, require_file
 from utils.images import STEP
-from wan.frame_sizes import AS_TARGET, ControlSizes
-from wan.one_frame import INDEX_KEYS, OneFrameLayout, is_causal, layout_from_toml
+from wan.frames.layout import INDEX_KEYS, OneFrameLayout, is_causal, layout_from_toml
+from wan.frames.sizes import AS_TARGET, ControlSizes
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,10 @@ from dataset.cache import (
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
-from wan.condition import clip_controls, relayout
-from wan.frame_sizes import Size, frame_of, pad_to
-from wan.one_frame import OneFrameLayout, layout_from_toml
-from wan.tokens import FrameSizes, token_count
+from wan.frames.condition import clip_controls, relayout
+from wan.frames.layout import OneFrameLayout, layout_from_toml
+from wan.frames.sizes import Size, frame_of, pad_to
+from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataset.sources import Item, Source, make_item
 from utils.errors import ConfigError
 from utils.files import fingerprint
 from utils.images import Fit, check_image, check_mask_size, open_masked, resize_to_fill
-from wan.one_frame import OneFrameLayout
+from wan.frames.layout import OneFrameLayout
 
 # Where a picture starts to suffer: choices of ours.
 _ENLARGED = 1.5  # times

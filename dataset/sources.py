@@ -13,8 +13,8 @@ from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.files import parse_json
 from utils.images import IMAGE_SUFFIXES, Fit, check_image, check_mask_size
-from wan.frame_sizes import Size
-from wan.one_frame import OneFrameLayout
+from wan.frames.layout import OneFrameLayout
+from wan.frames.sizes import Size
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from demo.miniature import FOLDER
 from demo.page import Row, sheet
 from demo.tasks import HELD_OUT_SEED, cut_out
 from demo.world import FRAMES, Scene, sample_scene
-from wan.config import VAE_STRIDE
+from wan.nets.spec import VAE_STRIDE
 
 I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
 FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)

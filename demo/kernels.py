@@ -66,6 +66,6 @@ class _NormalisedSilu(torch.autograd.Function):
 def normalised_silu(rows: Tensor, gain: Tensor) -> Tensor:
     """silu(row / its root mean square * gain): rows [L, C], gain [C], C a power of two -> [L, C] in the dtype of rows.
 
-    ChannelNorm of wan/vae.py and the activation after it.
+    ChannelNorm of wan/nets/vae.py and the activation after it.
     """
     return _NormalisedSilu.apply(rows, gain)

@@ -15,9 +15,9 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from demo.tiny_models import FILES
 from demo.world import vocabulary
-from wan.clip import build_clip, clip_keys, clip_shapes
-from wan.config import DiTSpec, ModelType
-from wan.t5 import build_t5, t5_key, t5_shapes
+from wan.nets.clip import build_clip, clip_keys, clip_shapes
+from wan.nets.spec import DiTSpec, ModelType
+from wan.nets.t5 import build_t5, t5_key, t5_shapes
 
 FOLDER = Path(__file__).resolve().parent / "miniature"
 

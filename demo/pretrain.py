@@ -18,9 +18,9 @@ from demo import miniature
 from demo.recordings import as_video, record
 from demo.train_dit import Lessons, new_dit, train_dit
 from demo.train_vae import VAEStage, new_vae, train_vae
-from wan.checkpoint import load_clip, load_dit, load_t5, load_vae
-from wan.dit import WanDiT
-from wan.vae import WanVAE
+from wan.files.load import load_clip, load_dit, load_t5, load_vae
+from wan.nets.dit import WanDiT
+from wan.nets.vae import WanVAE
 
 HELD_OUT_SEED, SEED, BLAZER_SEED = 900_000_000, 200_000_000, 250_000_000
 HELD_OUT_CLIPS, VAE_CLIPS, BLAZER_CLIPS = 60, 12_000, 4_000

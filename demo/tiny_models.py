@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.vae import WanVAE
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
+from wan.nets.vae import WanVAE
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -12,11 +12,11 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 from demo import miniature
 from demo.optimise import optimise
 from demo.recordings import Recordings, as_video, given_frames, video_mask
-from wan.clip import encode_image
-from wan.config import TEXT_LENGTH
-from wan.dit import Context, CrossAttention, WanDiT, split_heads
-from wan.timesteps import add_noise, network_timestep, shifted, velocity_target
-from wan.vae import WanVAE
+from wan.nets.clip import encode_image
+from wan.nets.dit import Context, CrossAttention, WanDiT, split_heads
+from wan.nets.spec import TEXT_LENGTH
+from wan.nets.vae import WanVAE
+from wan.training.timesteps import add_noise, network_timestep, shifted, velocity_target
 
 TEXT_LENGTH_IN_TRAINING = 56  # the longest caption has fewer words
 TEXT_DROPOUT = 0.1

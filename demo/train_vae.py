@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from demo import miniature
 from demo.optimise import optimise
 from demo.recordings import Recordings, as_video
-from wan.fused_vae import norms_before_silu
-from wan.vae import (
+from wan.fused.vae import norms_before_silu
+from wan.nets.vae import (
     VAE_MEAN,
     VAE_STD,
     CausalConv3d,

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.config import DiTSpec
-from wan.dit import WanDiT, pad_text
-from wan.lora import LoRANetwork, inject_lora_
-from wan.network_options import NetworkConfig
+from wan.lora.network import LoRANetwork, inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.nets.dit import WanDiT, pad_text
+from wan.nets.spec import DiTSpec
 
 SPEC = DiTSpec("i2v", dim=128, ffn_dim=192, num_layers=4, in_dim=36, text_dim=32, image_dim=48)
 CPU = torch.device("cpu")

@@ -67,16 +67,19 @@ from tests.fuzz_files import (
 )
 from utils.errors import ConfigError
 from utils.images import check_image, open_image
-from utils.prompts import Prompt, parse_line, read_file
-from wan import checkpoint, one_frame, outputs, recipe, state, tokenizer
-from wan.checkpoint_files import open_checkpoint
-from wan.lora_files import read_lora
-from wan.lora_merge import check_lora
-from wan.lora_tools import inspect
-from wan.request import Request, SamplingConfig
-from wan.t5 import clean_prompt
-from wan.tasks import TASKS
-from wan.trained_for import layout_from_metadata
+from wan.files import load, tokenizer
+from wan.files.formats import open_checkpoint
+from wan.frames import layout
+from wan.generation import outputs, recipe
+from wan.generation.prompt_lines import Prompt, parse_line, read_file
+from wan.generation.request import Request, SamplingConfig
+from wan.lora.files import read_lora
+from wan.lora.merge import check_lora
+from wan.lora.tools import inspect
+from wan.lora.trained_for import layout_from_metadata
+from wan.models.tasks import TASKS
+from wan.nets.t5 import clean_prompt
+from wan.training import state
 
 SLOWEST = 20.0  # seconds for one file
 STUCK = 600.0  # seconds for a hundred of them, after which the search ends with the place where it is
@@ -192,13 +195,13 @@ def state_of(path: Path) -> None:
 
 
 MODELS = (
-    *(checkpoint.inspect_dit, checkpoint.dit_dtype, checkpoint.inspect_vae),
-    *(checkpoint.inspect_t5, checkpoint.inspect_clip),
+    *(load.inspect_dit, load.dit_dtype, load.inspect_vae),
+    *(load.inspect_t5, load.inspect_clip),
 )
 
 
 def loaded(path: Path) -> None:
-    checkpoint.load_dit(path, torch.float32, torch.device("cpu"))
+    load.load_dit(path, torch.float32, torch.device("cpu"))
 
 
 def opened_whole(path: Path) -> None:
@@ -220,7 +223,7 @@ def measured(path: Path) -> None:
 
 
 def indices(path: Path) -> None:
-    str(one_frame.parse(path.read_bytes().decode(errors="surrogateescape")))
+    str(layout.parse(path.read_bytes().decode(errors="surrogateescape")))
 
 
 _CONFIG_KEYS = (*dataset_config._FIELDS, "general", "datasets", "video_directory")
@@ -294,7 +297,7 @@ TARGETS = {
     "latent_recipe": Target("r.safetensors", safetensors([LATENT], {recipe.KEY: json.dumps(RECIPE)}), (repeated,)),
     "pickle": Target("p.pth", damaged(*PICKLES) | st.sampled_from(PICKLES), (*MODELS, outputs.read_latent)),
     "model": Target("m.safetensors", safetensors([MODEL, *LORAS], CACHE_METADATA), MODELS),
-    "dit": Target("dit.safetensors", safetensors([dit()], {"format": "pt"}), (checkpoint.inspect_dit, loaded)),
+    "dit": Target("dit.safetensors", safetensors([dit()], {"format": "pt"}), (load.inspect_dit, loaded)),
     "gguf": Target("m.gguf", damaged(in_gguf()), (*MODELS, opened_whole)),
     "state": Target(
         "progress.json",

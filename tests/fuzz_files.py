@@ -18,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 
 from demo.tiny_models import write_tokenizer
-from wan import recipe
-from wan.config import DiTSpec
-from wan.dit import WanDiT
+from wan.generation import recipe
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
 
 CODE_RAN = "hostile_code_ran"
 

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from wan.lora import LoRANetwork, inject_lora_
-from wan.lora_files import read_lora
-from wan.lora_merge import Merger
-from wan.network_options import NetworkConfig
+from wan.lora.files import read_lora
+from wan.lora.merge import Merger
+from wan.lora.network import LoRANetwork, inject_lora_
+from wan.lora.options import NetworkConfig
 
 
 def toy(dtype=torch.float32):

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dataset.loader
-import wan.caching
-import wan.memory
+import wan.caching.run
+import wan.models.memory_options
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_train_network
@@ -141,11 +141,11 @@ def recorded(calls: list):
 
     places = {
         (dataset.loader, "DataLoader"): loader,
-        (wan.caching, "ThreadPoolExecutor"): threads,
-        (wan.caching, "encode_frames"): images,
-        (wan.caching, "encode_text"): texts,
-        (wan.memory, "swap_blocks_"): swap,
-        (wan.memory, "checkpoint_blocks_"): checkpoint,
+        (wan.caching.run, "ThreadPoolExecutor"): threads,
+        (wan.caching.run, "encode_frames"): images,
+        (wan.caching.run, "encode_text"): texts,
+        (wan.models.memory_options, "swap_blocks_"): swap,
+        (wan.models.memory_options, "checkpoint_blocks_"): checkpoint,
         (torch, "compile"): compiler,
     }
     with ExitStack() as stack:

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
-import wan.attention
+import wan.nets.attention
 from utils.errors import ConfigError
-from wan.attention import sdpa, select_attention
-from wan.models import AttentionConfig, AttentionSwitches
+from wan.models.options import AttentionConfig, AttentionSwitches
+from wan.nets.attention import sdpa, select_attention
 
 SHAPES = [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)]  # q, k, v: [B, L, N, D]
 PACKAGES = {"flash_attn", "flash_attn_interface", "xformers", "sageattention"}
@@ -34,7 +34,7 @@ def install(monkeypatch):
     """Nothing optional is installed until a test calls this with a module's name and content."""
     modules = {}
     monkeypatch.setattr(
-        wan.attention, "find_spec", lambda name: modules.get(name) if name in PACKAGES else find_spec(name)
+        wan.nets.attention, "find_spec", lambda name: modules.get(name) if name in PACKAGES else find_spec(name)
     )
     for name in PACKAGES:
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -60,7 +60,7 @@ def test_the_reference_has_two_names_and_is_the_default():
 def test_cudnn_comes_first_and_the_order_is_as_before_afterwards(monkeypatch):
     orders = []
     before = torch._C._get_sdp_priority_order()
-    monkeypatch.setattr(wan.attention, "sdpa", lambda *_: orders.append(torch._C._get_sdp_priority_order()))
+    monkeypatch.setattr(wan.nets.attention, "sdpa", lambda *_: orders.append(torch._C._get_sdp_priority_order()))
     select_attention("cudnn")(*inputs())
     assert orders[0][0] == int(SDPBackend.CUDNN_ATTENTION) and torch._C._get_sdp_priority_order() == before
     monkeypatch.undo()
@@ -129,4 +129,4 @@ def test_of_several_switches_the_first_in_musubi_tuners_order_wins(install):
     order = [("sdpa", "sdpa"), ("flash_attn", "flash2"), ("xformers", "xformers"), ("flash3", "flash3")]
     for i, (_, expected) in enumerate(order):
         switches = AttentionSwitches(**{switch: True for switch, _ in order[i:]})
-        assert switches.function is getattr(wan.attention, expected)
+        assert switches.function is getattr(wan.nets.attention, expected)

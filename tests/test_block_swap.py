@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import wan.block_swap
+import wan.memory.block_swap
 from tests.dit_cases import CPU, DEVICES, SPEC, lora_gradients, random_dit, velocity, with_lora
-from wan.block_swap import swap_blocks_
-from wan.checkpoint import load_dit
-from wan.fp8 import Fp8Linear
-from wan.memory import checkpoint_blocks_
+from wan.files.load import load_dit
+from wan.memory.block_swap import swap_blocks_
+from wan.memory.fp8 import Fp8Linear
+from wan.models.memory_options import checkpoint_blocks_
 
 COUNTS = [1, 2, 3, 4]
 
@@ -22,9 +22,9 @@ def device(request):
 @pytest.fixture
 def copies(monkeypatch):
     """The numbers of the blocks that were copied to the device, in order."""
-    numbers, original = [], wan.block_swap._Swapper._copy
+    numbers, original = [], wan.memory.block_swap._Swapper._copy
     monkeypatch.setattr(
-        wan.block_swap._Swapper, "_copy", lambda self, number: numbers.append(number) or original(self, number)
+        wan.memory.block_swap._Swapper, "_copy", lambda self, number: numbers.append(number) or original(self, number)
     )
     return numbers
 

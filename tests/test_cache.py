@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from dataset import cache
 from dataset.cache import LatentCache, LatentSettings, TextSettings
 from utils.errors import ConfigError
-from wan.condition import stack_condition, stack_frames
-from wan.one_frame import OneFrameLayout
+from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.layout import OneFrameLayout
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = LatentSettings(

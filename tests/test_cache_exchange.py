@@ -12,8 +12,8 @@ from dataset import cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from utils.dtypes import dtype_name
-from wan.condition import stack_condition, stack_frames
-from wan.one_frame import OneFrameLayout
+from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.layout import OneFrameLayout
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = cache.LatentSettings(

@@ -17,17 +17,18 @@ from dataset import cache
 from tests.helpers import TINY, golden, needs_shared, rel_l2
 from utils.errors import ConfigError
 from utils.images import open_image, resize_to_fill, to_pixels
-from wan import caching, checkpoint
-from wan import tokenizer as tokenizer_module
-from wan.caching import LatentCachingConfig, run_latents
-from wan.clip import build_clip, clip_shapes, encode_image
-from wan.condition import stack_condition
-from wan.encoding import encode_blank, encode_clip, encode_images, frame_pixels
-from wan.models import CLIPConfig, VAEConfig
-from wan.one_frame import OneFrameLayout
-from wan.processes import Processes
-from wan.t5 import encode_text
-from wan.vae import WanVAE
+from wan.caching import run as caching
+from wan.caching.run import LatentCachingConfig, run_latents
+from wan.files import load
+from wan.files import tokenizer as tokenizer_module
+from wan.frames.condition import stack_condition
+from wan.frames.encode import encode_blank, encode_clip, encode_images, frame_pixels
+from wan.frames.layout import OneFrameLayout
+from wan.models.device import Processes
+from wan.models.options import CLIPConfig, VAEConfig
+from wan.nets.clip import build_clip, clip_shapes, encode_image
+from wan.nets.t5 import encode_text
+from wan.nets.vae import WanVAE
 
 WIDTH = 80  # of the CLIP features
 
@@ -141,8 +142,8 @@ TEXT_NAMES = ["a_wan_te.safetensors", "b_wan_te.safetensors", "c[1]_wan_te.safet
 def test_cached_tensors_are_bit_for_bit_what_generation_makes_of_the_files(data, either):
     cache_latents(data, either, "--batch_size", "2", "--num_workers", "2")
     assert sorted(stamps(data)) == LATENT_NAMES
-    vae = checkpoint.load_vae(either.vae, torch.float32, "cpu")
-    clip = checkpoint.load_clip(either.clip, torch.float32, "cpu")
+    vae = load.load_vae(either.vae, torch.float32, "cpu")
+    clip = load.load_clip(either.clip, torch.float32, "cpu")
     for name, size in zip(LATENT_NAMES, [(64, 48), (48, 64), (64, 48)], strict=True):
         stem, _ = cache.parse_latent_name(Path(name))
         target, *controls = (
@@ -164,7 +165,7 @@ def test_cached_tensors_are_bit_for_bit_what_generation_makes_of_the_files(data,
 def test_cached_texts_are_what_generation_makes_of_the_captions(data, either):
     cache_texts(data, either, "--batch_size", "16")
     assert sorted(stamps(data)) == TEXT_NAMES
-    model = checkpoint.load_t5(either.t5, torch.float32, "cpu")
+    model = load.load_t5(either.t5, torch.float32, "cpu")
     tokenizer = tokenizer_module.load_tokenizer(either.tokenizer)
     for name, caption in zip(TEXT_NAMES, ["a red dog", "a blue dog", "a red dog"], strict=True):
         path = data / "cache" / name
@@ -173,7 +174,7 @@ def test_cached_texts_are_what_generation_makes_of_the_captions(data, either):
 
 
 def test_an_image_has_the_same_latents_alone_and_in_a_batch(made):
-    vae = checkpoint.load_vae(made.vae, torch.float32, "cpu")
+    vae = load.load_vae(made.vae, torch.float32, "cpu")
     pixels = torch.rand(5, 3, 48, 64) * 2 - 1
     together = encode_images(vae, pixels)
     assert together.shape == (5, 16, 1, 6, 8)
@@ -183,7 +184,7 @@ def test_an_image_has_the_same_latents_alone_and_in_a_batch(made):
 
 
 def test_latents_have_the_dtype_of_the_vae(made):
-    vae = checkpoint.load_vae(made.vae, torch.bfloat16, "cpu")
+    vae = load.load_vae(made.vae, torch.bfloat16, "cpu")
     assert encode_blank(vae, 32, 16).dtype == torch.bfloat16
     assert encode_blank(vae, 32, 16).shape == (16, 1, 2, 4)
 
@@ -200,7 +201,7 @@ def test_half_precision_is_stored_as_the_reference_stores_it(data, made):
 
 
 def test_clip_sees_the_whole_image(made):
-    clip = checkpoint.load_clip(made.clip, torch.float32, "cpu")
+    clip = load.load_clip(made.clip, torch.float32, "cpu")
     pixels = torch.rand(3, 40, 300) * 2 - 1
     part = pixels[:, :, 100:200]
     whole, cropped = encode_clip(clip, [pixels, part])
@@ -210,7 +211,7 @@ def test_clip_sees_the_whole_image(made):
 
 @needs_shared
 def test_the_blank_frame_is_the_recorded_one():
-    vae = checkpoint.load_vae(TINY / "tiny_vae.pth", torch.float32, "cpu")
+    vae = load.load_vae(TINY / "tiny_vae.pth", torch.float32, "cpu")
     assert rel_l2(encode_blank(vae, 96, 64), golden("vae")["black_latent_64x96"]) < 1e-5
 
 
@@ -235,7 +236,7 @@ def test_skip_existing_encodes_nothing_when_nothing_changed(data, made, monkeypa
     cache_texts(data, made)
     before = stamps(data)
     for loader in ("load_vae", "load_clip", "load_t5"):
-        monkeypatch.setattr(checkpoint, loader, lambda *args: pytest.fail("no weights are needed"))
+        monkeypatch.setattr(load, loader, lambda *args: pytest.fail("no weights are needed"))
     cache_latents(data, made, "--skip_existing")
     cache_latents(data, made, "--skip_existing", indices="fp_1f_clean_indices = [0, 9]\nfp_1f_target_index = 3")
     cache_texts(data, made, "--skip_existing")
@@ -358,7 +359,7 @@ def test_a_damaged_image_is_named_in_one_line(data, made):
 )
 def test_mistakes_are_found_before_any_weights_load(data, made, monkeypatch, spoil, words):
     for loader in ("load_vae", "load_clip"):
-        monkeypatch.setattr(checkpoint, loader, lambda *args: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(load, loader, lambda *args: pytest.fail("weights were loaded"))
     argv = ["--dataset_config", toml(data), "--vae", str(made.vae), "--clip", str(made.clip), "--one_frame"]
     spoil(argv)
     with pytest.raises(ConfigError, match=words):
@@ -366,7 +367,7 @@ def test_mistakes_are_found_before_any_weights_load(data, made, monkeypatch, spo
 
 
 def test_a_cache_folder_that_cannot_be_written_is_found_before_any_weights_load(data, made, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_vae", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(load, "load_vae", lambda *args: pytest.fail("weights were loaded"))
     (data / "cache").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match=r"datasets\[0\]\.cache_directory"):
         cache_latents(data, made)

@@ -19,12 +19,12 @@ from tests.test_end_to_end import CPU, ENCODERS, FLF2V, I2V, cache, dataset_toml
 from utils.errors import ConfigError
 from utils.images import from_pixels, open_image
 from utils.randomness import seeded
-from wan.checkpoint import load_vae
-from wan.condition import causal_condition_video, causal_video, pick_target, random_target, relayout
-from wan.encoding import encode_causal_condition, encode_images, encode_video, frame_pixels
-from wan.one_frame import OneFrameLayout, layout_from_toml, parse
-from wan.trained_for import layout_from_metadata
-from wan.vae import WanVAE
+from wan.files.load import load_vae
+from wan.frames.condition import causal_condition_video, causal_video, pick_target, random_target, relayout
+from wan.frames.encode import encode_causal_condition, encode_images, encode_video, frame_pixels
+from wan.frames.layout import OneFrameLayout, layout_from_toml, parse
+from wan.lora.trained_for import layout_from_metadata
+from wan.nets.vae import WanVAE
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 I2V_LAYOUT = OneFrameLayout((0,), 1, causal=True)

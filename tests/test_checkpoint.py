@@ -18,12 +18,12 @@ from torch.testing import assert_close
 
 from tests.helpers import MANIFESTS, TINY, needs_shared
 from utils.errors import ConfigError
-from wan import checkpoint
-from wan import tokenizer as tokenizer_module
-from wan.checkpoint import Checkpoint, TensorInfo, check_tensors
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.vae import WanVAE
+from wan.files import load as checkpoint
+from wan.files import tokenizer as tokenizer_module
+from wan.files.load import Checkpoint, TensorInfo, check_tensors
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
+from wan.nets.vae import WanVAE
 
 SPEC = DiTSpec("i2v", dim=128, ffn_dim=96, num_layers=2, in_dim=36, text_dim=24, image_dim=40)
 PROBE = "blocks.0.cross_attn.k.weight"
@@ -175,8 +175,8 @@ def test_inspecting_reads_no_weights(dit_file, vae_state, tmp_path, monkeypatch)
 
 
 def test_importing_loads_neither_transformers_nor_cuda():
-    code = "import sys, torch, wan.checkpoint; print('transformers' in sys.modules, torch.cuda.is_initialized())"
-    root = Path(checkpoint.__file__).parents[1]
+    code = "import sys, torch, wan.files.load; print('transformers' in sys.modules, torch.cuda.is_initialized())"
+    root = Path(checkpoint.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]
 

@@ -15,12 +15,12 @@ from torch.testing import assert_close
 from tests.dit_cases import CPU, SPEC, random_dit, velocity
 from tests.helpers import rel_l2
 from tests.test_checkpoint import assert_holds, one_line_error
-from wan import checkpoint
-from wan import checkpoint_layouts as layouts
-from wan.checkpoint_files import TensorInfo
-from wan.fp8 import FP8, Fp8Linear
-from wan.lora import inject_lora_
-from wan.network_options import NetworkConfig
+from wan.files import load
+from wan.files import names as layouts
+from wan.files.formats import TensorInfo
+from wan.lora.network import inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.memory.fp8 import FP8, Fp8Linear
 
 State = dict[str, Tensor]
 BLOCK_WEIGHT = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.\w+\.weight")
@@ -157,8 +157,8 @@ LOSSLESS = {
 @pytest.mark.parametrize("form", LOSSLESS)
 def test_a_dit_in_a_form_that_holds_its_weights_exactly_gives_the_plain_output(form, state, expected, tmp_path):
     path = LOSSLESS[form](state, tmp_path)
-    assert checkpoint.inspect_dit(path) == SPEC
-    model = checkpoint.load_dit(path, torch.float32, CPU)
+    assert load.inspect_dit(path) == SPEC
+    model = load.load_dit(path, torch.float32, CPU)
     assert_holds(model, state)
     assert rel_l2(velocity(model), expected) < 1e-6
 
@@ -174,9 +174,9 @@ def test_a_dit_in_a_form_that_holds_its_weights_exactly_gives_the_plain_output(f
 )
 def test_a_rounded_dit_gives_nearly_the_plain_output(form, weight_error, error, random_state, tmp_path):
     path = form(random_state, tmp_path)
-    assert checkpoint.dit_dtype(path) == torch.bfloat16
-    assert checkpoint.load_dit(path, None, CPU).dtype == torch.bfloat16
-    model = checkpoint.load_dit(path, torch.float32, CPU)
+    assert load.dit_dtype(path) == torch.bfloat16
+    assert load.load_dit(path, None, CPU).dtype == torch.bfloat16
+    model = load.load_dit(path, torch.float32, CPU)
     for name in matrices(random_state):
         assert 1e-3 < rel_l2(model.state_dict()[name], random_state[name]) < weight_error
     assert 1e-5 < rel_l2(velocity(model), output_of(random_state)) < error
@@ -186,8 +186,8 @@ def test_a_rounded_dit_gives_nearly_the_plain_output(form, weight_error, error, 
 def test_scaled_weights_are_the_stored_numbers_times_their_scales(write, random_state, tmp_path):
     path = write(random_state, tmp_path, round_up=False)
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
-    model = checkpoint.load_dit(path, torch.float32, CPU).state_dict()
-    header = layouts.dit_layout(checkpoint.open_checkpoint(path, "--dit", layouts.dit_name)).tensors
+    model = load.load_dit(path, torch.float32, CPU).state_dict()
+    header = layouts.dit_layout(load.open_checkpoint(path, "--dit", layouts.dit_name)).tensors
     for name in matrices(random_state):
         assert header[name] == TensorInfo(tuple(random_state[name].shape), torch.bfloat16, packed=True)
         scale = stored[name.removesuffix("weight") + "scale_weight"].float()
@@ -201,8 +201,8 @@ def test_scaled_weights_are_the_stored_numbers_times_their_scales(write, random_
 def test_fp8_options_keep_the_numbers_of_a_scaled_file(write, kind, dtype, random_state, tmp_path):
     path = write(random_state, tmp_path, round_up=False)
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
-    plain = checkpoint.load_dit(path, dtype, CPU)
-    model = checkpoint.load_dit(path, dtype, CPU, fp8=kind, blocks_on_host=2)
+    plain = load.load_dit(path, dtype, CPU)
+    model = load.load_dit(path, dtype, CPU, fp8=kind, blocks_on_host=2)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
     assert {f"{name}.weight" for name in layers} == set(matrices(random_state))
     for name, layer in layers.items():
@@ -215,8 +215,8 @@ def test_fp8_options_keep_the_numbers_of_a_scaled_file(write, kind, dtype, rando
 def test_weights_that_a_lora_changes_are_rounded_anew_and_others_are_not(random_state, tmp_path):
     path = scaled_by_comfyui(random_state, tmp_path, round_up=False)
     changed, kept = "blocks.0.self_attn.q", "blocks.1.self_attn.q"
-    plain = checkpoint.load_dit(path, torch.float32, CPU)
-    model = checkpoint.load_dit(
+    plain = load.load_dit(path, torch.float32, CPU)
+    model = load.load_dit(
         path,
         torch.float32,
         CPU,
@@ -230,7 +230,7 @@ def test_weights_that_a_lora_changes_are_rounded_anew_and_others_are_not(random_
 def test_scales_that_float16_cannot_hold_are_replaced(random_state, tmp_path):
     small = {name: tensor * 1e-3 if name in matrices(random_state) else tensor for name, tensor in random_state.items()}
     path = scaled_by_comfyui(small, tmp_path, round_up=False)
-    model = checkpoint.load_dit(path, torch.float16, CPU, fp8="scaled")
+    model = load.load_dit(path, torch.float16, CPU, fp8="scaled")
     for name in matrices(small):
         assert rel_l2(model.get_submodule(name.removesuffix(".weight")).weight, small[name]) < 0.05
 
@@ -241,7 +241,7 @@ def test_scales_that_float16_cannot_hold_are_replaced(random_state, tmp_path):
 def test_without_the_package_a_gguf_file_is_an_error_that_names_the_extra(state, tmp_path, monkeypatch):
     path = in_gguf("F16")(state, tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert '".[gguf]"' in one_line_error(checkpoint.inspect_dit, path)
+    assert '".[gguf]"' in one_line_error(load.inspect_dit, path)
 
 
 def test_a_quantisation_that_nothing_reads_is_an_error_with_its_name(state, tmp_path):
@@ -251,7 +251,7 @@ def test_a_quantisation_that_nothing_reads_is_an_error_with_its_name(state, tmp_
     data = torch.zeros(gguf.GGML_QUANT_SIZES[kind][1], dtype=torch.uint8).numpy()
     writer.add_tensor("patch_embedding.weight", data[None], raw_dtype=kind)
     finish(writer)
-    assert "nothing here reads its quantisation Q8_K" in one_line_error(checkpoint.inspect_dit, tmp_path / "dit.gguf")
+    assert "nothing here reads its quantisation Q8_K" in one_line_error(load.inspect_dit, tmp_path / "dit.gguf")
 
 
 def test_a_gguf_file_that_claims_more_numbers_than_it_holds_is_an_error(state, tmp_path):
@@ -262,7 +262,7 @@ def test_a_gguf_file_that_claims_more_numbers_than_it_holds_is_an_error(state, t
         writer.add_tensor(name, tensor.flatten(1)[:, :4].numpy() if is_patch else tensor.numpy())
     writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", list(state["patch_embedding.weight"].shape))
     finish(writer)
-    assert "damaged" in one_line_error(checkpoint.inspect_dit, tmp_path / "dit.gguf")
+    assert "damaged" in one_line_error(load.inspect_dit, tmp_path / "dit.gguf")
 
 
 def test_damaged_gguf_files_are_one_line(state, tmp_path):
@@ -272,7 +272,7 @@ def test_damaged_gguf_files_are_one_line(state, tmp_path):
     path = tmp_path / "damaged.gguf"
     for length in (0, 3, 4, 20, 60, 200, 1000, len(whole) // 2, len(whole) - 1000):
         path.write_bytes(whole[:length])
-        assert "damaged" in one_line_error(checkpoint.inspect_dit, path)
+        assert "damaged" in one_line_error(load.inspect_dit, path)
     for _ in range(60):  # bytes of the header changed: some such files are sound, but have other tensors
         places = torch.randint(0, 700, (4,), generator=generator).tolist()
         values = torch.randint(0, 256, (4,), generator=generator).tolist()
@@ -280,7 +280,7 @@ def test_damaged_gguf_files_are_one_line(state, tmp_path):
         for place, value in zip(places, values, strict=True):
             content[place] = value
         path.write_bytes(content)
-        one_line_error(checkpoint.inspect_dit, path)
+        one_line_error(load.inspect_dit, path)
 
 
 # Writing
@@ -288,25 +288,25 @@ def test_damaged_gguf_files_are_one_line(state, tmp_path):
 
 def test_a_merged_dit_is_written_under_official_names_and_loads_again(state, tmp_path):
     path = in_dtype(torch.bfloat16)(state, tmp_path)
-    model = checkpoint.load_dit(path, None, CPU, merge=lambda name, weight: weight * 2)
-    checkpoint.save_dit(tmp_path / "merged.safetensors", model, {"lora": "a"})
+    model = load.load_dit(path, None, CPU, merge=lambda name, weight: weight * 2)
+    load.save_dit(tmp_path / "merged.safetensors", model, {"lora": "a"})
     written = load_file(tmp_path / "merged.safetensors")
     assert_close(written, {name: 2 * tensor.to(torch.bfloat16) for name, tensor in state.items()}, rtol=0, atol=0)
     with safe_open(tmp_path / "merged.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "lora": "a"}
-    again = checkpoint.load_dit(tmp_path / "merged.safetensors", None, CPU)
+    again = load.load_dit(tmp_path / "merged.safetensors", None, CPU)
     assert torch.equal(velocity(again), velocity(model))
 
 
 @pytest.mark.parametrize("kind", ["cast", "scaled"])
 def test_a_dit_in_fp8_is_written_in_fp8_and_loads_again_as_it_was(kind, random_state, tmp_path):
-    model = checkpoint.load_dit(in_dtype(torch.bfloat16)(random_state, tmp_path), None, CPU, fp8=kind)
-    checkpoint.save_dit(tmp_path / "merged.safetensors", model, {})
+    model = load.load_dit(in_dtype(torch.bfloat16)(random_state, tmp_path), None, CPU, fp8=kind)
+    load.save_dit(tmp_path / "merged.safetensors", model, {})
     stored = load_file(tmp_path / "merged.safetensors")
     assert all(stored[name].dtype == FP8 for name in matrices(random_state))
-    again = checkpoint.load_dit(tmp_path / "merged.safetensors", None, CPU, fp8=kind)
+    again = load.load_dit(tmp_path / "merged.safetensors", None, CPU, fp8=kind)
     assert torch.equal(velocity(again), velocity(model))
-    plain = checkpoint.load_dit(tmp_path / "merged.safetensors", torch.bfloat16, CPU)
+    plain = load.load_dit(tmp_path / "merged.safetensors", torch.bfloat16, CPU)
     assert torch.equal(velocity(plain), velocity(model))
 
 
@@ -314,5 +314,5 @@ def test_a_dit_with_lora_layers_is_not_written(tmp_path):
     model = random_dit()
     inject_lora_(model, NetworkConfig(network_dim=2))
     with pytest.raises(ValueError, match="not the tensors of a plain DiT"):
-        checkpoint.save_dit(tmp_path / "merged.safetensors", model, {})
+        load.save_dit(tmp_path / "merged.safetensors", model, {})
     assert list(tmp_path.iterdir()) == []

@@ -14,11 +14,11 @@ from tests.helpers import rel_l2
 from tests.test_checkpoint import assert_holds, one_line_error
 from tests.test_checkpoint_forms import finish
 from utils.errors import ConfigError
-from wan import checkpoint
-from wan.clip import encode_image, preprocess
-from wan.fp8 import FP8, Fp8Linear
-from wan.models import CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
-from wan.vae import VAE_MEAN, VAE_STD, WanVAE
+from wan.files import load
+from wan.memory.fp8 import FP8, Fp8Linear
+from wan.models.options import CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
+from wan.nets.clip import encode_image, preprocess
+from wan.nets.vae import VAE_MEAN, VAE_STD, WanVAE
 
 # Releases of diffusers, written by diffusers and transformers
 
@@ -68,7 +68,7 @@ def release(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
 def test_a_transformer_of_diffusers_gives_its_output(kind, tmp_path):
     theirs = diffusers_dit(kind)
     theirs.save_pretrained(tmp_path)
-    ours = checkpoint.load_dit(tmp_path / "diffusion_pytorch_model.safetensors", None, CPU)
+    ours = load.load_dit(tmp_path / "diffusion_pytorch_model.safetensors", None, CPU)
     assert ours.spec.model_type == kind
     latents, condition, timesteps, text, image, _ = arguments()
     if kind == "t2v":
@@ -85,8 +85,8 @@ def test_a_published_transformer_of_diffusers_has_a_norm_that_is_not_used(releas
     folder, models = release
     extra = {f"blocks.{i}.attn2.norm_added_q.weight": torch.ones(128) for i in range(2)}
     save_file(dict(models["transformer"].state_dict()) | extra, tmp_path / "dit.safetensors")
-    expected = checkpoint.load_dit(next((folder / "transformer").glob("*.safetensors")), None, CPU).state_dict()
-    assert_holds(checkpoint.load_dit(tmp_path / "dit.safetensors", None, CPU), expected)
+    expected = load.load_dit(next((folder / "transformer").glob("*.safetensors")), None, CPU).state_dict()
+    assert_holds(load.load_dit(tmp_path / "dit.safetensors", None, CPU), expected)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_a_folder_of_diffusers_serves_for_all_paths(release):
     decoded = vae.load(CPU).decode(latents)
     assert rel_l2(decoded, models["vae"].decode(theirs).sample) < 1e-5
     ids = torch.tensor([[5, 3, 17, 1]])
-    encoder = checkpoint.load_t5(t5.t5, torch.float32, CPU)
+    encoder = load.load_t5(t5.t5, torch.float32, CPU)
     assert rel_l2(encoder(ids).last_hidden_state, models["text_encoder"](ids).last_hidden_state) < 1e-6
     assert rel_l2(encode_image(clip.load(CPU), pixels[:, :, 0]), before_last(models["image_encoder"], pixels)) < 1e-6
 
@@ -146,9 +146,9 @@ def test_a_t5_in_fp16_with_an_embedded_tokenizer_loads(tmp_path):
     model = small_t5().to(torch.float16)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # the embedding under both names
     save_file(state | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, tmp_path / "umt5_xxl_fp16.safetensors")
-    assert checkpoint.inspect_t5(tmp_path / "umt5_xxl_fp16.safetensors") == 64
+    assert load.inspect_t5(tmp_path / "umt5_xxl_fp16.safetensors") == 64
     ids = torch.tensor([[5, 3, 17, 1]])
-    loaded = checkpoint.load_t5(tmp_path / "umt5_xxl_fp16.safetensors", torch.float32, CPU)
+    loaded = load.load_t5(tmp_path / "umt5_xxl_fp16.safetensors", torch.float32, CPU)
     assert rel_l2(loaded(ids).last_hidden_state, model.float()(ids).last_hidden_state) < 1e-6
 
 
@@ -168,9 +168,9 @@ def test_a_t5_in_scaled_fp8_gives_its_dequantised_output_and_stays_in_fp8_when_a
     save_file(entries, path)
     ids = torch.tensor([[5, 3, 17, 1]])
     expected = model(ids).last_hidden_state
-    loaded = checkpoint.load_t5(path, torch.float32, CPU)
+    loaded = load.load_t5(path, torch.float32, CPU)
     assert rel_l2(loaded(ids).last_hidden_state, expected) < 1e-6
-    small = checkpoint.load_t5(path, torch.float32, CPU, fp8="cast")
+    small = load.load_t5(path, torch.float32, CPU, fp8="cast")
     layers = [layer for layer in small.modules() if isinstance(layer, Fp8Linear)]
     assert len(layers) == 2 * 7 and all(layer.scale_weight is not None for layer in layers)
     assert rel_l2(small(ids).last_hidden_state, expected) < 1e-6
@@ -188,7 +188,7 @@ def test_a_t5_under_the_names_of_llama_cpp_gives_the_plain_output(kind, error, t
             name = names.get_name(name, try_suffixes=[".weight"])
             writer.add_tensor(name, gguf.quantize(tensor.numpy(), number), raw_dtype=number)
     finish(writer)
-    loaded, ids = checkpoint.load_t5(tmp_path / "t5.gguf", torch.float32, CPU), torch.tensor([[5, 3, 17, 1]])
+    loaded, ids = load.load_t5(tmp_path / "t5.gguf", torch.float32, CPU), torch.tensor([[5, 3, 17, 1]])
     assert rel_l2(loaded(ids).last_hidden_state, model(ids).last_hidden_state) < error
 
 
@@ -201,7 +201,7 @@ def test_clip_vision_h_gives_the_features_of_transformers(dtype, tmp_path):
     save_file(load_file(tmp_path / "model.safetensors") | {"logit_scale": torch.ones(())}, path)
     assert {"vision_model.encoder.layers.2.self_attn.q_proj.bias", "visual_projection.weight"} <= load_file(path).keys()
     pixels = torch.rand(1, 3, 1, 40, 30) * 2 - 1
-    loaded = checkpoint.load_clip(path, torch.float32, CPU)
+    loaded = load.load_clip(path, torch.float32, CPU)
     assert rel_l2(encode_image(loaded, pixels[:, :, 0]), before_last(model.float(), pixels)) < 1e-6
 
 
@@ -210,8 +210,8 @@ def test_clip_vision_h_gives_the_features_of_transformers(dtype, tmp_path):
 )
 def test_names_made_to_hurt_are_unexpected_tensors(name, tmp_path):
     save_file(random_dit().state_dict() | {name: torch.zeros(2)}, tmp_path / "any.safetensors")
-    assert "1 unexpected" in one_line_error(checkpoint.inspect_dit, tmp_path / "any.safetensors")
-    for inspect in (checkpoint.inspect_vae, checkpoint.inspect_t5, checkpoint.inspect_clip):
+    assert "1 unexpected" in one_line_error(load.inspect_dit, tmp_path / "any.safetensors")
+    for inspect in (load.inspect_vae, load.inspect_t5, load.inspect_clip):
         one_line_error(inspect, tmp_path / "any.safetensors")
 
 
@@ -230,10 +230,10 @@ def test_a_clip_whose_parts_do_not_fit_together_is_an_error(change, words, tmp_p
     state = small_clip(CLIPVisionModel).state_dict() | change
     path = tmp_path / "clip.safetensors"
     save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
-    assert words in one_line_error(checkpoint.inspect_clip, path)
+    assert words in one_line_error(load.inspect_clip, path)
 
 
 def test_a_vae_under_its_official_names_in_safetensors_loads(tmp_path):
     state = randomised(WanVAE(8)).state_dict()
     save_file(state, tmp_path / "wan_2.1_vae.safetensors")
-    assert_holds(checkpoint.load_vae(tmp_path / "wan_2.1_vae.safetensors", torch.float32, CPU), state)
+    assert_holds(load.load_vae(tmp_path / "wan_2.1_vae.safetensors", torch.float32, CPU), state)

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from wan.checkpoints import Checkpoints
-from wan.training_options import SaveConfig
+from wan.training.checkpoints import Checkpoints
+from wan.training.options import SaveConfig
 
 
 def keeper(folder, write=None, **settings) -> Checkpoints:

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.helpers import TINY, golden, needs_shared, rel_l2
-from wan.checkpoint import load_clip
-from wan.clip import MEAN, STD, encode_image, preprocess
+from wan.files.load import load_clip
+from wan.nets.clip import MEAN, STD, encode_image, preprocess
 
 BLOCKS, WIDTH = 3, 160
 

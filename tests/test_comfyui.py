@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.lora_models import trained
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.lora import save_lora
-from wan.lora_tools import convert
-from wan.tasks import TASKS
+from wan.lora.network import save_lora
+from wan.lora.tools import convert
+from wan.models.tasks import TASKS
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "comfyui.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import pytest
 
 from tests.helpers import MANIFESTS, needs_shared
 from utils.errors import ConfigError
-from wan.config import DiTSpec
-from wan.tasks import TASKS, UNSUPPORTED_TASKS, resolve_task
+from wan.models.tasks import TASKS, UNSUPPORTED_TASKS, resolve_task
+from wan.nets.spec import DiTSpec
 
 T2V_SHAPES = {
     "patch_embedding.weight": (256, 16, 1, 2, 2),

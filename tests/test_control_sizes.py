@@ -26,12 +26,12 @@ from tests.test_end_to_end import ENCODERS, I2V, cache, cached_cat, dataset_toml
 from tests.test_explain import rows
 from tests.test_reasoning import Alone
 from utils.errors import ConfigError
-from utils.prompts import parse_line
-from wan.frame_sizes import ControlSizes
-from wan.pipeline import denoise
-from wan.recipe import read as read_recipe
-from wan.request import Request, SamplingConfig
-from wan.tasks import TASKS
+from wan.frames.sizes import ControlSizes
+from wan.generation.pipeline import denoise
+from wan.generation.prompt_lines import parse_line
+from wan.generation.recipe import read as read_recipe
+from wan.generation.request import Request, SamplingConfig
+from wan.models.tasks import TASKS
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 INDICES = "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1\n"

@@ -7,7 +7,7 @@ import pytest
 
 from dataset.config import ImageDatasetConfig, read_config
 from utils.errors import ConfigError
-from wan.one_frame import OneFrameLayout
+from wan.frames.layout import OneFrameLayout
 
 
 @pytest.fixture

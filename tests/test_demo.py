@@ -24,13 +24,13 @@ from demo.tasks import TASKS, collage, cut_out, cut_out_of_others, in_all_places
 from demo.train_dit import count_padding_, embed_text, new_dit
 from demo.train_vae import convolve_in_2d, decode, new_vae, normalise_and_activate, normalise_latents_, recoloured
 from demo.world import LIGHTS, PLACES, sample_scene
-from utils.prompts import parse_line
-from wan.checkpoint import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_vae
-from wan.dit import pad_text
-from wan.one_frame import parse
-from wan.t5 import encode_text
-from wan.tokenizer import load_tokenizer
-from wan.vae import CausalConv3d, ChannelNorm
+from wan.files.load import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_vae
+from wan.files.tokenizer import load_tokenizer
+from wan.frames.layout import parse
+from wan.generation.prompt_lines import parse_line
+from wan.nets.dit import pad_text
+from wan.nets.t5 import encode_text
+from wan.nets.vae import CausalConv3d, ChannelNorm
 
 CPU = torch.device("cpu")
 SCRIPTS = (wan_cache_latents, wan_cache_text_encoder_outputs, wan_train_network, wan_generate_video)

@@ -8,13 +8,13 @@ import torch
 
 from tests.dit_cases import CPU, SPEC, random_dit
 from tests.helpers import rel_l2
-from wan import sampling
-from wan.dit import pad_text
-from wan.guidance import GuidanceConfig
-from wan.one_frame import OneFrameLayout
-from wan.pipeline import Encoded, denoise, initial_noise
-from wan.request import Request
-from wan.sampling import SOLVERS
+from wan.frames.layout import OneFrameLayout
+from wan.generation import sampling
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.pipeline import Encoded, denoise, initial_noise
+from wan.generation.request import Request
+from wan.generation.sampling import SOLVERS
+from wan.nets.dit import pad_text
 
 STEPS, SCALE = 4, 3.0
 UNCOND = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 0.5}

@@ -18,8 +18,8 @@ from demo.tiny_models import write_models
 from tests.option_runs import SCRIPTS, words
 from tests.photos import write_pairs
 from utils import cli
-from wan.state import load_state
-from wan.tracking import Tracker, TrackingConfig
+from wan.training.state import load_state
+from wan.training.tracking import Tracker, TrackingConfig
 
 ROOT = Path(__file__).parents[1]
 TOML = """

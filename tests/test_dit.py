@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 from tests.dit_cases import all_rows
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
-from wan.attention import sdpa
-from wan.config import DiTSpec
-from wan.dit import StepCache, WanDiT, pad_text
+from wan.nets.attention import sdpa
+from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.spec import DiTSpec
 
 SPECS = {
     "t2v": DiTSpec("t2v", 256, 320, num_layers=2, in_dim=16, text_dim=32),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import wan.generation
+import wan.generation.run
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
@@ -21,13 +21,13 @@ from dataset.loader import TrainingSet, clip_for, load_batch
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils.errors import ConfigError
-from utils.prompts import parse_line
-from wan.models import CLIPConfig, LoRAConfig, T5Config, VAEConfig
-from wan.one_frame import OneFrameLayout
-from wan.pipeline import Pipeline
-from wan.request import Request, SamplingConfig
-from wan.tasks import TASKS
-from wan.trained_for import TrainedFor
+from wan.frames.layout import OneFrameLayout
+from wan.generation.pipeline import Pipeline
+from wan.generation.prompt_lines import parse_line
+from wan.generation.request import Request, SamplingConfig
+from wan.lora.trained_for import TrainedFor
+from wan.models.options import CLIPConfig, LoRAConfig, T5Config, VAEConfig
+from wan.models.tasks import TASKS
 
 CPU = torch.device("cpu")
 ENCODERS = {kind: f"models/{FILES[kind]}" for kind in ("vae", "clip", "t5")}
@@ -210,13 +210,13 @@ def test_lines_with_one_prompt_and_other_images_or_negative_prompts_give_other_p
 
 
 def test_every_model_is_loaded_once_for_a_file_of_prompts(monkeypatch):
-    import wan.checkpoint
+    import wan.files.load
 
     loads = []
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        original = getattr(wan.checkpoint, name)
+        original = getattr(wan.files.load, name)
         monkeypatch.setattr(
-            wan.checkpoint,
+            wan.files.load,
             name,
             lambda *args, _load=original, _name=name, **more: loads.append(_name) or _load(*args, **more),
         )
@@ -240,14 +240,14 @@ def test_a_typed_line_gives_the_picture_of_the_same_line_in_a_file(monkeypatch):
 
 
 def test_ctrl_c_and_a_broken_picture_end_one_image_and_not_the_typing(monkeypatch, caplog):
-    denoise, cut = wan.generation.denoise, Path("data/cut.png")
+    denoise, cut = wan.generation.run.denoise, Path("data/cut.png")
     cut.write_bytes(Path("data/start/cat.png").read_bytes()[:2000])
 
     def stopped_once(*_arguments, **_more):
-        monkeypatch.setattr(wan.generation, "denoise", denoise)
+        monkeypatch.setattr(wan.generation.run, "denoise", denoise)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wan.generation, "denoise", stopped_once)
+    monkeypatch.setattr(wan.generation.run, "denoise", stopped_once)
     broken = I2V.replace("data/start/cat.png", str(cut))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{I2V}\n{broken}\n{I2V}\n"))
     (path,) = generate("i2v", "out", "--interactive", "--no_metadata")
@@ -355,12 +355,12 @@ def test_a_lora_file_names_its_task_and_indices():
 
 @pytest.mark.parametrize("failing", ["Pipeline.decode", "denoise"])
 def test_a_failing_sample_does_not_end_a_run(monkeypatch, caplog, failing):
-    import wan.samples
+    import wan.training.samples
 
     def broken(*_args, **_more):
         raise RuntimeError("out of luck")
 
-    target = wan.samples.Pipeline if failing == "Pipeline.decode" else wan.samples
+    target = wan.training.samples.Pipeline if failing == "Pipeline.decode" else wan.training.samples
     monkeypatch.setattr(target, failing.split(".")[-1], broken)
     Path("prompts.txt").write_text(I2V, encoding="utf-8")
     lora = train("i2v", "pairs.toml", "unlucky", "--sample_prompts", "prompts.txt", "--sample_at_first")

@@ -16,12 +16,14 @@ from dataset.loader import BucketCount
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils.errors import ConfigError
-from wan import checkpoint, footprint, frame_table
-from wan.config import DiTSpec
-from wan.footprint import expected_memory
-from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.network_options import NetworkConfig
-from wan.one_frame import OneFrameLayout
+from wan.files import load
+from wan.frames import table
+from wan.frames.layout import OneFrameLayout
+from wan.lora.options import NetworkConfig
+from wan.models import estimate
+from wan.models.estimate import expected_memory
+from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
+from wan.nets.spec import DiTSpec
 
 TOML = """
 [[datasets]]
@@ -85,7 +87,7 @@ def explained(workspace, monkeypatch, capsys):
         raise AssertionError("weights were loaded")
 
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        monkeypatch.setattr(checkpoint, name, refuse)
+        monkeypatch.setattr(load, name, refuse)
 
     def look(name: str, more: str = "") -> str:
         before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*") if path.is_file()}
@@ -139,7 +141,7 @@ def test_generation_tells_slots_in_time_order_and_the_forward_passes(explained):
 def test_generation_tells_of_reasoning_frames_and_what_they_cost(explained):
     text = explained("generation", "--reasoning_frames 1 --reasoning_steps 3")
     assert re.search(r"reasoning frames at RoPE index 4 in the first 3 steps: 36 tokens", text)
-    cost = 2 * (4 * footprint.forward_flops(TINY, 24) + 3 * footprint.forward_flops(TINY, 36))
+    cost = 2 * (4 * estimate.forward_flops(TINY, 24) + 3 * estimate.forward_flops(TINY, 36))
     assert f"{cost / 1e12:.3g} TFLOP" in text
 
 
@@ -172,7 +174,7 @@ def test_causal_frames_have_a_row_each_and_no_masks_of_controls(explained, works
 def test_the_operations_of_a_forward_pass_agree_with_torchs_count():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from wan.dit import WanDiT
+    from wan.nets.dit import WanDiT
 
     spec = DiTSpec("i2v", 256, 512, 3, 36, 64, 32)
     with torch.device("meta"):
@@ -186,7 +188,7 @@ def test_the_operations_of_a_forward_pass_agree_with_torchs_count():
             module(torch.empty(1, 640, module.in_features, device="meta"))
         q = torch.empty(1, 2, 640, 128, device="meta")
         (q @ q.mT) @ q
-    assert footprint.forward_flops(spec, x.shape[1]) == 3 * counter.get_total_flops()
+    assert estimate.forward_flops(spec, x.shape[1]) == 3 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_the_operations_of_a_forward_pass_agree_with_torchs_count():
 def test_the_expected_weights_are_near_those_measured(options, measured):
     memory = TrainingMemoryConfig(gradient_checkpointing="all", **options)
     network = NetworkConfig(network_dim=32)
-    dit, lora = footprint.weightless_dit(DIT_14B, torch.bfloat16, memory, network)
+    dit, lora = estimate.weightless_dit(DIT_14B, torch.bfloat16, memory, network)
     trained = sum(parameter.numel() * 4 for parameter in lora.parameters())
     held = sum(p.numel() * p.itemsize for p in dit.parameters() if not p.requires_grad)
     assert (held + trained) / GIB == pytest.approx(measured, rel=0.04)
@@ -211,7 +213,7 @@ def test_the_expected_weights_are_near_those_measured(options, measured):
 
 def test_generation_in_fp8_needs_about_half():
     plain, fp8 = (
-        sum(p.numel() * p.itemsize for p in footprint.weightless_dit(DIT_14B, torch.bfloat16, memory)[0].parameters())
+        sum(p.numel() * p.itemsize for p in estimate.weightless_dit(DIT_14B, torch.bfloat16, memory)[0].parameters())
         for memory in (GenerationMemoryConfig(), GenerationMemoryConfig(fp8=True))
     )
     assert 0.5 < fp8 / plain < 0.55
@@ -219,9 +221,9 @@ def test_generation_in_fp8_needs_about_half():
 
 def test_tables_align_their_columns():
     frames = [
-        frame_table.TableFrame("control 0", "a", (64, 32), None, 0.25),
-        frame_table.TableFrame("target", "b", (64, 32), None, None),
+        table.TableFrame("control 0", "a", (64, 32), None, 0.25),
+        table.TableFrame("target", "b", (64, 32), None, None),
     ]
-    lines = frame_table.frame_table(OneFrameLayout((3,), 1), frames)
+    lines = table.frame_table(OneFrameLayout((3,), 1), frames)
     assert [line.index("tokens" if i == 0 else "8") for i, line in enumerate(lines)] == [lines[0].index("tokens")] * 3
     assert lines[1].startswith("0     target") and "25%" in lines[2]

@@ -12,16 +12,16 @@ from tests.helpers import rel_l2
 from tests.test_graphs import Rerun, flat, losses_and_gradients, training_inputs
 from utils.errors import ConfigError
 from utils.images import resize_to_fill
-from wan import fused_plain
-from wan.condition import loss_weights, pick_target, random_target, stack_condition, stack_frames
-from wan.dit import Context, StepCache, timestep_features
-from wan.flow_matching import flow_matching_loss
-from wan.frame_sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution
-from wan.fused import fuse_
-from wan.graphs import GraphedGradients, graph_forward_
-from wan.one_frame import OneFrameLayout, parse
-from wan.rope import rope_angles
-from wan.tokens import token_count
+from wan.frames.condition import loss_weights, pick_target, random_target, stack_condition, stack_frames
+from wan.frames.layout import OneFrameLayout, parse
+from wan.frames.sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution
+from wan.fused import plain as fused_plain
+from wan.fused.dit import fuse_
+from wan.fused.graphs import GraphedGradients, graph_forward_
+from wan.nets.dit import Context, StepCache, timestep_features
+from wan.nets.rope import rope_angles
+from wan.nets.tokens import token_count
+from wan.training.loss import flow_matching_loss
 
 SIZES = ((4, 6), (2, 4))  # of the frames of `arguments`: rows and columns
 LAYOUT = OneFrameLayout((3,), 0, control_sizes=ControlSizes((32, 16)))  # the target comes first

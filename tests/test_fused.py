@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import wan.memory
-import wan.models
+import wan.models.memory_options
+import wan.models.options
 from tests.dit_cases import CPU, SPEC, arguments, lora_gradients, random_dit, velocity, with_lora
 from tests.helpers import rel_l2
 from utils.errors import ConfigError
-from wan import fused_plain
-from wan.attention import sdpa
-from wan.dit import StepCache
-from wan.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
-from wan.fused import Residual, fuse_
-from wan.fused_vae import fuse_vae_
-from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
-from wan.models import VAEConfig
-from wan.vae import WanVAE
+from wan.fused import plain as fused_plain
+from wan.fused.dit import Residual, fuse_
+from wan.fused.vae import fuse_vae_
+from wan.memory.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models.options import VAEConfig
+from wan.nets.attention import sdpa
+from wan.nets.dit import StepCache
+from wan.nets.vae import WanVAE
 
 
 def fused(model, **options):
@@ -174,7 +174,7 @@ def test_a_cpu_runs_the_plain_path_and_refuses_the_other():
 
 
 def test_auto_is_the_fused_path_on_cuda_with_triton(monkeypatch):
-    monkeypatch.setattr(wan.fused, "find_spec", lambda name: object())
+    monkeypatch.setattr(wan.fused.dit, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     cuda, auto = torch.device("cuda"), MemoryConfig()
     assert auto.fuses(cuda) and not auto.fuses(CPU) and not MemoryConfig(dit_backend="plain").fuses(cuda)
@@ -182,13 +182,13 @@ def test_auto_is_the_fused_path_on_cuda_with_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not auto.fuses(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(wan.fused, "find_spec", lambda name: None)
+    monkeypatch.setattr(wan.fused.dit, "find_spec", lambda name: None)
     assert not auto.fuses(cuda)
 
 
 def test_prepare_fuses_when_the_settings_say_so(monkeypatch):
     asked = []
-    monkeypatch.setattr(wan.memory, "fuse_", lambda dit, device, swapped: asked.append(swapped))
+    monkeypatch.setattr(wan.models.memory_options, "fuse_", lambda dit, device, swapped: asked.append(swapped))
     monkeypatch.setattr(MemoryConfig, "fuses", lambda self, device: self.dit_backend == "fused")
     prepare_(random_dit(), MemoryConfig(dit_backend="plain"), CPU)
     prepare_(random_dit(), MemoryConfig(dit_backend="fused"), CPU)
@@ -213,7 +213,7 @@ def test_settings_that_exclude_each_other_are_refused(section, settings, words):
 
 
 def test_fp8_products_are_refused_on_gpus_without_them(monkeypatch):
-    monkeypatch.setattr(wan.fused, "find_spec", lambda name: None)
+    monkeypatch.setattr(wan.fused.dit, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(ConfigError, match="--fp8_fast: this GPU does not multiply in fp8"):
         GenerationMemoryConfig(fp8_fast=True).check(SPEC, torch.bfloat16, torch.device("cuda"))
@@ -235,9 +235,9 @@ def test_fp8_products_are_refused_on_gpus_without_them(monkeypatch):
 )
 def test_the_vae_is_fused_in_16_bits_where_that_runs(monkeypatch, settings, able, fused):
     asked = []
-    monkeypatch.setattr(wan.models, "can_fuse", lambda device: able)
-    monkeypatch.setattr(wan.models, "fuse_vae_", asked.append)
-    monkeypatch.setattr(wan.models.checkpoint, "load_vae", lambda path, dtype, device: "the VAE")
+    monkeypatch.setattr(wan.models.options, "can_fuse", lambda device: able)
+    monkeypatch.setattr(wan.models.options, "fuse_vae_", asked.append)
+    monkeypatch.setattr(wan.models.options.load, "load_vae", lambda path, dtype, device: "the VAE")
     assert VAEConfig(**settings).load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
 
 

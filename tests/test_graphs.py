@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tests.dit_cases import CPU, DEVICES, arguments, random_dit, with_lora
 from tests.helpers import rel_l2
-from wan.dit import StepCache, WanDiT
-from wan.flow_matching import flow_matching_loss
-from wan.fused import can_fuse, fuse_
-from wan.graphs import CudaRecorder, GraphedGradients, graph_forward_
-from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.recompute import checkpoint_blocks_
+from wan.fused.dit import can_fuse, fuse_
+from wan.fused.graphs import CudaRecorder, GraphedGradients, graph_forward_
+from wan.memory.recompute import checkpoint_blocks_
+from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
+from wan.nets.dit import StepCache, WanDiT
+from wan.training.loss import flow_matching_loss
 
 NAMES = ("latents", "condition", "text", "image", "frame_indices")
 
@@ -108,10 +108,10 @@ def test_gradients_calls_without_a_cache_and_large_batches_are_not_recorded(monk
     model(*arguments(), cache=cache)
     with torch.no_grad():
         model(*arguments())
-        monkeypatch.setattr("wan.graphs._MOST_TOKENS", 11)  # the batch has 12
+        monkeypatch.setattr("wan.fused.graphs._MOST_TOKENS", 11)  # the batch has 12
         model(*arguments(), cache=cache)
         assert record.recorded == 0
-        monkeypatch.setattr("wan.graphs._MOST_TOKENS", 12)
+        monkeypatch.setattr("wan.fused.graphs._MOST_TOKENS", 12)
         model(*arguments(), cache=cache)
         assert record.recorded == 1
 
@@ -202,7 +202,7 @@ def test_without_memory_for_a_graph_gradients_stay_plain_and_without_any_the_err
 
 
 def test_graphs_are_for_fused_blocks_that_stay_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("wan.memory.can_fuse", lambda device: device.type == "cuda")
+    monkeypatch.setattr("wan.models.memory_options.can_fuse", lambda device: device.type == "cuda")
     gpu = torch.device("cuda")
     assert GenerationMemoryConfig().records(gpu) and TrainingMemoryConfig(gradient_checkpointing="all").records(gpu)
     assert not GenerationMemoryConfig().records(CPU)

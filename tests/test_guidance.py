@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from tests.test_training import SPEC, inputs
 from utils.errors import ConfigError
-from wan.dit import WanDiT
-from wan.guidance import GuidanceConfig
+from wan.generation.guidance import GuidanceConfig
+from wan.nets.dit import WanDiT
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import wan_train_network
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils import cli
-from wan import recipe
+from wan.generation import recipe
 
 fuzz = pytest.importorskip("tests.fuzz", reason="needs hypothesis")
 

@@ -11,9 +11,9 @@ if not CUDA:
 pytest.importorskip("triton", reason="triton is not installed")
 
 from tests.helpers import rel_l2  # noqa: E402
-from wan import fused_plain, kernels, vae_kernels  # noqa: E402
-from wan.fp8 import FP8  # noqa: E402
-from wan.vae import ChannelNorm  # noqa: E402
+from wan.fused import kernels, plain, vae_kernels  # noqa: E402
+from wan.memory.fp8 import FP8  # noqa: E402
+from wan.nets.vae import ChannelNorm  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 B, L, D = 2, 5, 384  # no power of two, as 5120 is none
@@ -39,7 +39,7 @@ NORMS = [
 def test_residual_and_norm(adds, gate, scale, shift, modulated):
     addend = draw(B, L, D, dtype=torch.bfloat16, seed=4) if adds else None
     results = []
-    for module in (kernels, fused_plain):
+    for module in (kernels, plain):
         x = draw(B, L, D)
         out = module.residual_norm_(x, addend, gate, scale, shift, 1e-6, modulated, torch.bfloat16)
         assert out.dtype == torch.bfloat16
@@ -52,7 +52,7 @@ def test_residual_and_norm(adds, gate, scale, shift, modulated):
 def test_norms_that_are_quantised(adds, gate, scale, shift, modulated):
     addend = draw(B, L, D, dtype=torch.bfloat16, seed=4) if adds else None
     options = addend, gate, scale, shift, 1e-6, modulated, torch.bfloat16, True
-    found, expected = (module.residual_norm_(draw(B, L, D), *options) for module in (kernels, fused_plain))
+    found, expected = (module.residual_norm_(draw(B, L, D), *options) for module in (kernels, plain))
     assert found.values.dtype == FP8 and rel_l2(found.scale, expected.scale) < 1e-6
     assert rel_l2(found.values.float(), expected.values.float()) < (1e-2 if CUDA else 0.08)
 
@@ -60,7 +60,7 @@ def test_norms_that_are_quantised(adds, gate, scale, shift, modulated):
 @pytest.mark.parametrize(("adds", "gate", "scale", "shift", "modulated"), NORMS)
 def test_gradients_of_residual_and_norm(adds, gate, scale, shift, modulated):
     results = []
-    for module in (kernels, fused_plain):
+    for module in (kernels, plain):
         x = draw(B, L, D).requires_grad_()
         addend = draw(B, L, D, seed=4).requires_grad_() if adds else None
         new, out = module.residual_norm(x, addend, gate, scale, shift, 1e-6, modulated, torch.float32)
@@ -72,7 +72,7 @@ def test_gradients_of_residual_and_norm(adds, gate, scale, shift, modulated):
 @pytest.mark.parametrize("gate", [None, MODULATION[:, 2]], ids=["plain", "gated"])
 def test_gradients_of_the_residual_alone(gate):
     results = []
-    for module in (kernels, fused_plain):
+    for module in (kernels, plain):
         x, addend = draw(B, L, D).requires_grad_(), draw(B, L, D, seed=4).requires_grad_()
         out = module.residual_add(x, addend, gate)
         out.square().sum().backward()
@@ -85,7 +85,7 @@ def test_rms_norm_and_rotation_with_gradient(rotates):
     angles = draw(B, L, 64, seed=7)
     cos, sin = (angles.cos(), angles.sin()) if rotates else (None, None)
     results = []
-    for module in (kernels, fused_plain):
+    for module in (kernels, plain):
         y = draw(B, L, D).requires_grad_()
         out = module.rms_rope(y, WEIGHT[0], cos, sin, 1e-6)
         (out * draw(B, L, D, seed=8)).sum().backward()
@@ -96,7 +96,7 @@ def test_rms_norm_and_rotation_with_gradient(rotates):
 def test_rms_norm_and_rotation_in_the_middle_of_q_k_v_leave_the_rest_alone():
     angles, before = draw(B, L, 64, seed=7), draw(B, L, 3 * D, dtype=torch.bfloat16)
     found, expected = before.clone(), before.clone()
-    for module, qkv in ((kernels, found), (fused_plain, expected)):
+    for module, qkv in ((kernels, found), (plain, expected)):
         module.rms_rope_(qkv.chunk(3, dim=-1)[1], WEIGHT[0], angles.cos(), angles.sin(), 1e-6)
     assert rel_l2(found.float(), expected.float()) < ROUNDING
     assert torch.equal(found[..., :D], before[..., :D]) and torch.equal(found[..., 2 * D :], before[..., 2 * D :])
@@ -105,7 +105,7 @@ def test_rms_norm_and_rotation_in_the_middle_of_q_k_v_leave_the_rest_alone():
 @pytest.mark.parametrize("gelu", [False, True])
 def test_quantised_rows(gelu):
     x = draw(B, L, D, dtype=torch.bfloat16)
-    found, expected = (module.quantized(x, gelu) for module in (kernels, fused_plain))
+    found, expected = (module.quantized(x, gelu) for module in (kernels, plain))
     assert rel_l2(found.scale, expected.scale) < 1e-5
     assert rel_l2(found.values.float(), expected.values.float()) < (1e-2 if CUDA else 0.08)
 
@@ -130,10 +130,10 @@ def test_softmax():
 def test_products_of_cublas_with_more_than_the_product():
     x, weight = draw(2, 16, 256, dtype=torch.bfloat16), 0.1 * draw(128, 256, dtype=torch.bfloat16, seed=1)
     bias = draw(128, dtype=torch.bfloat16, seed=2)
-    found, expected = (module.linear_gelu(x, weight, bias).float() for module in (kernels, fused_plain))
+    found, expected = (module.linear_gelu(x, weight, bias).float() for module in (kernels, plain))
     assert rel_l2(found, expected) < 5e-3
     rows = draw(3, 256, seed=3)
-    found, expected = (module.linear32(rows, weight, bias) for module in (kernels, fused_plain))
+    found, expected = (module.linear32(rows, weight, bias) for module in (kernels, plain))
     assert rel_l2(found, expected) < 1e-5
 
 
@@ -148,7 +148,7 @@ def test_cross_attention_and_its_gradients(batch, length, text_rows, image_rows,
     ]
     inputs[2] = inputs[2][:, 1:]
     results = []
-    for module, kind in ((kernels, dtype), (fused_plain, torch.float32)):
+    for module, kind in ((kernels, dtype), (plain, torch.float32)):
         q, k, v = (tensor.to(dtype).to(kind).requires_grad_() for tensor in inputs)
         out = module.cross_attention(q, k, v, text_rows, repeats)
         with torch.no_grad():

@@ -6,8 +6,8 @@ from dataset.cache import LatentCache
 from dataset.config import read_config
 from dataset.loader import BatchLoader, BatchPlan, TrainingBatch, TrainingSet, clip_for, load_batch, share
 from utils.errors import ConfigError
-from wan.condition import stack_condition, stack_frames
-from wan.one_frame import OneFrameLayout
+from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.layout import OneFrameLayout
 
 LAYOUT = OneFrameLayout((0,), 1)
 

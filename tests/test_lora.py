@@ -9,17 +9,17 @@ from torch.testing import assert_close
 from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
 from tests.lora_models import config, merged_copy, toy, trained
 from utils.errors import ConfigError
-from wan.checkpoint import load_dit
-from wan.config import DiTSpec
-from wan.dit import WanDiT, pad_text
-from wan.dit_names import lora_name
-from wan.lora import inject_lora_, save_lora
-from wan.lora_files import read_lora
-from wan.lora_layers import LoRALinear
-from wan.lora_module import add_change
-from wan.lora_product import lora_products
-from wan.memory import checkpoint_blocks_
-from wan.timesteps import add_noise, velocity_target
+from wan.files.dit_names import lora_name
+from wan.files.load import load_dit
+from wan.lora.files import read_lora
+from wan.lora.layers import LoRALinear
+from wan.lora.module import add_change
+from wan.lora.network import inject_lora_, save_lora
+from wan.lora.product import lora_products
+from wan.models.memory_options import checkpoint_blocks_
+from wan.nets.dit import WanDiT, pad_text
+from wan.nets.spec import DiTSpec
+from wan.training.timesteps import add_noise, velocity_target
 
 
 @needs_shared

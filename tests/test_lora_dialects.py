@@ -15,15 +15,15 @@ from tests.dit_cases import SPEC, all_rows, arguments, random_dit, velocity
 from tests.helpers import MANIFESTS, needs_shared, rel_l2
 from tests.test_dit import DIFFUSERS_NAMES
 from utils.errors import ConfigError
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.dit_names import diffusers_name, dotted_name, lora_name
-from wan.lora_dialects import DIALECTS
-from wan.lora_files import parse_lora, read_lora
-from wan.lora_merge import Merger
-from wan.lora_tools import convert
-from wan.one_frame import OneFrameLayout
-from wan.trained_for import layout_from_metadata, size_from_metadata
+from wan.files.dit_names import diffusers_name, dotted_name, lora_name
+from wan.frames.layout import OneFrameLayout
+from wan.lora.files import parse_lora, read_lora
+from wan.lora.keys import DIALECTS
+from wan.lora.merge import Merger
+from wan.lora.tools import convert
+from wan.lora.trained_for import layout_from_metadata, size_from_metadata
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
 
 LINEAR = [
     *(

@@ -12,13 +12,13 @@ from torch.testing import assert_close
 from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
 from tests.lora_models import config, shapes_of, toy, trained
 from utils.errors import ConfigError
-from wan.checkpoint import load_dit
-from wan.dit import pad_text
-from wan.dit_names import lora_name
-from wan.lora import inject_lora_, save_lora
-from wan.lora_files import read_lora
-from wan.lora_merge import Merger, check_lora
-from wan.lora_module import add_change, weight_change
+from wan.files.dit_names import lora_name
+from wan.files.load import load_dit
+from wan.lora.files import read_lora
+from wan.lora.merge import Merger, check_lora
+from wan.lora.module import add_change, weight_change
+from wan.lora.network import inject_lora_, save_lora
+from wan.nets.dit import pad_text
 
 
 @needs_shared

@@ -16,9 +16,9 @@ from tests.dit_cases import SPEC, random_dit
 from tests.helpers import rel_l2
 from tests.test_lora_dialects import theirs
 from utils.errors import ConfigError
-from wan.lora_files import read_lora
-from wan.lora_merge import Merger
-from wan.lora_tools import extract, inspect, merge, resize, truncated
+from wan.lora.files import read_lora
+from wan.lora.merge import Merger
+from wan.lora.tools import extract, inspect, merge, resize, truncated
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "interop.md"
 Q, FFN = "lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_1_ffn_0"

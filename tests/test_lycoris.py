@@ -8,9 +8,9 @@ from torch.testing import assert_close
 from tests.helpers import rel_l2
 from tests.lora_models import config, shapes_of
 from utils.errors import ConfigError
-from wan.lora import inject_lora_, save_lora
-from wan.lora_files import read_lora
-from wan.lora_merge import Merger
+from wan.lora.files import read_lora
+from wan.lora.merge import Merger
+from wan.lora.network import inject_lora_, save_lora
 
 LYCORIS = {
     "loha": ("networks.loha", ()),

@@ -16,8 +16,8 @@ from dataset.loader import TrainingSet, clip_for, load_batch
 from tests import test_end_to_end
 from tests.test_end_to_end import ENCODERS, cache, encoded, generate, train, wan_cache_latents
 from utils.errors import ConfigError
-from wan.one_frame import OneFrameLayout
-from wan.tasks import TASKS
+from wan.frames.layout import OneFrameLayout
+from wan.models.tasks import TASKS
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 STARTS = [f"data/start/{name}.png" for name in ("cat", "coffee", "brick", "astronaut")]

@@ -19,13 +19,13 @@ from tests import test_end_to_end
 from tests.test_end_to_end import FLF2V, I2V, cache, dataset_toml, encoded, generate, train
 from utils.errors import ConfigError
 from utils.images import open_image, open_masked
-from utils.prompts import parse_line
-from wan.condition import loss_weights, stack_condition
-from wan.encoding import latent_mask
-from wan.flow_matching import flow_matching_loss
-from wan.one_frame import OneFrameLayout
-from wan.request import Request, SamplingConfig
-from wan.tasks import TASKS
+from wan.frames.condition import loss_weights, stack_condition
+from wan.frames.encode import latent_mask
+from wan.frames.layout import OneFrameLayout
+from wan.generation.prompt_lines import parse_line
+from wan.generation.request import Request, SamplingConfig
+from wan.models.tasks import TASKS
+from wan.training.loss import flow_matching_loss
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 WHERE = 'target_mask_directory = "data/where"\n'

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.registry import register_backend
 from torch._dynamo.testing import CompileCounter
 
-import wan.memory
+import wan.models.memory_options
 import wan_generate_video
 from demo.tiny_models import FILES, write_models
 from tests.dit_cases import CPU, DEVICES, SPEC, arguments, lora_gradients, random_dit, velocity, with_lora
 from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from utils.errors import ConfigError
-from wan.memory import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
-from wan.processes import DeviceConfig
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
 
 EAGER = {"compile": True, "compile_backend": "eager", "compile_fullgraph": True}
 RECOMPUTE = {"gradient_checkpointing": "all"}
@@ -120,7 +120,7 @@ def test_the_flags_tell_the_kind_of_fp8(config, kind):
 def test_fp8_and_compiling_exclude_each_other_on_gpus_whose_compiler_lacks_it(monkeypatch):
     cuda = torch.device("cuda")
     config = MemoryConfig(compile=True, fp8_scaled=True)
-    monkeypatch.setattr(wan.memory, "find_spec", lambda name: object())
+    monkeypatch.setattr(wan.models.memory_options, "find_spec", lambda name: object())
     for capability, allowed in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         replace(config, fp8_scaled=False).check(SPEC, torch.bfloat16, cuda)
@@ -129,7 +129,7 @@ def test_fp8_and_compiling_exclude_each_other_on_gpus_whose_compiler_lacks_it(mo
         else:
             with pytest.raises(ConfigError, match="--compile: this GPU's compiler does not know fp8"):
                 config.check(SPEC, torch.bfloat16, cuda)
-    monkeypatch.setattr(wan.memory, "find_spec", lambda name: None)
+    monkeypatch.setattr(wan.models.memory_options, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="--compile needs the package triton"):
         config.check(SPEC, torch.bfloat16, cuda)
 

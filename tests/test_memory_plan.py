@@ -13,22 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import wan.generation
-import wan.training_run
+import wan.generation.run
+import wan.training.run
 import wan_generate_video
 from dataset.loader import BucketCount
 from tests import test_end_to_end
 from tests.test_end_to_end import from_lines, generate, train
 from tests.test_preview import FLAGS
-from utils import host
 from utils.errors import ConfigError
-from wan.config import DiTSpec
-from wan.footprint import frozen_bytes, generation_parts, largest_batch, training_parts, weightless_dit
-from wan.memory import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.memory_plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
-from wan.models import T5Config
-from wan.network_options import NetworkConfig
-from wan.training_step import TrainingStep
+from wan.lora.options import NetworkConfig
+from wan.memory import host
+from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, training_parts, weightless_dit
+from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
+from wan.models.options import T5Config
+from wan.models.plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
+from wan.nets.spec import DiTSpec
+from wan.training.step import TrainingStep
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 GB = 1e9
@@ -178,7 +178,7 @@ def plan_of(*memories):
 def three_choices(monkeypatch):
     """For training, none of which changes a result."""
     memories = [TrainingMemoryConfig(**options) for options in ({}, RECOMPUTED, SWAPPED)]
-    monkeypatch.setattr(wan.training_run, "plan_training", lambda *_: plan_of(*memories))
+    monkeypatch.setattr(wan.training.run, "plan_training", lambda *_: plan_of(*memories))
 
 
 @pytest.mark.parametrize("failing", [{1}, {3}, {2, 4}])
@@ -215,7 +215,7 @@ def test_generation_loads_anew_and_makes_every_picture(monkeypatch):
         f"{line} --w 32 --h 32 --s 2 --ci data/start/cat.png --of target_index=1,control_index=0" for line in lines
     ]
     expected = from_lines("i2v", "enough", *lines)
-    original, calls = wan.generation.denoise, []
+    original, calls = wan.generation.run.denoise, []
 
     def denoise(*arguments):
         calls.append(arguments)
@@ -223,7 +223,7 @@ def test_generation_loads_anew_and_makes_every_picture(monkeypatch):
             raise torch.OutOfMemoryError("not enough")
         return original(*arguments)
 
-    monkeypatch.setattr(wan.generation, "denoise", denoise)
+    monkeypatch.setattr(wan.generation.run, "denoise", denoise)
     with pytest.raises(torch.OutOfMemoryError):
         from_lines("i2v", "ended", *lines)
     calls.clear()
@@ -270,7 +270,7 @@ def test_pictures_and_recipes_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypa
 def test_samples_of_training_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5):
     line = "a cat --w 32 --h 32 --s 2 --d 1 --ci data/start/cat.png --of target_index=1,control_index=0"
     Path("samples.txt").write_text(line, encoding="utf-8")
-    monkeypatch.setattr(wan.training_run, "plan_training", lambda *_: plan_of(TrainingMemoryConfig()))
+    monkeypatch.setattr(wan.training.run, "plan_training", lambda *_: plan_of(TrainingMemoryConfig()))
     pictures = []
     for name, flags in {"planned": ("--memory", "auto"), "told": ("--fp8_t5",)}.items():
         shutil.rmtree("output/sample", ignore_errors=True)

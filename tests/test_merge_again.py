@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.dit_cases import DEVICES, random_dit, velocity, with_lora
-from wan import checkpoint, fused_plain
-from wan.block_swap import swap_blocks_
-from wan.checkpoint_files import Checkpoint
-from wan.fused import fuse_
-from wan.lora import save_lora
-from wan.lora_files import read_lora
-from wan.lora_merge import Merger
+from wan.files import load as checkpoint
+from wan.files.formats import Checkpoint
+from wan.fused import plain
+from wan.fused.dit import fuse_
+from wan.lora.files import read_lora
+from wan.lora.merge import Merger
+from wan.lora.network import save_lora
+from wan.memory.block_swap import swap_blocks_
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in random_dit().state_dict().items()}
 TOUCHED = 12 * 4  # layers of a block with a LoRA, blocks
@@ -48,7 +49,7 @@ def swapping(count, **options):
 
 PREPARED = {  # how, and how many blocks wait in host memory
     "plain": (lambda _dit, _device: None, 0),
-    "fused": (partial(fuse_, operations=fused_plain), 0),  # q, k and v become one matrix
+    "fused": (partial(fuse_, operations=plain), 0),  # q, k and v become one matrix
     **{f"{count} swapped": (swapping(count), count) for count in (1, 3, 4)},
     "2 page-locked": (swapping(2, pinned=True), 2),
 }

@@ -2,9 +2,9 @@
 
 import pytest
 
-import wan.network_options
+import wan.lora.options
 from utils.errors import ConfigError
-from wan.network_options import NetworkArguments, NetworkConfig
+from wan.lora.options import NetworkArguments, NetworkConfig
 
 
 def extra(*args) -> NetworkArguments:
@@ -124,7 +124,7 @@ def test_impossible_settings_are_refused_with_their_flag(settings, message):
 @pytest.fixture
 def lycoris(monkeypatch):
     """As if the package were installed; settings do not import it."""
-    monkeypatch.setattr(wan.network_options, "find_spec", lambda name: name)
+    monkeypatch.setattr(wan.lora.options, "find_spec", lambda name: name)
 
 
 @pytest.mark.parametrize(("text", "factor"), [("-1", -1), ("8", 8)])
@@ -168,7 +168,7 @@ def test_settings_that_a_kind_of_network_lacks_are_refused(lycoris, settings, me
 
 
 def test_without_the_package_its_networks_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(wan.network_options, "find_spec", lambda name: None)
+    monkeypatch.setattr(wan.lora.options, "find_spec", lambda name: None)
     for module in ("networks.loha", "networks.lokr"):
         with pytest.raises(ConfigError, match=f"--network_module {module}: needs the package lycoris-lora"):
             NetworkConfig(network_module=module)

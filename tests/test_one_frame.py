@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from utils.errors import ConfigError
-from wan.condition import (
+from wan.frames.condition import (
     clip_controls,
     layout_of_cache,
     natural_indices,
@@ -17,7 +17,7 @@ from wan.condition import (
     stack_frames,
     unstack_frames,
 )
-from wan.one_frame import OneFrameLayout, layout_from_toml, parse
+from wan.frames.layout import OneFrameLayout, layout_from_toml, parse
 
 LAYOUTS = [
     OneFrameLayout((), 1),

@@ -17,9 +17,9 @@ from tests.photos import write_pairs
 from tests.test_options import visible
 from utils import cli
 from utils.errors import ConfigError
-from wan.optimizers import OptimizerConfig, build_optimizer, build_scheduler
-from wan.timestep_plot import draw_levels
-from wan.timesteps import NoiseConfig
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler
+from wan.training.timestep_plot import draw_levels
+from wan.training.timesteps import NoiseConfig
 
 # --- A case: what is given beside the base arguments, then the option's value, and where to look (keys of `run`).
 

@@ -11,16 +11,16 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-import wan.generation
+import wan.generation.run
 from tests import test_end_to_end
 from tests.dit_cases import CPU
 from tests.test_end_to_end import I2V, generate, train
 from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
-from wan import sampling
-from wan.dit import pad_text
-from wan.pipeline import Pipeline, denoise, initial_noise
-from wan.preview import LatentPreview, PreviewConfig, synthetic_images
+from wan.generation import sampling
+from wan.generation.pipeline import Pipeline, denoise, initial_noise
+from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
+from wan.nets.dit import pad_text
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 FLAGS = [
@@ -163,8 +163,8 @@ def test_a_training_sample_has_previews_too_and_is_the_same_picture(saved):
 
 
 def test_a_picture_that_fails_leaves_its_preview(monkeypatch):
-    original = wan.generation.denoise
-    monkeypatch.setattr(wan.generation, "denoise", lambda *arguments: original(*arguments) * float("nan"))
+    original = wan.generation.run.denoise
+    monkeypatch.setattr(wan.generation.run, "denoise", lambda *arguments: original(*arguments) * float("nan"))
     with pytest.raises(ConfigError, match="1 of 1 images"):
         generate("i2v", "out", *FLAGS, "--preview", "1")
     (left,) = Path("out").iterdir()

@@ -25,9 +25,10 @@ from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from tests.two_processes import ROOT, SECONDS, finish, run_jobs, start
 from utils.errors import ConfigError
-from wan import processes, training_start
-from wan.processes import DeviceConfig
-from wan.state import load_state
+from wan.models import device
+from wan.models.device import DeviceConfig
+from wan.training import start as training_start
+from wan.training.state import load_state
 
 PHOTOS = ["astronaut", "brick", "cat", "coffee"]
 ENCODERS = [part for kind in ("vae", "clip") for part in (f"--{kind}", f"models/{FILES[kind]}")]
@@ -295,4 +296,4 @@ def test_a_single_gpu_named_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="--device cuda:1: several processes take cpu or cuda"):
-        processes.join(DeviceConfig("cuda:1"))
+        device.join(DeviceConfig("cuda:1"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from utils.errors import ConfigError
-from utils.prompts import Prompt, parse_line, read_file
+from wan.generation.prompt_lines import Prompt, parse_line, read_file
 
 
 def line(text: str, training: bool = True) -> Prompt:

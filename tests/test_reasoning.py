@@ -13,17 +13,17 @@ from tests.dit_cases import CPU, SPEC, random_dit
 from tests.test_end_to_end import ENCODERS, generate, pipeline
 from utils.errors import ConfigError
 from utils.images import open_image
-from utils.prompts import parse_line
-from wan.checkpoint import load_vae
-from wan.dit import pad_text
-from wan.encoding import encode_video, frame_pixels
-from wan.guidance import GuidanceConfig
-from wan.one_frame import OneFrameLayout, parse
-from wan.pipeline import Encoded, denoise, initial_noise
-from wan.reasoning import ReasoningFrames
-from wan.request import Request, SamplingConfig
-from wan.sampling import SOLVERS, sample, schedule
-from wan.tasks import TASKS
+from wan.files.load import load_vae
+from wan.frames.encode import encode_video, frame_pixels
+from wan.frames.layout import OneFrameLayout, parse
+from wan.frames.reasoning import ReasoningFrames
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.pipeline import Encoded, denoise, initial_noise
+from wan.generation.prompt_lines import parse_line
+from wan.generation.request import Request, SamplingConfig
+from wan.generation.sampling import SOLVERS, sample, schedule
+from wan.models.tasks import TASKS
+from wan.nets.dit import pad_text
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"

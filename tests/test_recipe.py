@@ -13,12 +13,13 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import wan.checkpoint
+import wan.files.load
 import wan_generate_video
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils.errors import ConfigError
-from wan import __version__, recipe
+from wan import __version__
+from wan.generation import recipe
 
 ODD = "Bilder 'ünd' 画像 🐈"  # a folder
 MODELS = {kind: f"models/{FILES[kind]}" for kind in ("i2v", "vae", "t5", "clip", "tokenizer")}
@@ -160,7 +161,7 @@ def test_a_file_that_changed_is_named_unless_it_is_given(name, option, monkeypat
     (path,) = generate("out", *COMMON, *SINGLE, *LORA)
     before = Path(name).read_bytes()
     for loader in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        monkeypatch.setattr(wan.checkpoint, loader, lambda *_args, **_more: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(wan.files.load, loader, lambda *_args, **_more: pytest.fail("weights were loaded"))
     try:
         Path(name).write_bytes(before + b" ")
         message = one_line(path)
@@ -247,7 +248,7 @@ def test_files_without_a_recipe_are_one_line():
 
 
 def test_every_option_is_in_recipes_or_makes_no_difference_to_a_picture():
-    """A new option belongs into `wan/recipe.py`, or here."""
+    """A new option belongs into `wan/generation/recipe.py`, or here."""
     elsewhere = {"recipe", "from_file", "interactive", "save_path", "output_type", "no_metadata"}
     elsewhere |= {"save_merged_model", "ckpt_dir", "device", "sweep", "preview", "explain"}
     actions = wan_generate_video.build_parser()._actions

@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import wan.fused
-import wan.recompute
+import wan.fused.dit
+import wan.memory.recompute
 from tests.dit_cases import CPU, SPEC, attention, lora_gradients, random_dit, velocity, with_lora
-from wan import fused_plain
-from wan.fused import fuse_
-from wan.recompute import checkpoint_blocks_, kept_blocks, measured
+from wan.fused import plain as fused_plain
+from wan.fused.dit import fuse_
+from wan.memory.recompute import checkpoint_blocks_, kept_blocks, measured
 
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kept", range(SPEC.num_layers + 1))
 def test_any_plan_gives_the_same_gradients(kept, offload, monkeypatch):
-    monkeypatch.setattr(wan.recompute, "kept_blocks", lambda *_: kept)
+    monkeypatch.setattr(wan.memory.recompute, "kept_blocks", lambda *_: kept)
     plain = random_dit()
     network = with_lora(plain)
     model = random_dit()
@@ -38,7 +38,7 @@ def test_any_plan_gives_the_same_gradients(kept, offload, monkeypatch):
 def test_a_size_is_measured_once(monkeypatch):
     sizes, model = [], random_dit()
     network = with_lora(model)
-    monkeypatch.setattr(wan.recompute, "kept_blocks", lambda blocks, *found: sizes.append(found) or 0)
+    monkeypatch.setattr(wan.memory.recompute, "kept_blocks", lambda blocks, *found: sizes.append(found) or 0)
     checkpoint_blocks_(model, only_needed=True)
     for batch in (1, 1, 2, 1, 2):
         lora_gradients(model, network, batch=batch)
@@ -91,13 +91,13 @@ def test_a_lean_block_keeps_less_and_has_the_same_gradients():
 @pytest.mark.parametrize("kept", [0, 2, 4])
 def test_a_plan_with_lean_blocks_gives_the_same_gradients(kept, monkeypatch):
     fits = iter([1, kept])  # not all blocks keep everything, so that leaner ones are tried
-    monkeypatch.setattr(wan.recompute, "kept_blocks", lambda *_: next(fits))
+    monkeypatch.setattr(wan.memory.recompute, "kept_blocks", lambda *_: next(fits))
     plain, model = fused(random_dit()), fused(random_dit())
     network, other = with_lora(plain), with_lora(model)
     ways = []
     for number, block in enumerate(model.blocks):
         block.forward.train = lambda *inputs, n=number, run=block.forward.train: (
-            ways.append((n, inputs[-1] is wan.recompute.made_again)) or run(*inputs)
+            ways.append((n, inputs[-1] is wan.memory.recompute.made_again)) or run(*inputs)
         )
     checkpoint_blocks_(model, only_needed=True)
     expected = lora_gradients(plain, network)
@@ -131,14 +131,14 @@ attend.register_autograd(attend_backward, setup_context=lambda ctx, inputs, outp
 def test_recomputing_leaves_out_the_last_product_and_where_memory_is_planned_attention(only_needed, monkeypatch):
     model, products = fused(random_dit()), []
     network = with_lora(model)
-    monkeypatch.setattr(wan.recompute, "_ATTENTION", [torch.ops.wan_tests.attend.default])
+    monkeypatch.setattr(wan.memory.recompute, "_ATTENTION", [torch.ops.wan_tests.attend.default])
     for block in model.blocks:
         block.self_attn.attention = attend
     expected = lora_gradients(model, network)
     checkpoint_blocks_(model, only_needed=only_needed)
     lora_gradients(model, network)
-    original = wan.fused.lora_products
-    monkeypatch.setattr(wan.fused, "lora_products", lambda *args: products.append(args[3]) or original(*args))
+    original = wan.fused.dit.lora_products
+    monkeypatch.setattr(wan.fused.dit, "lora_products", lambda *args: products.append(args[3]) or original(*args))
     ATTENDED.clear()
     assert torch.equal(lora_gradients(model, network), expected)
     assert products.count(False) == SPEC.num_layers and len(products) == 2 * 8 * SPEC.num_layers

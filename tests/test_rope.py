@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import golden, needs_shared, rel_l2
-from wan.rope import apply_rope, grid_positions, rope_angles
+from wan.nets.rope import apply_rope, grid_positions, rope_angles
 
 
 def rotate(x, positions):

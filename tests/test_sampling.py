@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from tests.helpers import golden, needs_shared, rel_l2
 from utils.errors import ConfigError
-from wan.sampling import SOLVERS, Schedule, guided, sample, schedule, shifted
+from wan.generation.sampling import SOLVERS, Schedule, guided, sample, schedule, shifted
 
 
 def curved(x, timestep, step):

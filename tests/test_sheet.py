@@ -19,11 +19,11 @@ from dataset.sources import find_all_items
 from demo.tiny_models import FILES, write_models
 from utils.errors import ConfigError
 from utils.images import from_pixels, to_pixels
-from wan import sheet
-from wan.checkpoint import load_vae
-from wan.condition import causal_video
-from wan.encoding import encode_images, encode_video
-from wan.one_frame import OneFrameLayout
+from wan.caching import sheet
+from wan.files.load import load_vae
+from wan.frames.condition import causal_video
+from wan.frames.encode import encode_images, encode_video
+from wan.frames.layout import OneFrameLayout
 
 TOML = """
 [[datasets]]

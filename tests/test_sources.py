@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 from dataset.config import DatasetsConfig, ImageDatasetConfig, read_config
 from dataset.sources import find_all_items, find_items
 from utils.errors import ConfigError
-from wan.one_frame import OneFrameLayout
+from wan.frames.layout import OneFrameLayout
 
 
 @pytest.fixture

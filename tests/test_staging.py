@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wan import staging
-from wan.checkpoint_files import open_checkpoint
-from wan.staging import FileTensor, staged
+from wan.files import staging
+from wan.files.formats import open_checkpoint
+from wan.files.staging import FileTensor, staged
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from utils.errors import ConfigError
 from utils.files import written_whole
-from wan import state
-from wan.state import Progress, State, load_state, newest_state, remove_leftovers, save_state
+from wan.training import state
+from wan.training.state import Progress, State, load_state, newest_state, remove_leftovers, save_state
 
 WEIGHTS = {"lora_unet_a.lora_down.weight": torch.randn(2, 3)}
 OPTIMIZER = {"optimizer": {"state": {0: {"exp_avg": torch.randn(2, 3), "step": torch.tensor(4.0)}}}}

@@ -9,18 +9,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import wan.checkpoint
-import wan.sweep
+import wan.files.load
+import wan.generation.sweep
 import wan_generate_video
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils.errors import ConfigError
-from utils.grid import draw_grid
-from wan import one_frame, recipe
-from wan.checkpoint_files import Checkpoint
-from wan.memory import GenerationMemoryConfig
-from wan.memory_plan import Choice, Plan, Room
-from wan.sweep import Axis, SweepConfig
+from wan.files.formats import Checkpoint
+from wan.frames import layout
+from wan.generation import recipe
+from wan.generation.grid import draw_grid
+from wan.generation.sweep import Axis, SweepConfig
+from wan.models.memory_options import GenerationMemoryConfig
+from wan.models.plan import Choice, Plan, Room
 
 FLAGS = [
     *(word for kind in ("vae", "t5", "clip") for word in (f"--{kind}", f"models/{FILES[kind]}")),
@@ -137,13 +138,13 @@ def test_pictures_of_other_multipliers_are_those_of_runs_of_their_own(flags):
 def test_models_load_once_whatever_varies_and_other_multipliers_read_what_the_lora_changes(monkeypatch):
     loaded = []
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        original = getattr(wan.checkpoint, name)
+        original = getattr(wan.files.load, name)
 
         def counted(*arguments, _name=name, _original=original, **more):
             loaded.append(_name)
             return _original(*arguments, **more)
 
-        monkeypatch.setattr(wan.checkpoint, name, counted)
+        monkeypatch.setattr(wan.files.load, name, counted)
     generate("out", "--sweep", "target_index=1,2", "seed=1,2")
     assert sorted(loaded) == ["load_clip", "load_dit", "load_t5", "load_vae"]
     loaded.clear()
@@ -161,14 +162,14 @@ def test_when_memory_runs_out_at_another_multiplier_the_next_choice_makes_the_sa
     memories = GenerationMemoryConfig(), GenerationMemoryConfig(blocks_to_swap=1)
     plan = Plan([Choice(memory, {"all": size}) for memory, size in zip(memories, (1, 0), strict=True)], Room(1, 1))
     monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan)
-    original, failing = wan.checkpoint.merge_again_, [True]
+    original, failing = wan.files.load.merge_again_, [True]
 
     def merge_again_(*arguments):
         original(*arguments)
         if failing.pop():
             raise torch.OutOfMemoryError("not enough")
 
-    monkeypatch.setattr(wan.checkpoint, "merge_again_", merge_again_)
+    monkeypatch.setattr(wan.files.load, "merge_again_", merge_again_)
     assert [pixels(path) for path in generate("out", *sweep, "--memory", "auto")] == expected
     assert not failing
 
@@ -205,23 +206,23 @@ def test_each_prompt_of_a_file_gets_its_grid():
 )
 def test_a_wrong_sweep_is_one_line_before_anything_loads(sweep, words, monkeypatch):
     for loader in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        monkeypatch.setattr(wan.checkpoint, loader, lambda *_args, **_more: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(wan.files.load, loader, lambda *_args, **_more: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError) as caught:
         generate("out", "--sweep", *sweep)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_keys_go_where_prompt_lines_put_them():
-    swept = one_frame.with_values("control_index=0, target_index=1", {"target_index": "4"})
+    swept = layout.with_values("control_index=0, target_index=1", {"target_index": "4"})
     assert swept == "control_index=0,target_index=4"
-    swept = one_frame.with_values("", {"control_index": "0;2", "target_index": "1"})
+    swept = layout.with_values("", {"control_index": "0;2", "target_index": "1"})
     assert swept == "control_index=0;2,target_index=1"
     assert Axis.parse("control_index=0;2, 0;4").values == ("0;2", "0;4")
     assert SweepConfig().size == 1 and SweepConfig(("seed=1,2,3", "steps=4,5")).size == 6
 
 
 def test_labels_name_the_values_of_their_column_and_row(monkeypatch):
-    monkeypatch.setattr(wan.sweep, "draw_grid", lambda *arguments: arguments)
+    monkeypatch.setattr(wan.generation.sweep, "draw_grid", lambda *arguments: arguments)
     rows, across, down = SweepConfig(("seed=1,2", "steps=3,4", "shift=5,6")).draw(range(8))
     assert rows == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)] and across == ["seed=1", "seed=2"]
     assert down == ["steps=3\nshift=5", "steps=3\nshift=6", "steps=4\nshift=5", "steps=4\nshift=6"]

@@ -11,10 +11,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
 from utils.errors import ConfigError
-from wan.checkpoint import load_t5
-from wan.config import TEXT_LENGTH
-from wan.t5 import clean_prompt, encode_text, t5_key
-from wan.tokenizer import load_tokenizer
+from wan.files.load import load_t5
+from wan.files.tokenizer import load_tokenizer
+from wan.nets.spec import TEXT_LENGTH
+from wan.nets.t5 import clean_prompt, encode_text, t5_key
 
 VOCABULARY, HEADS, LAYERS = 40, 3, 2
 

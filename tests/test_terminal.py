@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from utils import terminal
-from utils.terminal import history_file, typed_lines
+from wan.generation import terminal
+from wan.generation.terminal import history_file, typed_lines
 
 CODE = """
 import sys
 sys.modules["prompt_toolkit"] = None
 from pathlib import Path
-from utils.terminal import typed_lines
+from wan.generation.terminal import typed_lines
 for line in typed_lines("> ", Path({path!r})):
     print("got", repr(line), flush=True)
 print("end", flush=True)

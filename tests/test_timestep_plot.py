@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from wan import timestep_plot
-from wan.timestep_plot import Histogram, count, draw_levels, picture, show, text_lines
-from wan.timesteps import TIMESTEP_SAMPLING, WEIGHTING_SCHEMES, NoiseConfig
+from wan.training import timestep_plot
+from wan.training.timestep_plot import Histogram, count, draw_levels, picture, show, text_lines
+from wan.training.timesteps import TIMESTEP_SAMPLING, WEIGHTING_SCHEMES, NoiseConfig
 
 SIZE = (68, 120)
 

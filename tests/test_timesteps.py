@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tests.helpers import golden, needs_shared
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
-from wan.timesteps import (
+from wan.training.timesteps import (
     TIMESTEP_SAMPLING,
     NoiseConfig,
     add_noise,

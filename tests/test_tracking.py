@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import ConfigError
-from wan.tracking import Tracker, TrackingConfig, public_settings
+from wan.training.tracking import Tracker, TrackingConfig, public_settings
 
 PACKAGES = {
     "tensorboard": "",

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 
 from tests.helpers import TINY, needs_shared, rel_l2
 from utils.randomness import seeded
-from wan.checkpoint import load_dit
-from wan.config import DiTSpec
-from wan.dit import WanDiT
-from wan.flow_matching import flow_matching_loss
-from wan.lora import inject_lora_
-from wan.memory import checkpoint_blocks_
-from wan.network_options import NetworkConfig
+from wan.files.load import load_dit
+from wan.lora.network import inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.models.memory_options import checkpoint_blocks_
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
+from wan.training.loss import flow_matching_loss
 
 SPEC = DiTSpec("i2v", dim=256, ffn_dim=384, num_layers=2, in_dim=36, text_dim=32, image_dim=48)
 

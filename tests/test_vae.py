@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
 from utils.errors import ConfigError
-from wan.vae import VAE_MEAN, VAE_STD, CausalConv3d, WanVAE, vae_base_dim
+from wan.nets.vae import VAE_MEAN, VAE_STD, CausalConv3d, WanVAE, vae_base_dim
 
 # (ours, diffusers'), applied in this order
 DIFFUSERS_NAMES = [

@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from dataset.loader import BatchPlan, TrainingSet, ValidationSet, clip_for, load_batch
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
-from wan.config import DiTSpec
-from wan.dit import WanDiT, pad_text
-from wan.flow_matching import flow_matching_loss
-from wan.validation import ValidationConfig, Validator, validate
+from wan.nets.dit import WanDiT, pad_text
+from wan.nets.spec import DiTSpec
+from wan.training.loss import flow_matching_loss
+from wan.training.validation import ValidationConfig, Validator, validate
 
 CPU = torch.device("cpu")
 LEVELS = (0.1, 0.5, 0.9)

@@ -14,7 +14,7 @@ from demo.tiny_models import FILES
 from demo.train_dit import TEXT_LENGTH_IN_TRAINING
 from demo.world import ACTIONS, CHANGES, COLOURS, FRAMES, PLACES, SIZES, Place, is_held_out, on_photo, sample_scene
 from utils.images import STEP
-from wan.tokenizer import load_tokenizer
+from wan.files.tokenizer import load_tokenizer
 
 WHITE = (1.0, 1.0, 1.0)
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import wan.checkpoint
+import wan.files.load
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
@@ -16,8 +16,8 @@ import wan_train_network
 from demo.tiny_models import FILES, write_models
 from tests.photos import write_pairs
 from utils import cli
-from wan.config import DiTSpec
-from wan.dit import WanDiT
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
 
 M = {kind: f"models/{name}" for kind, name in FILES.items()}
 TOML = """
@@ -277,7 +277,7 @@ def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
-        monkeypatch.setattr(wan.checkpoint, name, lambda *_args, **_more: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(wan.files.load, name, lambda *_args, **_more: pytest.fail("weights were loaded"))
     main, argv = SCRIPTS[script]
     if callable(mistake):
         mistake()

@@ -55,11 +55,12 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
     from accelerate.state import AcceleratorState
 
-    from wan import training, training_start
-    from wan.sharding import is_shared
+    from wan.memory.sharding import is_shared
+    from wan.training import loop
+    from wan.training import start as training_start
 
     os.environ.update(environment)
-    original, original_run = training_start.build_accelerator, training.Trainer.run
+    original, original_run = training_start.build_accelerator, loop.Trainer.run
 
     def build(device):
         accelerator = original(device)
@@ -72,11 +73,11 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
         assert all(is_shared(parameter) for parameter in trainer.job.dit.parameters())
         return original_run(trainer)
 
-    training_start.build_accelerator, training.Trainer.run = build, run
+    training_start.build_accelerator, loop.Trainer.run = build, run
     try:
         yield
     finally:
-        training_start.build_accelerator, training.Trainer.run = original, original_run
+        training_start.build_accelerator, loop.Trainer.run = original, original_run
         AcceleratorState._reset_state(reset_partial_state=False)
         PartialState().distributed_type = DistributedType.MULTI_CPU
 

@@ -1,0 +1,1 @@
+"""The two caching runs, and contact sheets of what they would cache."""

@@ -1,0 +1,366 @@
+"""The caching runs: the images and captions of a dataset configuration -> cache files, one item at a time."""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.cache import (
+    LatentCache,
+    LatentSettings,
+    TextSettings,
+    latent_cache_path,
+    latent_settings,
+    latent_stale_reason,
+    list_latent_caches,
+    list_text_caches,
+    remove_except,
+    text_cache_path,
+    text_stale_reason,
+    write_latent_cache,
+    write_text_cache,
+)
+from dataset.config import DatasetsConfig, read_config
+from dataset.sources import Item, find_all_items
+from utils.cli import option
+from utils.dtypes import dtype_name
+from utils.errors import ConfigError
+from utils.files import fingerprint, require_writable_dir
+from utils.images import as_pixels, open_image, open_masked, to_levels
+from wan.frames.condition import causal_video, stack_condition, stack_frames
+from wan.frames.encode import (
+    encode_blank,
+    encode_causal_condition,
+    encode_clip,
+    encode_frames,
+    encode_video,
+    frame_levels,
+    latent_mask,
+)
+from wan.frames.layout import LayoutConfig
+from wan.models.device import Processes
+from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.nets.t5 import encode_text
+from wan.nets.vae import WanVAE
+
+log = logging.getLogger(__name__)
+ALONE = Processes()
+Job = TypeVar("Job")
+Loaded = TypeVar("Loaded")
+_WRITERS = 1  # threads: a file takes a third of the time that a GPU takes for its item
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachingConfig:
+    """caching"""
+
+    dataset_config: Path = option(help="dataset TOML")
+    batch_size: int | None = option(
+        None, help="items per call: default of the datasets' batch_size, and the most that are encoded together"
+    )
+    num_workers: int | None = option(None, help="threads that read files ahead; default: one less than the CPU has")
+    skip_existing: bool = option(False, help="keep caches that were made with the same settings from the same files")
+    keep_cache: bool = option(False, help="keep caches in the cache folders that belong to no item")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+
+    @property
+    def workers(self) -> int:
+        """Number of reading threads."""
+        return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
+
+    def read(self, need_controls: bool, layout: str | None = None) -> tuple[DatasetsConfig, list[Item]]:
+        """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
+
+        layout: that of the datasets that don't name theirs.
+        """
+        config = read_config(self.dataset_config, self.batch_size, layout)
+        items = find_all_items(config, need_controls)
+        for i, dataset in enumerate(config.datasets):
+            require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
+        return config, items
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentCachingConfig(CachingConfig, LayoutConfig):
+    """caching"""
+
+    one_frame: bool = option(False, help="one-frame caching, the only kind there is: must be given")
+    disable_cudnn_backend: bool = option(False, help="do without cuDNN, for drivers where it fails")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.one_frame:
+            raise ConfigError("--one_frame is missing; only one-frame caching is supported, add --one_frame")
+
+
+def run_latents(
+    run: LatentCachingConfig,
+    vae: VAEConfig,
+    clip: CLIPConfig,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> None:
+    """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
+    config, items = run.read(need_controls=True, layout=run.one_frame_layout)
+    vae.check()
+    clip.check()
+    torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
+    models = {
+        "vae": fingerprint(vae.vae),
+        "clip": fingerprint(clip.clip),
+        "vae_dtype": dtype_name(vae.dtype(device)),
+        "clip_dtype": dtype_name(clip.dtype(device)),
+    }
+    todo = items
+    if run.skip_existing:
+
+        def reason(item: Item) -> str | None:
+            expected = latent_settings(item, models)
+            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes)
+
+        todo = _stale(items, reason, run, processes)
+    todo = _share(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
+    if todo:
+        cache_latents(config, todo, vae.load(device), clip.load(device), models, run)
+    _clean(run, config, items, list_latent_caches, latent_path, processes)
+
+
+def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
+    """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
+    config, items = run.read(need_controls=False)
+    t5.check()
+    settings = TextSettings(t5=fingerprint(t5.t5), dtype=dtype_name(t5.dtype(device)))
+    todo = items
+    if run.skip_existing:
+
+        def reason(item: Item) -> str | None:
+            return text_stale_reason(text_path(config, item), item.caption, settings)
+
+        todo = _stale(items, reason, run, processes)
+    todo = _share(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
+    if todo:
+        model, tokenizer = t5.load(device)
+        encode = partial(encode_text, model, tokenizer, device=device)
+        cache_texts(config, todo, encode, settings, run.batch_size)
+    _clean(run, config, items, list_text_caches, text_path, processes)
+
+
+def latent_path(config: DatasetsConfig, item: Item) -> Path:
+    """Where the latents of an item are cached."""
+    return latent_cache_path(config.datasets[item.dataset].cache_directory, item.stem, item.size)
+
+
+def text_path(config: DatasetsConfig, item: Item) -> Path:
+    """Where the caption of an item is cached."""
+    return text_cache_path(config.datasets[item.dataset].cache_directory, item.stem)
+
+
+def cache_latents(
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    vae: WanVAE,
+    clip: nn.Module,
+    models: Mapping[str, str],
+    run: CachingConfig,
+) -> None:
+    """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names.
+
+    The frames of up to a batch of items of one size go through the VAE together, those of causal layouts item by item.
+    """
+    load = partial(load_item, models=models)
+    items = sorted(items, key=_size)
+    sizes = _sizes(config, run.batch_size)
+    with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
+        loaded = _batches(ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
+        for one in ahead(partial(_write, config), encode_items(vae, clip, loaded), _WRITERS):
+            bar.update(len(one.frames))
+
+
+def cache_texts(
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    encode: Callable[[list[str]], list[Tensor]],
+    settings: TextSettings,
+    batch_size: int | None = None,
+) -> None:
+    """Encode and write the captions. encode: captions -> [L, D] each; batch_size can lower that of the datasets."""
+    with tqdm(total=len(items), desc="caching texts", unit="caption") as bar:
+        for batch in _batches(sorted(items, key=_length), _dataset, _sizes(config, batch_size)):
+            captions = list(dict.fromkeys(item.caption for item in batch))
+            embeddings = dict(zip(captions, encode(captions), strict=True))
+            for item in batch:
+                write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, settings)
+            bar.update(len(batch))
+
+
+@dataclass(frozen=True)
+class LoadedItem:
+    """An item after the reading threads are done with it."""
+
+    item: Item
+    settings: LatentSettings
+    frames: tuple[Tensor, ...]  # the target and the controls, [3, height, width] uint8
+    controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
+    masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
+
+
+def encode_items(
+    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[LoadedItem]]
+) -> Iterator[tuple[LoadedItem, LatentCache]]:
+    """What is to be written of each item. A batch has one size and one kind of layout; a GPU may still be at work."""
+    blanks: dict[tuple[int, int], Tensor] = {}
+    for batch in batches:
+        encode = _causal if batch[0].item.layout.causal else _independent
+        found = encode_clip(clip, [control for one in batch for control in one.controls])
+        shares = found.split([len(one.controls) for one in batch])
+        for one, (latents, condition), features in zip(batch, encode(vae, batch, blanks), shares, strict=True):
+            yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0], one.item.sizes)
+
+
+def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> LoadedItem:
+    """Wait for the device, in a thread of its own, so that it gets the next item meanwhile."""
+    one, cache = encoded
+    write_latent_cache(latent_path(config, one.item), cache, one.settings)
+    return one
+
+
+def _independent(
+    vae: WanVAE, batch: Sequence[LoadedItem], blanks: dict[tuple[int, int], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(latents [16, F, H, W], condition [20, F, H, W]) of each item; `blanks` keeps the blank latent of each size."""
+    size = batch[0].item.bucket
+    if size not in blanks:
+        blanks[size] = encode_blank(vae, *size)
+    encoded = iter(encode_frames(vae, [frame for one in batch for frame in one.frames]))
+    for one in batch:
+        layout = one.item.layout
+        target, *controls = islice(encoded, len(one.frames))
+        condition = stack_condition(layout, controls, blanks[size], one.masks[1:])
+        yield stack_frames(layout, controls, target), condition
+
+
+def _causal(vae: WanVAE, batch: Sequence[LoadedItem], _blanks: object) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `_independent`; a blank of its own would have no meaning here."""
+    for one in batch:
+        layout = one.item.layout
+        target, *controls = map(as_pixels, one.frames)
+        latents = encode_video(vae, causal_video(layout, controls, target))
+        yield latents, encode_causal_condition(vae, layout, controls)
+
+
+def _size(item: Item) -> tuple:
+    """What items whose frames go through the VAE together have in common."""
+    return item.dataset, item.bucket, item.sizes if len(set(item.sizes)) > 1 else ()
+
+
+def _dataset(item: Item) -> tuple:
+    """What items whose captions go through T5 together have in common."""
+    return (item.dataset,)
+
+
+def _length(item: Item) -> tuple:
+    """Puts captions into an order in which a batch holds little padding, and equal ones are encoded once."""
+    return item.dataset, len(item.caption), item.caption
+
+
+def _sizes(config: DatasetsConfig, batch_size: int | None) -> list[int]:
+    """The largest batch of each dataset."""
+    return [min(dataset.batch_size, batch_size or dataset.batch_size) for dataset in config.datasets]
+
+
+def _batches(items: Iterable[Job], group: Callable[[Job], tuple], sizes: Sequence[int]) -> Iterator[list[Job]]:
+    """Neighbours with equal `group`, which is (dataset, ...), at most `sizes[dataset]` at a time."""
+    for (dataset, *_), together in groupby(items, group):
+        while batch := list(islice(together, sizes[dataset])):
+            yield batch
+
+
+def _share(
+    items: Sequence[Item], group: Callable[[Item], tuple], sizes: Sequence[int], processes: Processes
+) -> list[Item]:
+    """The items of this process. Batches stay whole, so that the rounding of a GPU doesn't depend on the processes."""
+    return [item for batch in processes.share(list(_batches(items, group, sizes))) for item in batch]
+
+
+def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
+    """Read and resize. models: as for `cache_latents`."""
+    target, target_mask = open_masked(item.target, "target image", item.target_mask)
+    if item.layout.causal:  # takes no masks of controls
+        opened = [(open_image(path, "control image"), None) for path in item.controls]
+    else:
+        pairs = zip(item.controls, item.control_masks, strict=True)
+        opened = [open_masked(path, "control image", mask) for path, mask in pairs]
+    controls = [image for image, _ in opened]
+    fits = (item.target_fit, *item.control_fits)
+    images, masks = (target, *controls), (target_mask, *(mask for _, mask in opened))
+    frames = tuple(frame_levels(image, fit.bucket, fit.crop_only) for image, fit in zip(images, fits, strict=True))
+    masks = tuple(mask and latent_mask(mask, fit.bucket, fit.crop_only) for mask, fit in zip(masks, fits, strict=True))
+    if masks[0] is not None and not masks[0].any():
+        raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
+    return LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)
+
+
+def ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:
+    """load(job) of each job, in order; threads work on the next ones meanwhile, one per worker."""
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for job in jobs:
+            waiting.append(pool.submit(load, job))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _stale(
+    items: list[Item], reason: Callable[[Item], str | None], run: CachingConfig, processes: Processes
+) -> list[Item]:
+    """The items that have a reason to be cached again; logs how many there are for each reason."""
+    own = processes.share(range(len(items)))
+    own_reasons = tqdm(
+        ahead(lambda number: reason(items[number]), own, run.workers),
+        total=len(own),
+        desc="checking caches",
+        unit="file",
+        disable=not processes.is_main,
+    )
+    found = dict(processes.gathered(list(zip(own, own_reasons, strict=True))))
+    reasons = [found[number] for number in range(len(items))]
+    counts = Counter(filter(None, reasons))
+    log.info("%d of %d caches are up to date", len(items) - counts.total(), len(items))
+    for text, count in counts.most_common():
+        log.info("%d to be made: %s", count, text)
+    return [item for item, text in zip(items, reasons, strict=True) if text]
+
+
+def _clean(
+    run: CachingConfig,
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    list_caches: Callable[[Path], list[Path]],
+    path_of: Callable[[DatasetsConfig, Item], Path],
+    processes: Processes,
+) -> None:
+    """Once all processes are done, delete the caches that belong to no item, unless they are to be kept."""
+    processes.wait()
+    if run.keep_cache or not processes.is_main:
+        return
+    kept = {path_of(config, item) for item in items}
+    for dataset in config.datasets:
+        if removed := remove_except(list_caches(dataset.cache_directory), kept):
+            log.info("%s: deleted %d caches that belong to no item", dataset.cache_directory, len(removed))

@@ -1,0 +1,1 @@
+"""Checkpoints: bytes on disk to modules, whatever tool wrote them."""

@@ -1,0 +1,1 @@
+"""The one-frame idea: which frame sits at which time index, and how frames become latents and conditions."""

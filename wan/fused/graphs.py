@@ -1,0 +1,155 @@
+"""CUDA graphs: what the GPU has to do for inputs of one size, recorded once and then started by one call.
+
+With few tokens a GPU is done with its kernels faster than Python starts them, one by one. What is replayed reads and
+writes the memory that it was recorded with: inputs are copied there, and a result lasts until the next call.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from wan.nets.dit import StepCache
+from wan.nets.tokens import FrameSizes, token_count
+
+log = logging.getLogger(__name__)
+
+# work -> (what does it again, its result): `work` takes nothing and returns a tensor or several
+Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
+_MOST_TOKENS = 4096  # of a batch: with more, an H100 takes longer than Python
+
+
+class CudaRecorder:
+    """Its graphs take turns in the same memory."""
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what compiling left in cycles may hold on to autograd's nodes, which belong to another stream
+        pool = next((other.pool() for other in self._graphs), None)  # with the last of its graphs it is gone
+        # Threads that load data may go on meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+        self._graphs.add(graph)
+        return graph.replay, result
+
+
+class Recorded:
+    """A function of tensors and constants, for constants and sizes that it is made with."""
+
+    def __init__(self, record: Recorder, work: Callable[..., Any], *inputs: Any) -> None:
+        self._inputs = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in inputs]
+        self._replay, self._result = record(partial(work, *self._inputs))
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The result, which the next call writes over."""
+        for own, tensor in zip(self._inputs, inputs, strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(tensor, non_blocking=True)
+        self._replay()
+        return self._result
+
+
+def graph_forward_(dit: nn.Module, record: Recorder | None = None) -> None:
+    """Replay `dit.forward`, from the second call with the same StepCache on. record: default CUDA's."""
+    dit.forward = _GraphedForward(dit.forward, record or CudaRecorder())
+
+
+class _GraphedForward:
+    """In place of `WanDiT.forward`."""
+
+    def __init__(self, forward: Callable[..., Tensor], record: Recorder) -> None:
+        self._forward, self._record = forward, record
+        self._recorded: WeakKeyDictionary[StepCache, dict[tuple, Recorded]] = WeakKeyDictionary()
+        self._fits = True
+
+    def __call__(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        timesteps: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        frame_indices: Tensor,
+        skip_blocks: frozenset[int] = frozenset(),
+        cache: StepCache | None = None,
+        frame_sizes: FrameSizes | None = None,
+    ) -> Tensor:
+        def work(latents: Tensor, condition: Tensor | None, timesteps: Tensor) -> Tensor:
+            shared = text, image, frame_indices, skip_blocks, cache, frame_sizes
+            return self._forward(latents, condition, timesteps, *shared)
+
+        inputs = latents, condition, timesteps
+        first = cache is None or cache.prepared is None
+        if first or torch.is_grad_enabled() or not self._fits or _tokens(latents, frame_sizes) > _MOST_TOKENS:
+            return work(*inputs)
+        found, size = self._recorded.setdefault(cache, {}), (latents.shape, skip_blocks, frame_sizes)
+        if size not in found:
+            try:
+                found[size] = Recorded(self._record, work, *inputs)
+            except torch.OutOfMemoryError:
+                self._fits = False
+                return work(*inputs)
+        return found[size](*inputs).clone()
+
+
+class GraphedGradients:
+    """A loss and its gradients, replayed from the second time on that inputs of a size occur."""
+
+    def __init__(
+        self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter], record: Recorder | None = None
+    ) -> None:
+        """loss: of named tensors, returns [B]. parameters: what the gradients are for. record: default CUDA's."""
+        self._loss, self.parameters, self._record = loss, parameters, record or CudaRecorder()
+        self._known: set[tuple] = set()  # sizes that kernels have been chosen for
+        self._recorded: dict[tuple, Recorded] = {}
+        self._fits = True
+
+    def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The losses [B], and the gradients of their sum times `factor`, a scalar. The next call may write over both.
+
+        inputs: of `loss`, tensors and constants; among them `latents` [B, 16, F, H, W].
+        """
+        work, tensors = partial(self._work, list(inputs)), [factor, *inputs.values()]
+        size = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor for tensor in tensors)
+        tokens = _tokens(inputs["latents"], inputs.get("frame_sizes"))
+        wanted = self._fits and size in self._known and tokens <= _MOST_TOKENS
+        if wanted and size not in self._recorded:
+            try:
+                self._recorded[size] = Recorded(self._record, work, *tensors)
+            except torch.OutOfMemoryError:
+                log.info("no memory is left for a CUDA graph; the steps go on without")
+                self._fits = False
+        self._known.add(size)
+        if size in self._recorded:
+            return self._recorded[size](*tensors)
+        try:
+            return work(*tensors)
+        except torch.OutOfMemoryError:
+            if not self._recorded:
+                raise
+        self.release()  # what graphs reserve serves nobody else
+        return work(*tensors)
+
+    def release(self) -> None:
+        """Give back the memory of all graphs; they are recorded anew when they are needed."""
+        self._recorded.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _work(self, names: list[str], factor: Tensor, *tensors: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
+        losses = self._loss(**dict(zip(names, tensors, strict=True)))
+        gradients = torch.autograd.grad(losses.sum() * factor, self.parameters, allow_unused=True)
+        return losses.detach(), gradients
+
+
+def _tokens(latents: Tensor, sizes: FrameSizes | None) -> int:
+    """Tokens of a batch of latents [B, C, F, H, W]."""
+    return len(latents) * token_count(latents.shape[2:], sizes)

@@ -1,0 +1,76 @@
+"""The VAE in 16 bits on CUDA: channels-last, normalisation and SiLU in one pass, attention by matrix products.
+
+wan/nets/vae.py is the reference; weights and results are the same but for rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from wan.nets.vae import CausalConv3d, ChannelNorm, FrameAttention, WanVAE
+
+Norm = Callable[[Tensor, Tensor, bool], Tensor]
+_SCORES = 1 << 26  # attention scores that are in memory at a time: 256 MB in float32
+
+
+def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Callable | None = None) -> None:
+    """Lay the weights out for channels-last convolutions and fuse what is between them; for use without gradients.
+
+    normalize, attend: `channel_norm` of wan/fused/vae_kernels.py and `attention` below unless given.
+    """
+    if normalize is None:
+        from wan.fused.vae_kernels import channel_norm as normalize
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+        elif isinstance(module, CausalConv3d):
+            module.weight.data = _last_channels(module.weight.data)
+        elif isinstance(module, ChannelNorm):
+            module.forward = partial(_norm, module, normalize, silu=False)
+        elif isinstance(module, FrameAttention):
+            module._attend = partial(_attend, module, attend or attention)
+    for first, second in norms_before_silu(vae):
+        first.forward, second.forward = partial(_norm, first, normalize, silu=True), lambda x: x
+
+
+def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, nn.SiLU]]:
+    """The pairs of layers that one kernel can do."""
+    for sequence in vae.modules():
+        for first, second in pairwise(sequence) if isinstance(sequence, nn.Sequential) else ():
+            if isinstance(first, ChannelNorm) and isinstance(second, nn.SiLU):
+                yield first, second
+
+
+def _last_channels(weight: Tensor) -> Tensor:
+    """The same [out, in, time, height, width], in memory as time, out, height, width, in: each tap is channels-last."""
+    return weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
+
+
+def _norm(norm: ChannelNorm, normalize: Norm, x: Tensor, silu: bool) -> Tensor:
+    """[B, C, T, H, W] or [B, C, H, W] -> the same"""
+    if x.ndim == 4:
+        return normalize(x, norm.gamma, silu)
+    frames = normalize(x.transpose(1, 2).flatten(0, 1), norm.gamma, silu)
+    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _attend(layer: FrameAttention, attend: Callable, frames: Tensor) -> Tensor:
+    """[B * T, C, H, W] -> the same"""
+    qkv = layer.to_qkv(layer.norm(frames)).flatten(2).transpose(1, 2)  # [B * T, H * W, 3 C]
+    out = torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
+    return layer.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of [L, D] in 16 bits on CUDA. Scores are float32, probabilities 16 bits.
+
+    D is 384 here, for which the attention kernels of torch are slow or missing.
+    """
+    from wan.fused.vae_kernels import softmax
+
+    scale, together = q.shape[1] ** -0.5, max(_SCORES // len(k), 1)
+    parts = (softmax(torch.mm(rows, k.t(), out_dtype=torch.float32), scale, q.dtype) for rows in q.split(together))
+    return torch.cat([part @ v for part in parts])

@@ -1,0 +1,128 @@
+"""Result files of generation: PNG and latent files, their names and metadata (spec formats.md section 6)."""
+
+import logging
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import require_file, written_whole
+from wan.generation.recipe import KEY as RECIPE_KEY
+from wan.generation.recipe import Recipe
+from wan.generation.request import Request
+
+log = logging.getLogger(__name__)
+
+_VIDEO_TYPES = {"video": "images", "both": "latent_images"}
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """output"""
+
+    save_path: Path = option(help="folder for the results")
+    output_type: str = option(
+        "images",
+        help="images, latent or latent_images; video and both give the same with a PNG in place of the video",
+        choices=["images", "latent", "latent_images", *_VIDEO_TYPES],
+    )
+    no_metadata: bool = option(False, help="store in the files no recipe, nor anything else of how they were made")
+
+    @property
+    def kinds(self) -> str:
+        """`output_type` after stills have taken the place of videos."""
+        return _VIDEO_TYPES.get(self.output_type, self.output_type)
+
+    @property
+    def wants_image(self) -> bool:
+        return "images" in self.kinds
+
+    @property
+    def wants_latent(self) -> bool:
+        return "latent" in self.kinds
+
+    def log_substitute(self) -> None:
+        """Say that there are no videos, where one was asked for."""
+        if self.output_type in _VIDEO_TYPES:
+            log.info("--output_type %s: videos are not supported; a PNG is written", self.output_type)
+
+
+def result_stem(seed: int) -> str:
+    """`<time>_<seed>`, what the names of all files of one image begin with."""
+    return f"{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}_{seed}"
+
+
+def save_image(folder: Path, stem: str, image: Image.Image, recipe: Recipe | None) -> None:
+    """Write `<stem>_000.png`, with the recipe in a text chunk."""
+    path = folder / f"{stem}_000.png"
+    chunks = PngInfo()
+    if recipe is not None:
+        chunks.add_text(RECIPE_KEY, str(recipe))
+    with written_whole(path) as temporary:
+        image.save(temporary, pnginfo=chunks)
+    log.info("saved %s", path)
+
+
+def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, str] | None) -> None:
+    """Write `<stem>_latent.safetensors` with `latent` [16, n, H, W] float32, as `one_frame.pick_target` gives it."""
+    path = folder / f"{stem}_latent.safetensors"
+    with written_whole(path) as temporary:
+        save_file({"latent": latents.float().contiguous()}, temporary, metadata)
+    log.info("saved %s", path)
+
+
+def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:
+    """How an image was made. Besides the recipe there is what musubi-tuner writes, or would."""
+    return {
+        "seeds": str(request.seed),
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "height": str(request.height),
+        "width": str(request.width),
+        "video_length": "1",
+        "infer_steps": str(request.steps),
+        "guidance_scale": str(request.guidance),
+        "flow_shift": str(request.shift),
+        "task": task,
+        "one_frame_inference": str(request.layout),
+        "loras": ", ".join(loras).encode(errors="replace").decode(),  # names of files may be no Unicode
+        RECIPE_KEY: str(recipe),
+    }
+
+
+def read_latent(path: Path) -> tuple[Tensor, int]:
+    """(`latent` [16, n, H, W] float32, seed) of a latent file, safetensors or a pickled tensor; unknown seeds are 0.
+
+    Raises ConfigError for other tensors; n is 1 unless the file says that it is of a causal layout.
+    """
+    require_file(path, "--latent_path")
+    seeds, causal = "0", False
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                latents, metadata = file.get_tensor("latent"), file.metadata() or {}
+                seeds = metadata.get("seeds", "0")
+                causal = metadata.get("one_frame_inference", "").endswith(",layout=causal")
+        else:
+            latents = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"--latent_path {path}: is no latent file ({error}); give one that generation wrote"
+        ) from None
+    except Exception:  # torch.load raises many kinds for damaged files and for pickles with code
+        raise ConfigError(f"--latent_path {path}: is no latent file; give one that generation wrote") from None
+    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != 16:
+        raise ConfigError(f"--latent_path {path}: holds no latents of 16 channels; give a file that generation wrote")
+    latents = latents.reshape(latents.shape[-4:])
+    if latents.shape[1] != 1 and not causal:
+        raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")
+    return latents.float(), int(seeds) if re.fullmatch(r"-?[0-9]{1,20}", seeds) else 0

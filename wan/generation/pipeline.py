@@ -1,0 +1,338 @@
+"""From a request to an image: encode what it names, denoise, decode. Generation and training samples share it."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.images import from_pixels, open_image, open_masked, to_levels
+from utils.randomness import address_seed
+from utils.stopwatch import Stopwatch
+from wan.frames import condition as condition_module
+from wan.frames.encode import (
+    encode_blank,
+    encode_clip,
+    encode_images,
+    encode_video,
+    frame_levels,
+    frame_pixels,
+    latent_mask,
+)
+from wan.frames.layout import OneFrameLayout
+from wan.frames.sizes import pad_to
+from wan.generation import sampling
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.preview import LatentPreview, synthetic_images
+from wan.generation.request import Request
+from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.spec import VAE_STRIDE
+from wan.nets.t5 import encode_text
+from wan.nets.vae import WanVAE
+
+log = logging.getLogger(__name__)
+
+
+_PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
+_ROOM_FOR_THE_NEXT = 24 << 30  # bytes: umT5-XXL (11 GB) and the activations of any stage
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A request and what the networks make of its texts and images; tensors are float32 on the CPU."""
+
+    request: Request
+    text: Tensor  # [L, D]
+    negative: Tensor | None  # [L, D]; None when guidance is 1
+    image: Tensor  # [257 or 514, D]: CLIP features
+    condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order; reasoning frames included
+
+
+class Resident:
+    """A model that is loaded on first use and sits on the device only while it is used.
+
+    Afterwards it is dropped, or, when it is `wanted_again`, parked in host memory unless the device has plenty left.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[torch.device], nn.Module],
+        device: torch.device,
+        stopwatch: Stopwatch,
+        wanted_again: bool,
+    ) -> None:
+        self._stage, self._stopwatch = f"loading {name}", stopwatch
+        self._load, self._device, self._wanted_again = load, device, wanted_again
+        self._module: nn.Module | None = None
+
+    def forget(self) -> None:
+        """Drop the module: the next use loads it anew."""
+        self._module = None
+
+    @contextmanager
+    def on_device(self) -> Iterator[nn.Module]:
+        """The module on the device, for the length of the block."""
+        with self._stopwatch.stage(self._stage):
+            module = self._load(self._device) if self._module is None else self._module.to(self._device)
+        try:
+            yield module
+        finally:
+            self._module = module if self._wanted_again else None
+            del module
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+                if self._module is not None and torch.cuda.mem_get_info(self._device)[0] < _ROOM_FOR_THE_NEXT:
+                    self._module.to("cpu")
+                    torch.cuda.empty_cache()
+
+
+class Pipeline:
+    """The encoders and the decoder of a run; each is loaded once. The DiT is handed to `denoise` by its owner.
+
+    `wanted_again` keeps T5 and CLIP in host memory after encoding, for runs that do not know all prompts beforehand.
+    Results are kept by what they were made from, so equal prompts and images are encoded once.
+    """
+
+    def __init__(
+        self, vae: VAEConfig, t5: T5Config, clip: CLIPConfig, device: torch.device, wanted_again: bool = False
+    ) -> None:
+        self.device, self.stopwatch = device, Stopwatch()
+        self._vae = self.resident("VAE", vae.load, wanted_again=True)
+        self._t5 = self.resident("T5", self._load_t5, wanted_again)
+        self._clip = self.resident("CLIP", clip.load, wanted_again)
+        self._t5_config, self._tokenizer = t5, None
+        self._texts: dict[str, Tensor] = {}
+        self._features: dict[tuple, Tensor] = {}
+        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
+        self._blanks: dict[tuple[int, int], Tensor] = {}
+
+    def resident(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
+        """A model on the pipeline's device, whose loading its stopwatch times."""
+        return Resident(name, load, self.device, self.stopwatch, wanted_again)
+
+    def _load_t5(self, device: torch.device) -> nn.Module:
+        model, self._tokenizer = self._t5_config.load(device)
+        return model
+
+    def encode(self, requests: Sequence[Request]) -> list[Encoded]:
+        """Run T5, then CLIP, then the VAE over all requests, each model alone on the device."""
+        with self.stopwatch.stage("texts"):
+            self._encode_texts({text for request in requests for text in _texts(request)})
+        with self.stopwatch.stage("image features"):
+            self._encode_features({path for request in requests for path in request.clip_images})
+        with self.stopwatch.stage("control images"):
+            self._encode_conditions(requests)
+        return [self._assemble(request) for request in requests]
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Image.Image:
+        """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
+        with self.stopwatch.stage("decoding"):
+            with self._vae.on_device() as vae:
+                pixels = vae.decode(latents[None].to(self.device))
+            return from_pixels(pixels[0, :, -1].float().cpu())
+
+    @torch.inference_mode()
+    def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
+        """What shows latents roughly: fitted on synthetic pictures and on control images of the requests."""
+        sizes = {path: _size(request) for request in requests for path in request.controls}
+        pixels = synthetic_images()
+        for path, size in [*sizes.items()][:_PREVIEW_CONTROLS]:
+            pixels.append(frame_pixels(open_image(path, "control image"), size))
+        with self._vae.on_device() as vae:
+            latents = [encode_images(vae, image[None])[0] for image in pixels]
+        return LatentPreview.fit(pixels, latents)
+
+    @torch.inference_mode()
+    def _encode_texts(self, texts: set[str]) -> None:
+        texts = sorted(texts - self._texts.keys())
+        if texts:
+            with self._t5.on_device() as t5:
+                for text in tqdm(texts, desc="encoding texts", unit="text", disable=len(texts) < 2):
+                    self._texts[text] = encode_text(t5, self._tokenizer, [text], self.device)[0].float().cpu()
+
+    @torch.inference_mode()
+    def _encode_features(self, paths: set[Path]) -> None:
+        missing = {_version(path): path for path in paths}
+        missing = {key: path for key, path in missing.items() if key not in self._features}
+        if missing:
+            with self._clip.on_device() as clip:
+                for key, path in missing.items():
+                    levels = to_levels(open_image(path, "start or end image"))
+                    self._features[key] = encode_clip(clip, [levels])[0].float().cpu()
+
+    @torch.inference_mode()
+    def _encode_conditions(self, requests: Sequence[Request]) -> None:
+        missing = {_condition_key(request): request for request in requests}
+        missing = {key: request for key, request in missing.items() if key not in self._conditions}
+        if missing:
+            with self._vae.on_device() as vae:
+                for key, request in missing.items():
+                    self._conditions[key] = request.layout, *_condition(vae, request, self._blanks)
+
+    def _assemble(self, request: Request) -> Encoded:
+        layout, condition, added = self._conditions[_condition_key(request)]
+        return Encoded(
+            request=request,
+            text=self._texts[request.prompt],
+            negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
+            image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
+            condition=request.reasoning.insert(condition_module.relayout(condition, layout, request.layout), added),
+        )
+
+
+@torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors
+def denoise(
+    dit: WanDiT,
+    encoded: Encoded,
+    device: torch.device,
+    label: str = "denoising",
+    guidance: GuidanceConfig | None = None,
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The latents to decode the picture from (`pick_target`), float32 on the CPU. Draws only the seeded noise.
+
+    watch: is called in each step with its number, from 0, and what these latents will be as far as it can tell then.
+    """
+    request, guidance = encoded.request, guidance or GuidanceConfig()
+    reasoning, condition = request.reasoning, encoded.condition[None].to(device)
+    texts = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
+    texts = dict(zip(texts, pad_text([*texts.values()]).to(device).split(1), strict=True))
+    image = encoded.image[None].to(device)
+    frame_indices = torch.tensor([reasoning.frame_indices], device=device)
+    own = torch.tensor(reasoning.own_slots, device=device)
+    own_condition, own_indices = condition[:, :, own], frame_indices[:, own]
+    own_sizes = request.frame_sizes
+    sizes = reasoning.insert_sizes(own_sizes)
+    noise = _noise(request, device)
+    guided_steps = guidance.guided_steps(request.steps)
+    schedule = sampling.schedule(request.solver, request.steps, request.shift)
+    timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
+    sigmas = schedule.sigmas.tolist()
+    caches = defaultdict(StepCache)
+
+    def velocity(x: Tensor, _timestep: Tensor, step: int) -> Tensor:
+        whole = reasoning.count == 0 or step < request.reasoning_steps
+
+        def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
+            """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
+            frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
+            kept = {"cache": caches[names, whole], "frame_sizes": sizes if whole else own_sizes}
+            inputs = frames[0][None], frames[1], timesteps[step, None]
+            latents, conditions, times, images, indices = (
+                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
+            )
+            text = torch.cat([texts[name] for name in names])
+            return dit(latents, conditions, times, text, images, indices, skip_blocks, **kept)
+
+        result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
+        if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
+            result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
+        if request.pin_controls:
+            result = condition_module.pin_controls(result, condition[0], noise)
+        if watch is not None:
+            watch(step, condition_module.pick_target(request.layout, (x - sigmas[step] * result)[:, own], own_sizes))
+        return result
+
+    with tqdm(total=request.steps, desc=label, unit="step") as bar:
+        latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
+    return condition_module.pick_target(request.layout, latents[:, own], own_sizes).cpu()
+
+
+def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
+    """The velocity [16, F, H, W] of a step, of one to three that `run` gives by the names of their texts."""
+    if not guided:
+        return run("prompt")[0]
+    skips_layers = guidance.skips_layers(step, request.steps)
+    if skips_layers:
+        skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
+    if skips_layers and guidance.slg_mode == "uncond":
+        return sampling.guided(run("prompt")[0], skipped, request.guidance)
+    if guidance.separate_passes:
+        conditional, unconditional = run("prompt")[0], run("negative")[0]
+    else:
+        conditional, unconditional = run("prompt", "negative")
+    result = sampling.guided(conditional, unconditional, request.guidance)
+    return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
+
+
+def _noise(request: Request, device: torch.device) -> Tensor:
+    """[16, F, H, W] of all frames, reasoning frames included. That of the target depends on no other frame."""
+    layout, reasoning, sizes = request.layout, request.reasoning, request.frame_sizes
+    frames, height, width = len(layout.order), request.height // VAE_STRIDE, request.width // VAE_STRIDE
+    noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count)
+    if sizes is not None:
+        shape = 16, frames, *(max(sides) for sides in zip(*sizes, strict=True))
+        of_controls = initial_noise(shape, address_seed(request.seed, "controls"), device, request.cpu_noise)
+        controls = [slot for slot in range(frames) if slot != layout.target_slot]
+        noise = pad_to(noise, *shape[2:])
+        noise[:, controls] = of_controls[:, controls]
+    return reasoning.insert(noise[:, :frames], noise[:, frames:])
+
+
+def initial_noise(
+    shape: tuple[int, ...], seed: int, device: torch.device, cpu_noise: bool, more_frames: int = 0
+) -> Tensor:
+    """Standard normal float32 `shape` on `device`: the first draw of a generator there, or of a CPU one.
+
+    more_frames: behind the others in dimension 1, of the second draw, so that the first stays what it is.
+    """
+    source = torch.device("cpu") if cpu_noise else device
+    generator = torch.Generator(source).manual_seed(seed)
+    shapes = [shape, (shape[0], more_frames, *shape[2:])][: 1 + bool(more_frames)]
+    noise = [torch.randn(one, generator=generator, device=source, dtype=torch.float32) for one in shapes]
+    return torch.cat(noise, dim=1).to(device)
+
+
+def _texts(request: Request) -> tuple[str, ...]:
+    return (request.prompt,) if request.guidance == 1 else (request.prompt, request.negative_prompt)
+
+
+def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """[20, F, H, W], of the same bits as caching makes, and [20, n, H, W] of the reasoning frames: float32 on the CPU.
+
+    In the causal layout these are grey frames of the same video, and change what comes after them. `blanks` keeps the
+    blank of each size.
+    """
+    layout, size, reasoning = request.layout, _size(request), request.reasoning
+    if layout.causal:
+        images = [open_image(path, "control image") for path in request.controls]
+        video = condition_module.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
+        latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
+        own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
+        return condition_module.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
+    controls, masks = [], []
+    for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
+        image, coverage = open_masked(path, "control image", mask)
+        controls.append(encode_images(vae, frame_levels(image, fit.bucket, fit.crop_only)[None])[0])
+        masks.append(coverage and latent_mask(coverage, fit.bucket, fit.crop_only))
+    if size not in blanks:
+        blanks[size] = encode_blank(vae, *size)
+    condition = condition_module.stack_condition(layout, controls, blanks[size], masks).float().cpu()
+    return condition, condition[:, [layout.target_slot] * reasoning.count]
+
+
+def _condition_key(request: Request) -> tuple:
+    """What the condition depends on, apart from time indices: see `relayout`."""
+    controls = tuple(map(_version, request.controls))
+    masks = tuple(mask and _version(mask) for mask in request.control_masks)
+    layout, fits = request.layout, request.control_fits
+    return layout.causal_order, layout.control_sizes, request.reasoning_frames, controls, masks, fits, _size(request)
+
+
+def _size(request: Request) -> tuple[int, int]:
+    return request.width, request.height
+
+
+def _version(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another within a run."""
+    status = path.stat()
+    return str(path.resolve()), status.st_mtime_ns, status.st_size

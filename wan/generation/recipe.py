@@ -1,0 +1,172 @@
+"""How a picture was made, kept in its PNG or latent file: options that make it again, and what files they used."""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from utils import cli
+from utils.errors import ConfigError, suggest
+from utils.files import fingerprint, require_file
+from wan import __version__
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.request import SamplingConfig
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig
+from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+
+log = logging.getLogger(__name__)
+
+KEY = "recipe"
+"""Keyword of the PNG text chunk, and key in the metadata of a latent file."""
+
+_SECTIONS = (
+    *(DiTConfig, VAEConfig, T5Config, CLIPConfig, AttentionConfig, LoRAConfig),
+    *(GenerationMemoryConfig, SamplingConfig, GuidanceConfig),
+)
+_OF_A_REQUEST = (
+    *("prompt", "negative_prompt", "one_frame_inference", "control_image_path", "image_path", "end_image_path"),
+    *("control_image_mask_path", "video_size", "infer_steps", "flow_shift", "guidance_scale", "seed"),
+)
+# A file from anywhere may set these and nothing else; above all no option that writes.
+_OPTIONS = frozenset(
+    [*(field.name for section in _SECTIONS for field in fields(section)), *_OF_A_REQUEST, "latent_path"]
+)
+_MODELS = ("dit", "vae", "t5", "t5_tokenizer", "clip")
+_IMAGES = ("control_image_path", "control_image_mask_path", "image_path", "end_image_path")
+_FILES = (*_MODELS, "lora_weight", *_IMAGES, "latent_path")
+_WAYS = ("prompt", "latent_path", "from_file", "interactive")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of wan_generate_video.py. It holds no time and no place of the result: the same picture has the same."""
+
+    options: Mapping[str, Any]  # by name, as JSON has them
+    files: Mapping[str, str]  # fingerprint of each file that they name
+    made_by: Mapping[str, str]  # versions and the kind of device, other ones of which may round differently
+
+    @classmethod
+    def of(cls, device: torch.device, *sections: Any) -> "Recipe":
+        """What all pictures of a run have in common."""
+        options = {name: value for name, value in cli.settings(*sections).items() if name in _OPTIONS}
+        return cls({}, {}, _made_by(device)).adding(options)
+
+    def adding(self, options: Mapping[str, Any]) -> "Recipe":
+        """With more options, such as `Request.options`."""
+        found = {_key(path): _fingerprint(Path(path)) for name in _FILES for path in _listed(options.get(name))}
+        return replace(self, options={**self.options, **options}, files={**self.files, **found})
+
+    def __str__(self) -> str:
+        """JSON in ASCII, which any PNG reader takes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command line, and below them the options of the recipe that `--recipe` names, if any.
+
+    Raises ConfigError when a file that the recipe names is not what it was, unless the command line names one itself;
+    model files that are gone are left to be given.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    path = cli.file_named("--recipe", argv)
+    if path is None:
+        return parser.parse_args(argv)
+    place, recipe = f"--recipe {path}", read(path)
+    known = vars(parser.typed(recipe.options, place))
+    args = parser.parse_args(argv, argparse.Namespace(**known))
+    ways = [name for name in _WAYS if getattr(args, name) not in (None, (), False)]
+    for name in _WAYS[:2]:
+        if len(ways) > 1 and name in known and getattr(args, name) == known[name]:
+            setattr(args, name, parser.get_default(name))  # the command line says what to do with the settings
+            known.pop(name)
+    for name in _FILES:
+        if name in known and getattr(args, name) == known[name]:
+            _check_files(args, name, recipe, place)
+    for name, now in _made_by(cli.build(DeviceConfig, args).torch_device).items():
+        then = recipe.made_by.get(name)
+        if now != then:
+            log.warning("%s: made with %s %s, this is %s; the picture may differ a little", place, name, then, now)
+    return args
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a PNG or latent file. Raises ConfigError when it has none, or one that we did not write."""
+    place = f"--recipe {require_file(path, '--recipe')}"
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(KEY)
+        else:
+            with Image.open(path) as image:
+                text = image.info.get(KEY)
+    except Exception:  # as for all damaged files, of nearly any type
+        raise ConfigError(f"{place}: cannot be read; give a PNG or latent file of wan_generate_video.py") from None
+    if not isinstance(text, str):
+        raise ConfigError(f"{place}: holds no recipe; give a file that was made without --no_metadata")
+    try:
+        recipe = Recipe(**json.loads(text))
+        if not all(isinstance(part, dict) and all(map(_plain, part.values())) for part in vars(recipe).values()):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise ConfigError(f"{place}: its recipe is damaged; give the original file") from None
+    for name in recipe.options:
+        if name not in _OPTIONS:
+            raise ConfigError(f"{place}: its recipe sets '{name[:100]}', which no recipe may{suggest(name, _OPTIONS)}")
+    return recipe
+
+
+def _check_files(args: argparse.Namespace, name: str, recipe: Recipe, place: str) -> None:
+    for path in _listed(getattr(args, name)):
+        if name in _MODELS and not Path(path).exists():
+            log.warning("%s: --%s %s is not there any more", place, name, path)
+            setattr(args, name, None)
+            return
+        if not Path(path).is_dir():
+            require_file(path, f"{place}: its --{name}")
+        if _fingerprint(Path(path)) != recipe.files.get(_key(path)):
+            raise ConfigError(
+                f"{place}: its --{name} {path} is not the file that it was; give --{name} to use it nevertheless"
+            )
+
+
+def _made_by(device: torch.device) -> dict[str, str]:
+    return {"wan-one-frame": __version__, "torch": torch.__version__, "device": device.type}
+
+
+def _listed(value: Any) -> Sequence[str | Path]:
+    """The paths of an option that may name none, one or several."""
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _plain(value: Any) -> bool:
+    scalar = (str, int, float)
+    return isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(part, scalar) for part in value))
+
+
+def _key(path: str | Path) -> str:
+    return Path(path).as_posix()
+
+
+def _fingerprint(path: Path) -> str:
+    """Of a file, or of the files in a folder: a tokenizer, or a LoRA of PEFT's."""
+    if path.is_dir():
+        parts = [f"{file.name} {_fingerprint(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
+    status = path.stat()
+    return _fingerprint_of(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1000)
+def _fingerprint_of(path: Path, *_state: int) -> str:
+    return fingerprint(path)

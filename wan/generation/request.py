@@ -1,0 +1,282 @@
+"""What one image is made from: prompts, flags and the task's defaults become a checked `Request`."""
+
+import logging
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.images import Fit, check_image, check_mask_size, floor16, size_for_area
+from wan.frames import condition
+from wan.frames import layout as one_frame
+from wan.frames.layout import LayoutConfig, OneFrameLayout
+from wan.frames.reasoning import ReasoningFrames
+from wan.frames.sizes import ControlSizes, Size, parse_resolution
+from wan.generation.prompt_lines import Prompt
+from wan.generation.sampling import SOLVERS, schedule
+from wan.lora.trained_for import NOTHING_TOLD, TrainedFor
+from wan.models.tasks import TaskSpec
+from wan.nets.tokens import FrameSizes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SamplingConfig(LayoutConfig):
+    """sampling"""
+
+    sample_solver: str = option("unipc", choices=SOLVERS, help="solver; vanilla is Euler")
+    cpu_noise: bool = option(False, help="draw the initial noise on the CPU (the same on every device)")
+    control_resolution: str | None = option(
+        None,
+        help="own size of the control images, of which the area counts, where the prompt doesn't say: 512 or 512x768 "
+        "(width, height); default: that of the picture, in training what the datasets say",
+    )
+    no_resize_control: bool = option(
+        False, help="control images keep their size, those above --control_resolution, if given, excepted"
+    )
+    reasoning_frames: int = option(
+        0, help="frames between control and target that are denoised along in the first steps and then dropped"
+    )
+    reasoning_steps: int | None = option(None, help="the steps that they take part in; default: a fifth of all")
+    pin_controls: bool = option(
+        False,
+        help="in each step the control frames are their own images with the step's noise, not what the model makes",
+    )
+    exact_size: bool = option(
+        False, help="crop to the given width and height instead of keeping the start image's aspect ratio at that area"
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.control_sizes
+        if self.reasoning_frames < 0:
+            raise ConfigError(f"--reasoning_frames {self.reasoning_frames}: must be at least 0")
+        if self.reasoning_steps is not None and self.reasoning_steps < 1:
+            raise ConfigError(f"--reasoning_steps {self.reasoning_steps}: must be at least 1")
+
+    @property
+    def control_sizes(self) -> ControlSizes:
+        """What sizes control images get, where the prompt doesn't say."""
+        resolution = parse_resolution(self.control_resolution) if self.control_resolution else None
+        return ControlSizes(resolution, self.no_resize_control)
+
+    def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
+        """For samples like what is trained: in this layout, with controls of these sizes unless flags ask for any."""
+        resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
+        own = {} if self.control_sizes else {"control_resolution": resolution, "no_resize_control": sizes.no_resize}
+        return replace(self, one_frame_layout=layout, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image to generate; everything is decided and every file has been looked at."""
+
+    prompt: str
+    negative_prompt: str
+    asked: tuple[int, int]  # width and height that were asked for: their product counts, see `resolve`
+    width: int  # pixels, a multiple of 16
+    height: int
+    steps: int
+    shift: float
+    guidance: float  # 1 needs no unconditional pass
+    seed: int
+    layout: OneFrameLayout
+    controls: tuple[Path, ...]  # in the order of layout.control_indices
+    control_masks: tuple[Path | None, ...]  # one each; None: the alpha channel of the control, if it has one
+    clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
+    control_fits: tuple[Fit, ...] = ()  # what is done to each control; empty: it gets the size of the picture
+    solver: str = "unipc"
+    cpu_noise: bool = False
+    pin_controls: bool = False
+    reasoning_frames: int = 0
+    reasoning_steps: int = 0  # the steps that these take part in
+
+    @property
+    def reasoning(self) -> ReasoningFrames:
+        """Where the reasoning frames sit. ConfigError when there is no room."""
+        return ReasoningFrames(self.layout, self.reasoning_frames)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Width and height of the frames: the controls as given, and the target."""
+        size = (self.width, self.height)
+        return *(tuple(fit.bucket for fit in self.control_fits) or (size,) * len(self.controls)), size
+
+    @property
+    def frame_sizes(self) -> FrameSizes | None:
+        """Those of the layout's own frames."""
+        return self.layout.frame_sizes(self.sizes)
+
+    @classmethod
+    def resolve(
+        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor = NOTHING_TOLD
+    ) -> "Request":
+        """Fill in the task's defaults and check everything that can be checked before models load.
+
+        The requested width and height give the area and the start image the aspect ratio; with `exact_size` they are
+        taken as they are, rounded down to multiples of 16. Without a seed one is drawn.
+        trained: what the LoRA was trained for: the indices that `one_frame = auto` stands for, and the size where auto
+        is given without one.
+        Raises ConfigError naming where the prompt stands.
+        """
+        try:
+            return cls._resolved(prompt, task, sampling, trained)
+        except ConfigError as error:
+            raise ConfigError(f"{prompt.place}: {error}") from None
+
+    @classmethod
+    def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor) -> "Request":
+        layout, controls = _controls(prompt, sampling, trained.layout)
+        if sampling.pin_controls and layout.causal:
+            raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
+        control_masks = _masks(prompt, layout, controls)
+        clip_images = _clip_images(prompt, layout, controls, task.clip_images)
+        usual = trained.size if trained.size and prompt.one_frame.strip() == "auto" else (256, 256)
+        asked = (prompt.width or usual[0], prompt.height or usual[1])
+        if sampling.exact_size:
+            width, height = map(floor16, asked)
+        else:
+            width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
+        fits = tuple(_fit(path, layout, (width, height)) for path in controls)
+
+        def given(value, default):
+            return default if value is None else value
+
+        steps = given(prompt.sample_steps, task.steps)
+        shift = given(prompt.discrete_flow_shift, task.default_shift(*asked))
+        guidance = float(given(prompt.cfg_scale, task.guidance_scale))
+        seed = given(prompt.seed, random.SystemRandom().randrange(1 << 32))
+        texts = prompt.prompt or "", given(prompt.negative_prompt, task.negative_prompt)
+        _check_values(guidance, seed, texts)
+        schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
+        ReasoningFrames(layout, sampling.reasoning_frames)  # so does this
+        return cls(
+            prompt=texts[0],
+            negative_prompt=texts[1],
+            asked=asked,
+            width=width,
+            height=height,
+            steps=steps,
+            shift=float(shift),
+            guidance=guidance,
+            seed=seed,
+            layout=layout,
+            controls=controls,
+            control_masks=control_masks,
+            clip_images=clip_images,
+            control_fits=fits,
+            solver=sampling.sample_solver,
+            cpu_noise=sampling.cpu_noise,
+            pin_controls=sampling.pin_controls,
+            reasoning_frames=sampling.reasoning_frames,
+            reasoning_steps=given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The flags of wan_generate_video.py that ask for this image, beside the other ones of `SamplingConfig`.
+
+        A start or end image that is taken from the controls anyway is left out.
+        """
+        width, height = self.asked
+        options = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "one_frame_inference": str(self.layout),
+            "one_frame_layout": one_frame.LAYOUTS[self.layout.causal],
+            "control_image_path": [str(path) for path in self.controls],
+            "video_size": [height, width],
+            "infer_steps": self.steps,
+            "flow_shift": self.shift,
+            "guidance_scale": self.guidance,
+            "sample_solver": self.solver,
+            "seed": self.seed,
+        }
+        if self.reasoning_frames:
+            options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
+        if any(self.control_masks):
+            options["control_image_mask_path"] = [str(path) for path in self.control_masks]
+        usual = condition.clip_controls(self.layout, len(self.clip_images)) if self.controls else []
+        for i, (name, path) in enumerate(zip(("image_path", "end_image_path"), self.clip_images, strict=False)):
+            if not usual or path != self.controls[usual[i]]:
+                options[name] = str(path)
+        return options
+
+
+def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance scale {guidance}: must be a number, e.g. 5")
+    if not -(1 << 63) <= seed < 1 << 64:  # what torch takes
+        raise ConfigError(f"seed {seed}: has too many digits; use at most 19")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"character {error.start} of the prompt is no Unicode text; write it as UTF-8") from None
+
+
+def _controls(
+    prompt: Prompt, sampling: SamplingConfig, trained: OneFrameLayout | None
+) -> tuple[OneFrameLayout, tuple[Path, ...]]:
+    if not prompt.one_frame:
+        raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
+    try:
+        name, sizes = sampling.one_frame_layout, sampling.control_sizes
+        if prompt.one_frame.strip() == "auto":
+            if trained is None:
+                raise ConfigError("no LoRA file names the indices that it was trained at; give them")
+            causal = one_frame.is_causal(name) if name else trained.causal
+            layout = replace(trained, causal=causal, control_sizes=sizes or trained.control_sizes)
+        else:
+            layout = one_frame.parse(prompt.one_frame, name, sizes)
+        if trained not in (None, layout):
+            log.warning("%s: one_frame %s, but the LoRA was trained at %s", prompt.place, layout, trained)
+        controls = tuple(Path(path) for path in prompt.control_image_path or ())
+        layout.check_controls(len(controls))
+    except ConfigError as error:
+        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}") from None
+    for path in controls:
+        check_image(path, "control image")
+    return layout, controls
+
+
+def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Fit:
+    try:
+        return layout.control_sizes.fit(check_image(control, "control image"), size)
+    except ConfigError as error:
+        raise ConfigError(f"control image {control}: {error}") from None
+
+
+def _masks(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...]) -> tuple[Path | None, ...]:
+    if not prompt.control_image_mask_path:
+        return (None,) * len(controls)
+    masks = tuple(Path(path) for path in prompt.control_image_mask_path)
+    if len(masks) != len(controls):
+        raise ConfigError(f"{len(masks)} masks (--cim) for {len(controls)} control images; give one per image")
+    if layout.causal:
+        raise ConfigError("the causal layout takes no masks of control images; leave out --cim or layout=causal")
+    for mask, control in zip(masks, controls, strict=True):
+        sizes = check_image(mask, "mask of control image"), check_image(control, "control image")
+        check_mask_size(mask, sizes[0], control, sizes[1])
+    return masks
+
+
+def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...], count: int) -> tuple[Path, ...]:
+    """Start image, and for two the end image; a missing one is taken from the earliest or latest control."""
+    given = [prompt.image_path, prompt.end_image_path][:count]
+    if count == 1 and prompt.end_image_path:
+        log.warning("%s: the end image has no effect on i2v models, which take one image", prompt.place)
+    if None in given and not controls:
+        raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
+    fallback = condition.clip_controls(layout, count) if controls else []
+    images = []
+    for i, (name, path) in enumerate(zip(("start image", "end image"), given, strict=False)):
+        if path is None:
+            path = controls[fallback[i]]
+            log.info("%s: no %s given; CLIP sees the control image %s", prompt.place, name, path)
+        check_image(Path(path), name)
+        images.append(Path(path))
+    return tuple(images)

@@ -1,0 +1,163 @@
+"""LoRA, LoHa and LoKr files: reading, merging into weights, writing (spec formats.md section 4)."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from utils.errors import ConfigError
+from utils.files import require_file, written_whole
+from wan.lora.keys import LARGEST, read_keys, shown
+from wan.lora.module import LOHA, LOKR, LORA, UP_BIAS, LoRAModule
+
+ADAPTER = "adapter_model.safetensors", "adapter_config.json"  # PEFT's folder
+_BESIDE_WEIGHT = ("alpha", UP_BIAS, "diff_b", "diff_m")
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """The content of a file."""
+
+    path: Path
+    modules: dict[str, LoRAModule]  # by `lora_unet_...`
+    metadata: dict[str, str]
+    dialect: str = "musubi"  # what its keys are like
+
+
+def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
+    """Read a file of any dialect (wan/lora/keys.py), or a folder of PEFT's; ConfigError for others."""
+    path = Path(path)
+    path = require_file(path / ADAPTER[0] if (path / ADAPTER[0]).is_file() else path, flag)
+    source = f"{flag} {path}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        config = path.with_name(ADAPTER[1])
+        beside = json.loads(config.read_bytes()) if path.name == ADAPTER[0] and config.is_file() else None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{source}: is no readable safetensors file ({shown(error)}); check or fetch it again"
+        ) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{source}: {ADAPTER[1]} beside it is no JSON; save the adapter again") from None
+    for key, tensor in tensors.items():
+        if not (tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()):
+            raise ConfigError(f"{source}: '{shown(key)}' holds NaN, infinity or whole numbers; use an intact file")
+    dialect, parts = read_keys(tensors, metadata, beside, source)
+    return LoRAFile(path, _modules(parts, source), metadata, dialect)
+
+
+def parse_lora(tensors: Mapping[str, Tensor], source: str) -> dict[str, LoRAModule]:
+    """Keys -> modules, each complete and of matching shapes. ConfigErrors start with `source`."""
+    return _modules(read_keys(tensors, {}, None, source)[1], source)
+
+
+def _modules(parts: Mapping[str, Mapping[str, Tensor]], source: str) -> dict[str, LoRAModule]:
+    return {name: _module(found, f"{source}: {shown(name)}") for name, found in parts.items()}
+
+
+def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
+    sizes = {part: tuple(tensor.shape) for part, tensor in found.items()}
+    try:
+        if sizes.get("alpha", ()) not in ((), (1,)):
+            raise ValueError
+        shape, rank = _weight_shape({part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT})
+        if shape is None and not sizes.keys() & {"diff_b", "diff_m"}:
+            raise ValueError
+        if UP_BIAS in sizes and (rank is None or "diff_b" in sizes):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"{place} is no LoRA, LoHa, LoKr or difference of a layer but {shown(sizes)}; use another file"
+        ) from None
+    alpha = float(found["alpha"]) if "alpha" in found else 0.0
+    alpha = alpha or float(rank or 1)  # missing or 0 means scale 1
+    parts = {part: tensor for part, tensor in found.items() if part not in ("alpha", UP_BIAS)}
+    if UP_BIAS in found:
+        bias = found[UP_BIAS]
+        parts["diff_b"] = bias if alpha == rank else bias.float() * (alpha / rank)
+    return LoRAModule(parts, shape, rank, alpha)
+
+
+def _weight_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...] | None, int | None]:
+    """Shape of the weight that these parts change, and their rank. KeyError, ValueError."""
+    if factors.keys() <= {"diff"}:
+        return factors.get("diff"), None
+    if factors.keys() <= {*LORA}:
+        (rank, *inputs), (out, *ones) = factors[LORA[0]], factors[LORA[1]]  # of a convolution with its kernel behind
+        if ones != [rank, *[1] * (len(inputs) - 1)] or not inputs or not rank:
+            raise ValueError
+        return (out, *inputs), rank
+    if factors.keys() <= {*LOHA}:
+        first, second = _product(factors, *LOHA[:2]), _product(factors, *LOHA[2:])
+        if first != second:
+            raise ValueError
+        return first
+    (*first, rank1), (*second, rank2) = (_kronecker_shape(factors, name) for name in ("lokr_w1", "lokr_w2"))
+    if set(factors) - set(LOKR) or (rank1 and rank2 and rank1 != rank2):
+        raise ValueError
+    return (first[0] * second[0], first[1] * second[1]), rank1 or rank2
+
+
+def _product(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> tuple[tuple[int, int], int]:
+    """Shape and rank of the product of two matrices. KeyError, ValueError."""
+    (out, rank), (other, inputs) = shapes[left], shapes[right]
+    if not rank == other > 0:
+        raise ValueError
+    return (out, inputs), rank
+
+
+def _kronecker_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int, int | None]:
+    """out, in, and rank when the factor is itself a product. KeyError, ValueError."""
+    pair = [f"{name}_a", f"{name}_b"]
+    if name not in shapes:
+        (out, inputs), rank = _product(shapes, *pair)
+        return out, inputs, rank
+    if shapes.keys() & set(pair):
+        raise ValueError
+    out, inputs = shapes[name]
+    return out, inputs, None
+
+
+def choose_modules(file: LoRAFile, include: str | None, exclude: str | None) -> LoRAFile:
+    """The file with the modules in whose name `include` is found and `exclude` is not (regular expressions or None).
+
+    Names are those in the file, e.g. `lora_unet_blocks_9_cross_attn_k`. ConfigError when nothing is left.
+    """
+    chosen = {
+        name: module
+        for name, module in file.modules.items()
+        if (include is None or re.search(include, name)) and not (exclude is not None and re.search(exclude, name))
+    }
+    if not chosen:
+        raise ConfigError(
+            f"{file.path}: --include_patterns {include} --exclude_patterns {exclude} leave no module of it"
+        )
+    return replace(file, modules=chosen)
+
+
+def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file, whole or not at all, with `metadata` and the two hashes that WebUIs look files up by.
+
+    Raises OSError when it can't be written, e.g. on a full disk.
+    """
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    content = save(tensors, dict(metadata) | _hashes(tensors, metadata))
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Of the file with its `ss_` metadata alone, so that editing a title keeps them (spec formats.md section 4.3)."""
+    content = memoryview(save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
+    header = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[header:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }

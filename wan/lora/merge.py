@@ -1,0 +1,102 @@
+"""Merging LoRA files into the weights of a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from utils.errors import ConfigError
+from wan.files.dit_names import lora_name
+from wan.lora.files import LoRAFile
+from wan.lora.keys import shown
+from wan.lora.module import add_change
+
+
+@dataclass(frozen=True)
+class LoRAMatch:
+    """Which modules of a LoRA file belong to which parameters of a model."""
+
+    weights: dict[str, str]  # `blocks.0.self_attn.q.weight` -> `lora_unet_blocks_0_self_attn_q`
+    unmatched: tuple[str, ...]  # modules of the file of which the model lacks all, or `<module>.bias` and the like
+
+
+def check_lora(lora: LoRAFile, shapes: Mapping[str, Sequence[int]]) -> LoRAMatch:
+    """Match a file with the tensors of a DiT (official names -> shapes), of which a header is enough.
+
+    ConfigError when nothing matches or a shape differs; modules without a counterpart are only reported. So is the
+    first layer of a LoRA for T2V, whose fewer input channels don't keep the rest of it from working on I2V.
+    """
+    weights, missing = {}, {(name, leaf) for name, module in lora.modules.items() for leaf in module.shapes}
+    for weight in shapes:
+        parent, _, leaf = weight.rpartition(".")
+        if (lora_name(parent), leaf) in missing and not _other_inputs(parent, leaf, shapes[weight], lora):
+            weights[weight] = lora_name(parent)
+            missing.remove((lora_name(parent), leaf))
+    if not weights:
+        raise ConfigError(
+            f"{lora.path}: none of its {len(lora.modules)} modules is in the model, e.g. {shown(min(lora.modules))}; "
+            "use a LoRA trained on this kind of model"
+        )
+    for weight, name in weights.items():
+        wanted = lora.modules[name].shapes[weight.rpartition(".")[2]]
+        if tuple(shapes[weight]) != wanted:
+            raise ConfigError(
+                f"{lora.path}: {name} is for a weight {list(wanted)}, the model has {list(shapes[weight])}; "
+                "use a LoRA trained on a model of this size"
+            )
+    matched = set(weights.values())
+    return LoRAMatch(weights, tuple(sorted({f"{name}.{leaf}" if name in matched else name for name, leaf in missing})))
+
+
+def _other_inputs(parent: str, leaf: str, shape: Sequence[int], lora: LoRAFile) -> bool:
+    found = lora.modules[lora_name(parent)].shapes[leaf]
+    return f"{parent}.{leaf}" == "patch_embedding.weight" and found[:1] == shape[:1] and found[1:2] != shape[1:2]
+
+
+class Merger:
+    """Merges LoRA files into weights as they are loaded: `merger(name, weight) -> weight`.
+
+    Checked against the tensors of the model at once, before any weights load. Files are added in their order, in
+    float32; the sum is rounded once.
+    """
+
+    def __init__(self, loras: Sequence[tuple[LoRAFile, float]], shapes: Mapping[str, Sequence[int]]):
+        self._loras = [(lora, multiplier, check_lora(lora, shapes)) for lora, multiplier in loras]
+        self._merged: set[str] = set()
+        self._squares = [[0.0, 0.0] for _ in loras]  # per file: of all changes, and of what they were added to
+
+    @property
+    def names(self) -> list[str]:
+        """Official names of the weights that are changed, whatever the multipliers."""
+        return list(dict.fromkeys(name for _, _, match in self._loras for name in match.weights))
+
+    def __call__(self, weight_name: str, weight: Tensor) -> Tensor:
+        """weight: [out, in] under its official name, or a bias etc.; returned on its device in its dtype."""
+        merged, before = weight, None
+        for (lora, multiplier, match), squares in zip(self._loras, self._squares, strict=True):
+            if weight_name in match.weights:
+                module, leaf = lora.modules[match.weights[weight_name]], weight_name.rpartition(".")[2]
+                change = module.change(leaf, multiplier, weight.device)
+                merged = merged.float()
+                before = float(merged.norm()) if before is None else before
+                squares[0] += float(change.norm()) ** 2
+                squares[1] += before**2
+                merged = add_change(merged, change)
+                self._merged.add(weight_name)
+        return merged.to(weight.dtype)
+
+    def report(self) -> list[str]:
+        """One line per file: how many of its modules were merged so far, how many the model lacks, how much it changes.
+
+        ||dW||/||W|| is over all tensors that the file changes, and W what they were without any of the files.
+        """
+        lines = []
+        for (lora, multiplier, match), (change, before) in zip(self._loras, self._squares, strict=True):
+            done = len({match.weights[name] for name in self._merged & match.weights.keys()})
+            line = f"{lora.path.name} x {multiplier:g}: merged {done} of {len(lora.modules)} modules"
+            if before:
+                line += f", ||dW||/||W|| = {(change / before) ** 0.5:.2g}"
+            if match.unmatched:
+                line += f"; not in this model: {len(match.unmatched)}, e.g. {shown(match.unmatched[0])}"
+            lines.append(line)
+        return lines

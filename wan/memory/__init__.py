@@ -1,0 +1,1 @@
+"""Weights and activations that are smaller, elsewhere or recomputed."""

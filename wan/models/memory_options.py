@@ -1,0 +1,228 @@
+"""Options that make a DiT fit into less memory or run faster. Each wraps the finished model from outside.
+
+`prepare_` applies them, and shows the order; only fp8 comes earlier, because weights are quantised while they load.
+"""
+
+import logging
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from utils.cli import option
+from utils.errors import ConfigError, suggest
+from wan.fused.dit import can_fuse, fuse_
+from wan.fused.graphs import graph_forward_
+from wan.memory.block_swap import swap_blocks_
+from wan.memory.fp8 import FP8Kind
+from wan.memory.recompute import checkpoint_blocks_
+from wan.nets.spec import DiTSpec
+
+log = logging.getLogger(__name__)
+
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# CUDA graphs write each block's output into the same memory, which the next block and the backward pass still need
+_WITHOUT_CUDA_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+_DYNAMIC = {"true": True, "false": False, "auto": None, None: None}
+_FP8_PRODUCTS = (8, 9)  # the compute capability from which GPUs multiply float8_e4m3fn
+_FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which inductor compiles to, knows float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """memory and speed"""
+
+    memory: str = option(
+        "manual",
+        help="auto: choose fp8, swapped and recomputed blocks by the memory that is free, and anew when it runs out",
+        choices=("manual", "auto"),
+    )
+    fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
+    blocks_to_swap: int = option(0, help="DiT blocks whose weights wait in host memory until they are needed")
+    use_pinned_memory_for_block_swap: bool = option(False, help="page-locked host memory for them: faster copies")
+    compile: bool = option(False, help="torch.compile each block")
+    compile_backend: str = option("inductor", help="compiler of --compile")
+    compile_mode: str = option("default", help="what inductor optimises for", choices=_COMPILE_MODES)
+    compile_dynamic: str | None = option(None, help="one program for all sizes", choices=("true", "false", "auto"))
+    compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
+    compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
+    dit_backend: str = option(
+        "auto",
+        help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
+        choices=("auto", "plain", "fused"),
+    )
+    cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
+    cuda_cudnn_benchmark: bool = option(False, help="let cuDNN try its convolutions and keep the fastest")
+
+    gradient_checkpointing: ClassVar[str] = "none"  # of training only
+    gradient_checkpointing_cpu_offload: ClassVar[bool] = False
+    chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap")
+
+    def __post_init__(self) -> None:
+        for name in self.chosen_by_plan if self.memory == "auto" else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f"--{name}: --memory auto chooses it; leave one of them out")
+        if self.blocks_to_swap < 0:
+            raise ConfigError(f"--blocks_to_swap {self.blocks_to_swap}: must be at least 0")
+        if self.compile_cache_size_limit < 1:
+            raise ConfigError(f"--compile_cache_size_limit {self.compile_cache_size_limit}: must be at least 1")
+        if self.compile_mode != "default" and self.compile_backend != "inductor":
+            raise ConfigError(
+                f"--compile_mode {self.compile_mode}: only inductor has modes; leave out --compile_backend"
+            )
+        if self.compile and self.dit_backend == "fused":
+            raise ConfigError("--compile: compiles plain operations only; leave it or --dit_backend fused out")
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        """How the weights of the blocks are kept in fp8, if at all."""
+        return "scaled" if self.fp8_scaled else None
+
+    def fuses(self, device: torch.device) -> bool:
+        """Whether a DiT on `device` computes with fused operations."""
+        return self.dit_backend == "fused" or (self.dit_backend == "auto" and not self.compile and can_fuse(device))
+
+    def records(self, device: torch.device) -> bool:
+        """Whether CUDA graphs replay what the GPU does. Copies of swapped blocks, and offloaded tensors, can't be."""
+        moves = self.blocks_to_swap or self.gradient_checkpointing_cpu_offload
+        return device.type == "cuda" and self.fuses(device) and not moves
+
+    def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
+        """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
+        if self.blocks_to_swap >= spec.num_layers:
+            raise ConfigError(
+                f"--blocks_to_swap {self.blocks_to_swap}: the DiT has {spec.num_layers} blocks; "
+                f"use at most {spec.num_layers - 1}"
+            )
+        if self.fp8_scaled and stored.itemsize == 1:
+            raise ConfigError("--fp8_scaled: the file of --dit is already in fp8; leave it out or use a bf16 file")
+        if self.fuses(device) and not can_fuse(device):
+            raise ConfigError(
+                "--dit_backend fused needs a CUDA GPU of 2020 or later and the package triton "
+                "(triton-windows on Windows); use auto"
+            )
+        if self.compile:
+            self._check_compiler(device)
+
+    def _check_compiler(self, device: torch.device) -> None:
+        from torch._dynamo import list_backends  # importing it takes seconds
+
+        backends = list_backends(exclude_tags=())
+        if self.compile_backend not in backends:
+            hint = suggest(self.compile_backend, backends) or "; use inductor"
+            raise ConfigError(f"--compile_backend {self.compile_backend}: unknown{hint}")
+        if self.compile_backend == "inductor" and device.type == "cuda":
+            if find_spec("triton") is None:
+                raise ConfigError("--compile needs the package triton (triton-windows on Windows); install it")
+            if self.fp8_kind and torch.cuda.get_device_capability(device) < _FP8_IN_TRITON:
+                raise ConfigError("--compile: this GPU's compiler does not know fp8; leave out --compile or fp8")
+
+
+@dataclass(frozen=True)
+class TrainingMemoryConfig(MemoryConfig):
+    """memory and speed"""
+
+    chosen_by_plan: ClassVar[tuple[str, ...]] = (
+        "fp8_base",
+        *MemoryConfig.chosen_by_plan,
+        "gradient_checkpointing",
+        "gradient_checkpointing_cpu_offload",
+    )
+
+    fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
+    gradient_checkpointing: str = option(
+        "none",
+        help="recompute activations to save memory: of all blocks, which the bare flag means too, or with auto of "
+        "as many as do not fit",
+        choices=("auto", "all", "none"),
+        nargs="?",
+        const="all",
+    )
+    gradient_checkpointing_cpu_offload: bool = option(False, help="keep what they start from in host memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8_scaled and not self.fp8_base:
+            raise ConfigError("--fp8_scaled needs --fp8_base; give both")
+        for flag in ("blocks_to_swap", "gradient_checkpointing_cpu_offload"):
+            if getattr(self, flag) and self.gradient_checkpointing == "none":
+                raise ConfigError(f"--{flag} needs --gradient_checkpointing; give both")
+        if self.blocks_to_swap and self.gradient_checkpointing != "all":
+            raise ConfigError(
+                f"--gradient_checkpointing {self.gradient_checkpointing}: does not go with --blocks_to_swap; use all"
+            )
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        return super().fp8_kind or ("cast" if self.fp8_base else None)
+
+
+@dataclass(frozen=True)
+class GenerationMemoryConfig(MemoryConfig):
+    """memory and speed"""
+
+    chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8", *MemoryConfig.chosen_by_plan, "fp8_fast")
+
+    fp8: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
+    fp8_fast: bool = option(
+        False, help="multiply in fp8, weights and inputs with a scale per row, in all blocks but the first and the last"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fp8_fast and self.blocks_to_swap:
+            raise ConfigError("--fp8_fast: does not go with --blocks_to_swap, whose blocks have to be alike; leave one")
+
+    @property
+    def fp8_kind(self) -> FP8Kind | None:
+        return "rows" if self.fp8_fast else super().fp8_kind or ("cast" if self.fp8 else None)
+
+    def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
+        super().check(spec, stored, device)
+        if self.fp8_fast and device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_PRODUCTS:
+            raise ConfigError("--fp8_fast: this GPU does not multiply in fp8 (Ada, Hopper and later do); leave it out")
+
+
+def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
+    """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
+
+    From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
+    the backward pass.
+    """
+    if config.cuda_allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if config.cuda_cudnn_benchmark:
+        torch.backends.cudnn.benchmark = True
+    if config.fuses(device):
+        fuse_(dit, device, swapped=config.blocks_to_swap)
+    if config.records(device):
+        graph_forward_(dit)
+    if config.compile:
+        compile_blocks_(dit, config)
+    if config.blocks_to_swap:
+        swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
+    if config.gradient_checkpointing != "none":
+        only_needed = config.gradient_checkpointing == "auto"
+        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
+
+
+def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
+    """Compile the forward pass of each of `dit.blocks`, on its first call and anew for each kind of input.
+
+    The blocks are alike, so that all of them run the program of the first.
+    """
+    mode = _WITHOUT_CUDA_GRAPHS.get(config.compile_mode, config.compile_mode)
+    if mode != config.compile_mode:
+        log.warning("--compile_mode %s: used as %s, blocks can't have CUDA graphs", config.compile_mode, mode)
+    torch._dynamo.config.cache_size_limit = config.compile_cache_size_limit
+    for block in dit.blocks:
+        block.forward = torch.compile(
+            block.forward,
+            backend=config.compile_backend,
+            mode=mode,
+            dynamic=_DYNAMIC[config.compile_dynamic],
+            fullgraph=config.compile_fullgraph,
+        )

@@ -1,0 +1,356 @@
+"""Which model files a run uses, in which dtype and on which device: the flags, the early checks and the loading.
+
+One section per model, so that a script shows the flags of the models that it uses. `check()` reads headers only and is
+called before any weights load; `load()` reads the weights.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from utils.cli import option
+from utils.dtypes import parse_dtype
+from utils.errors import ConfigError
+from utils.files import require_file
+from wan.files import load
+from wan.files import tokenizer as tokenizer_module
+from wan.files.names import release_files
+from wan.fused.dit import can_fuse
+from wan.fused.vae import fuse_vae_
+from wan.lora.files import LoRAFile, choose_modules, read_lora
+from wan.lora.merge import Merger
+from wan.lora.trained_for import TrainedFor, layout_from_metadata, size_from_metadata
+from wan.models.memory_options import MemoryConfig
+from wan.models.tasks import TASKS, UNSUPPORTED_TASKS, TaskSpec, resolve_task
+from wan.nets.attention import Attention, sdpa, select_attention
+from wan.nets.dit import WanDiT
+from wan.nets.spec import DiTSpec
+
+log = logging.getLogger(__name__)
+Section = TypeVar("Section")
+
+
+def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
+    """The reference's half precision on a GPU; float32 on a CPU, where half precision is slow or missing."""
+    return torch.float32 if device.type == "cpu" else on_gpu
+
+
+def _dtype(name: str | None, flag: str) -> torch.dtype | None:
+    try:
+        return None if name is None else parse_dtype(name)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from None
+
+
+def _required(path: Path | None, flag: str, what: str) -> Path:
+    if path is None:
+        raise ConfigError(f"{flag} is missing; give the {what}")
+    return require_file(path, flag)
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """models"""
+
+    ckpt_dir: Path | None = option(
+        None, help="folder of an official or diffusers release: its files serve for model options that are left out"
+    )
+
+    def __post_init__(self) -> None:
+        self._files  # noqa: B018 checks that it is one
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        if self.ckpt_dir is None:
+            return {}
+        if not self.ckpt_dir.is_dir():
+            raise ConfigError(f"--ckpt_dir {self.ckpt_dir}: is no folder; check the path")
+        files = release_files(self.ckpt_dir)
+        if not files:
+            raise ConfigError(
+                f"--ckpt_dir {self.ckpt_dir}: holds no file under its official name, nor folders as diffusers has "
+                "them; give --dit, --vae, --t5 and --clip"
+            )
+        return files
+
+    def fill(self, section: Section) -> Section:
+        """`section` with the paths that were not given taken from the folder, as far as they are there."""
+        names = {field.name for field in fields(section)} & self._files.keys()
+        return replace(section, **{name: self._files[name] for name in names if getattr(section, name) is None})
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """DiT"""
+
+    task: str | None = option(None, help="i2v-14B or flf2v-14B; default: what the checkpoint is")
+    dit: Path | None = option(None, help="DiT safetensors; of a split file any part")
+    dit_dtype: str | None = option(None, help="DiT dtype; default: that of the file")
+
+    def __post_init__(self) -> None:
+        if self.task in UNSUPPORTED_TASKS:
+            raise ConfigError(f"--task {self.task}: {UNSUPPORTED_TASKS[self.task]}")
+        if self.task is not None and self.task not in TASKS:
+            raise ConfigError(f"--task {self.task}: unknown; use one of {', '.join(TASKS)}")
+        dtype = _dtype(self.dit_dtype, "--dit_dtype")
+        if dtype is not None and dtype.itemsize == 1:
+            raise ConfigError(f"--dit_dtype {self.dit_dtype}: nothing can be computed in fp8; see --fp8_scaled")
+
+    @cached_property
+    def spec(self) -> DiTSpec:
+        """Dimensions and kind of the checkpoint, read from its header."""
+        return load.inspect_dit(_required(self.dit, "--dit", "DiT checkpoint"))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the model, by official name."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in WanDiT(self.spec).state_dict().items()}
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the checkpoint, read from its header."""
+        return load.dit_dtype(_required(self.dit, "--dit", "DiT checkpoint"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is loaded in where nothing else is asked for."""
+        return _dtype(self.dit_dtype, "--dit_dtype") or self.stored_dtype
+
+    def check(self) -> TaskSpec:
+        """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
+        task = resolve_task(self.task, self.spec)
+        if task.model_type == "t2v":
+            raise ConfigError(f"--dit {self.dit}: is a text-to-video model; one-frame use needs i2v-14B or flf2v-14B")
+        return task
+
+    def load(
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        merger: Merger | None = None,
+        attention: Attention = sdpa,
+        memory: MemoryConfig | None = None,
+    ) -> WanDiT:
+        """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's.
+
+        memory: what it says of fp8 and of blocks in host memory is done while loading; `memory.prepare_` does the rest.
+        """
+        dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
+        fp8, on_host = (memory.fp8_kind, memory.blocks_to_swap) if memory else (None, 0)
+        dit = load.load_dit(self.dit, dtype, device, merger, attention, fp8=fp8, blocks_on_host=on_host)
+        for line in merger.report() if merger else ():
+            log.info("LoRA %s", line)
+        return dit
+
+    def merge_again_(self, dit: WanDiT, device: torch.device, merger: Merger) -> None:
+        """Into the loaded `dit`, in place of what was merged: the same LoRA files at other multipliers."""
+        load.merge_again_(dit, self.dit, device, merger, merger.names)
+        for line in merger.report():
+            log.info("LoRA %s", line)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """attention"""
+
+    attn_mode: str = option("torch", help="torch (or sdpa), cudnn, flash (or flash2), flash3, xformers or sageattn")
+
+    def __post_init__(self) -> None:
+        select_attention(self.attn_mode)
+
+    @property
+    def function(self) -> Attention:
+        """The attention that `attn_mode` names."""
+        return select_attention(self.attn_mode)
+
+
+@dataclass(frozen=True)
+class AttentionSwitches:
+    """attention"""
+
+    sdpa: bool = option(False, help="torch's scaled dot product attention; the default, and wins over the others")
+    flash_attn: bool = option(False, help="FlashAttention 2; needs the package flash-attn")
+    xformers: bool = option(False, help="memory-efficient attention of the package xformers")
+    flash3: bool = option(False, help="FlashAttention 3, for Hopper GPUs")
+
+    def __post_init__(self) -> None:
+        self.function  # noqa: B018 checks that its package is there
+
+    @property
+    def function(self) -> Attention:
+        """The attention of the first switch that is on, in the order of the fields."""
+        names = {"sdpa": "sdpa", "flash_attn": "flash2", "xformers": "xformers", "flash3": "flash3"}
+        flag = next((flag for flag in names if getattr(self, flag)), "sdpa")
+        return select_attention(names[flag], f"--{flag}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA"""
+
+    lora_weight: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT")
+    lora_multiplier: tuple[float, ...] = option((), help="one per --lora_weight file; default 1")
+    include_patterns: tuple[str, ...] = option(
+        (), help="one regular expression per file: only modules whose name in the file it is found in are merged"
+    )
+    exclude_patterns: tuple[str, ...] = option((), help="one per file: modules that it is found in are left out")
+
+    def __post_init__(self) -> None:
+        for flag in ("include_patterns", "exclude_patterns"):
+            patterns = getattr(self, flag)
+            if len(patterns) > len(self.lora_weight):
+                raise ConfigError(
+                    f"--{flag}: {len(patterns)} patterns for {len(self.lora_weight)} files; give one per --lora_weight"
+                )
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"--{flag} {pattern}: is no regular expression ({error})") from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """File names, for metadata."""
+        return tuple(path.name for path in self.lora_weight)
+
+    @cached_property
+    def files(self) -> list[LoRAFile]:
+        """The files, read."""
+        return [read_lora(path, "--lora_weight") for path in self.lora_weight]
+
+    @property
+    def trained_for(self) -> TrainedFor:
+        """What the files say in their metadata. ConfigError for metadata that can't be read."""
+        layouts, sizes = set(), set()
+        for file in self.files:
+            try:
+                layouts.add(layout_from_metadata(file.metadata))
+                sizes.add(size_from_metadata(file.metadata))
+            except ConfigError as error:
+                raise ConfigError(f"--lora_weight {file.path}: {error}") from None
+        layouts.discard(None)
+        sizes.discard(None)
+        if len(layouts) > 1:
+            log.warning("the LoRA files were trained at different indices: %s", " and ".join(sorted(map(str, layouts))))
+        return TrainedFor(*(found.pop() if len(found) == 1 else None for found in (layouts, sizes)))
+
+    def merger(self, dit: DiTConfig, multipliers: tuple[float, ...] | None = None) -> Merger | None:
+        """Checks the files. multipliers: in place of `lora_multiplier`."""
+        chosen = [
+            choose_modules(file, include, exclude)
+            for file, include, exclude in zip_longest(self.files, self.include_patterns, self.exclude_patterns)
+        ]
+        multipliers = self.lora_multiplier if multipliers is None else multipliers
+        return build_merger(chosen, multipliers, dit, "--lora_weight", "--lora_multiplier")
+
+
+def build_merger(
+    files: Sequence[LoRAFile], multipliers: tuple[float, ...], dit: DiTConfig, flag: str, multiplier_flag: str
+) -> Merger | None:
+    """Merger of LoRA files, checked against the DiT's header; None without files. Missing multipliers are 1."""
+    if len(multipliers) > len(files):
+        raise ConfigError(f"{multiplier_flag}: {len(multipliers)} numbers for {len(files)} files; give one per {flag}")
+    if not files:
+        return None
+    multipliers = (*multipliers, *[1.0] * (len(files) - len(multipliers)))
+    return Merger(list(zip(files, multipliers, strict=True)), dit.shapes)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """VAE"""
+
+    vae: Path | None = option(None, help="VAE checkpoint (Wan2.1_VAE.pth or safetensors)")
+    vae_dtype: str | None = option(None, help="VAE dtype; default bfloat16, float32 on a CPU")
+    vae_backend: str = option(
+        "auto",
+        help="auto: with few passes over memory where that runs, on CUDA with Triton in 16 bits; plain: as elsewhere",
+        choices=("auto", "plain"),
+    )
+
+    def __post_init__(self) -> None:
+        _dtype(self.vae_dtype, "--vae_dtype")
+
+    def check(self) -> None:
+        """Raise ConfigError unless the file is a Wan2.1 VAE."""
+        load.inspect_vae(_required(self.vae, "--vae", "Wan2.1 VAE"))
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that images are encoded and decoded in."""
+        return _dtype(self.vae_dtype, "--vae_dtype") or default_dtype(device, torch.bfloat16)
+
+    def load(self, device: torch.device):
+        """The VAE in its dtype for `device`."""
+        vae = load.load_vae(self.vae, self.dtype(device), device)
+        if self.vae_backend == "auto" and self.dtype(device).itemsize == 2 and can_fuse(device):
+            fuse_vae_(vae)
+        return vae
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """text encoder"""
+
+    t5: Path | None = option(None, help="umT5-XXL encoder checkpoint (models_t5_umt5-xxl-enc-bf16.pth)")
+    t5_dtype: str | None = option(None, help="T5 dtype; default bfloat16, float32 on a CPU")
+    fp8_t5: bool = option(False, help="keep the T5's linear layers in fp8: 6 GB instead of 11")
+    t5_tokenizer: Path | None = option(None, help="folder of the tokenizer; default: google/umt5-xxl from the hub")
+
+    def __post_init__(self) -> None:
+        _dtype(self.t5_dtype, "--t5_dtype")
+
+    def check(self, spec: DiTSpec | None = None) -> None:
+        """Raise ConfigError unless this is a umT5 encoder of the width that the DiT takes, and has a tokenizer."""
+        width = load.inspect_t5(_required(self.t5, "--t5", "umT5-XXL encoder"))
+        if spec is not None and width != spec.text_dim:
+            raise ConfigError(
+                f"--t5 {self.t5}: its width is {width}, the DiT takes {spec.text_dim}; use the T5 of the DiT"
+            )
+        tokenizer_module.check_tokenizer(self.t5_tokenizer)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that captions are encoded in."""
+        return _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
+
+    def size(self, device: torch.device) -> int:
+        """Bytes of its weights on `device`, without fp8."""
+        return load.count_t5(self.t5) * self.dtype(device).itemsize
+
+    def load(self, device: torch.device):
+        """(T5 encoder, tokenizer)."""
+        tokenizer = tokenizer_module.load_tokenizer(self.t5_tokenizer)
+        fp8 = "cast" if self.fp8_t5 else None
+        return load.load_t5(self.t5, self.dtype(device), device, fp8), tokenizer
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """image encoder"""
+
+    clip: Path | None = option(None, help="CLIP checkpoint (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)")
+    clip_dtype: str | None = option(None, help="CLIP dtype; default float16, float32 on a CPU")
+
+    def __post_init__(self) -> None:
+        _dtype(self.clip_dtype, "--clip_dtype")
+
+    def check(self, spec: DiTSpec | None = None) -> None:
+        """Raise ConfigError unless the file is a CLIP image encoder of the width that the DiT takes."""
+        width = load.inspect_clip(_required(self.clip, "--clip", "CLIP image encoder"))
+        if spec is not None and width != spec.image_dim:
+            raise ConfigError(f"--clip {self.clip}: its width is {width}, the DiT takes {spec.image_dim}; use its CLIP")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The dtype that CLIP features are computed in."""
+        return _dtype(self.clip_dtype, "--clip_dtype") or default_dtype(device, torch.float16)
+
+    def load(self, device: torch.device):
+        """The image encoder in its dtype for `device`."""
+        return load.load_clip(self.clip, self.dtype(device), device)

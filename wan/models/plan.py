@@ -1,0 +1,180 @@
+"""`--memory auto`: which options a run needs to fit into the memory that is free.
+
+Choices that change no result come first: what is recomputed, and what waits in host memory, weights before activations
+because they cost less time. Generation takes fp8 before that: its short steps would wait for the copies.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from dataset.loader import BucketCount
+from wan.lora.files import LoRAFile
+from wan.lora.options import NetworkConfig
+from wan.memory.block_swap import SLOTS
+from wan.memory.host import available_memory
+from wan.models.estimate import (
+    Parts,
+    frozen_bytes,
+    generation_parts,
+    largest_batch,
+    offloaded_bytes,
+    size_text,
+    told,
+    training_parts,
+    weightless_dit,
+)
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig
+from wan.models.options import DiTConfig, T5Config
+
+log = logging.getLogger(__name__)
+
+SPARE = 0.04  # of the GPU: what no plan may use, for workspaces and fragments
+_HOST_SPARE = 4e9  # bytes
+_LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a run may take."""
+
+    device: float
+    host: float
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Room":
+        """What is free now; no end of it where there is no GPU to fit into."""
+        if device.type != "cuda":
+            return cls(math.inf, math.inf)
+        free, total = torch.cuda.mem_get_info(device)
+        return cls(free - SPARE * total, available_memory() - _HOST_SPARE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options, and what they are expected to need."""
+
+    memory: MemoryConfig
+    parts: Parts
+    host: float = 0
+
+    @property
+    def size(self) -> float:
+        return sum(self.parts.values())
+
+
+class Plan:
+    """The choices that fit, the best first. `memory` is the one that holds."""
+
+    def __init__(self, choices: Iterable[Choice], room: Room) -> None:
+        """choices: the best first. The smallest is taken if none fits."""
+        possible = [choice for choice in choices if choice.host <= room.host]
+        self._fits = [choice for choice in possible if choice.size <= room.device]
+        if not self._fits:
+            self._fits = [min(possible, key=lambda choice: choice.size)]
+            log.warning("memory: %s are free, which may not be enough; try smaller pictures", size_text(room.device))
+
+    @classmethod
+    def of(cls, memory: MemoryConfig) -> "Plan":
+        """The one choice that somebody else has made."""
+        return cls([Choice(memory, {})], Room(math.inf, math.inf))
+
+    @property
+    def memory(self) -> MemoryConfig:
+        return self._fits[0].memory
+
+    def step_down(self) -> bool:
+        """After memory has run out: go to the next choice that needs clearly less. False when there is none."""
+        left = [choice for choice in self._fits[1:] if choice.size <= _LESS * self._fits[0].size]
+        if left:
+            self._fits = left
+            log.warning("memory: it was not enough; going on with %s", self)
+        return bool(left)
+
+    def __str__(self) -> str:
+        choice = self._fits[0]
+        host = f"; {size_text(choice.host)} in host memory" if choice.host else ""
+        return f"{_flags(choice.memory)}; {told(choice.parts)}{host}"
+
+
+def _flags(memory: MemoryConfig) -> str:
+    """The options that were chosen, as one would type them."""
+    words = []
+    for name in memory.chosen_by_plan:
+        value = getattr(memory, name)
+        if value not in (False, 0, "none"):
+            words.append(f"--{name}" + ("" if value is True else f" {value}"))
+    return " ".join(words) or "nothing to save"
+
+
+def plan_training(
+    config: DiTConfig,
+    dtype: torch.dtype,
+    memory: TrainingMemoryConfig,
+    network: NetworkConfig,
+    weights: LoRAFile | None,
+    buckets: Sequence[BucketCount],
+    room: Room,
+) -> Plan:
+    """dtype: of the DiT in memory; weights: the LoRA that training starts from."""
+    spec, tokens = config.spec, largest_batch(buckets)
+
+    def choices() -> Iterator[Choice]:
+        for fp8 in _precisions(config, {"fp8_base": True, "fp8_scaled": True}):
+            base = replace(memory, memory="manual", **fp8)
+            dit, lora = weightless_dit(config, dtype, base, network, weights)
+            swaps = list(_swaps(dit, {"gradient_checkpointing": "all"}))
+            offloads = [swap | {"gradient_checkpointing_cpu_offload": True} for swap in swaps]
+            for options in ({}, {"gradient_checkpointing": "auto"}, *swaps, *offloads):
+                chosen = replace(base, **options)
+                frozen, host = _split(dit, chosen.blocks_to_swap)
+                parts = training_parts(frozen, lora, spec, tokens, chosen)
+                offloaded = chosen.gradient_checkpointing_cpu_offload * offloaded_bytes(spec, tokens)
+                yield Choice(chosen, parts, host + offloaded)
+
+    return Plan(choices(), room)
+
+
+def plan_generation(
+    config: DiTConfig, dtype: torch.dtype, memory: GenerationMemoryConfig, tokens: int, room: Room
+) -> Plan:
+    """dtype: of the DiT in memory; tokens: of the largest forward pass."""
+
+    def choices() -> Iterator[Choice]:
+        for fp8 in _precisions(config, {"fp8_scaled": True}):
+            base = replace(memory, memory="manual", **fp8)
+            dit, _ = weightless_dit(config, dtype, base)
+            yield Choice(base, generation_parts(frozen_bytes(dit), config.spec, tokens))
+        for swap in _swaps(dit, {}):
+            frozen, host = _split(dit, swap["blocks_to_swap"])
+            yield Choice(replace(base, **swap), generation_parts(frozen, config.spec, tokens), host)
+
+    return Plan(choices(), room)
+
+
+def plan_t5(t5: T5Config, device: torch.device, room: Room) -> T5Config:
+    """For texts, when T5 is alone on the device: with its linear layers in fp8 if it does not fit without."""
+    if t5.fp8_t5 or (size := t5.size(device)) <= room.device:
+        return t5
+    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", size_text(size))
+    return replace(t5, fp8_t5=True)
+
+
+def _precisions(config: DiTConfig, fp8: dict[str, bool]) -> list[dict[str, bool]]:
+    """As the file has it, and in fp8 if the file is not."""
+    return [{}] if config.stored_dtype.itemsize == 1 else [{}, fp8]
+
+
+def _swaps(dit: torch.nn.Module, more: dict) -> Iterator[dict]:
+    """Ever more blocks in host memory; fewer than three would save nothing."""
+    for count in range(SLOTS + 1, len(dit.blocks)):
+        yield {"blocks_to_swap": count, "use_pinned_memory_for_block_swap": True, **more}
+
+
+def _split(dit: torch.nn.Module, swapped: int) -> tuple[int, int]:
+    """Bytes of frozen weights (on the device, in host memory) with so many blocks swapped."""
+    block = frozen_bytes(dit.blocks[-1])
+    return frozen_bytes(dit) - max(0, swapped - SLOTS) * block, swapped * block

@@ -1,0 +1,1 @@
+"""The training run: options, the loop and its step, states to resume from, samples and logs."""

@@ -1,0 +1,185 @@
+"""A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from accelerate import Accelerator
+
+from dataset.config import DatasetsConfig, read_config
+from dataset.loader import TrainingSet
+from utils import cli
+from utils.files import require_writable_dir, written_whole
+from wan.generation.pipeline import Pipeline
+from wan.generation.request import Request
+from wan.lora.files import LoRAFile
+from wan.models.device import DeviceConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.models.plan import Plan, Room, plan_t5, plan_training
+from wan.models.tasks import TaskSpec
+from wan.training import loop, start
+from wan.training.options import TrainingOptions
+from wan.training.samples import Sampler
+from wan.training.state import State, remove_leftovers
+from wan.training.summary import explain_training as explained
+from wan.training.timestep_plot import show
+from wan.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingModels:
+    """The model files of a run, and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionSwitches
+
+
+def run(models: TrainingModels, options: TrainingOptions) -> None:
+    """Train. Whatever can be wrong raises ConfigError before weights load."""
+    save = options.save
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    require_writable_dir(save.output_dir, "--output_dir")
+    task, requests = _check(models, options, datasets)
+    accelerator = start.build_accelerator(models.device.device)
+    cli.quiet_unless(accelerator.is_main_process)
+    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    state = start.find_state(save)
+    seed = start.shared_seed(options.run.seed, state)
+    training_set = _training_set(datasets, options, seed, models.dit)
+    merger = start.base_merger(models.dit, options.network)
+    weights = start.network_start(models.dit, options.network, state)
+    if accelerator.is_main_process:
+        remove_leftovers(save.output_dir, save.output_name)
+        _write_settings(models, options)
+    step = state.progress.step if state else 0
+    settings = {
+        field.name: getattr(section, field.name)
+        for section in (*_sections(models), *_sections(options))
+        for field in fields(section)
+        if "help" in field.metadata
+    }
+    plan = _plan(models.dit, options, training_set, weights, accelerator.device)
+    with Tracker.open(
+        options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
+    ) as tracker:
+        sampler = _sampler(requests, models, options, accelerator) if requests else None
+
+        def train(options: TrainingOptions, state: State | None) -> None:
+            dit, network = start.load_trainable(
+                models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
+            )
+            job = loop.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
+            loop.Trainer(accelerator, job, state).run()
+
+        _train_within(plan, train, options, state, accelerator)
+
+
+def _train_within(
+    plan: Plan,
+    train: Callable[[TrainingOptions, State | None], None],
+    options: TrainingOptions,
+    state: State | None,
+    accelerator: Accelerator,
+) -> None:
+    """`train`, and when memory runs out go on from the last step with the plan's next choice."""
+    done = False
+    while not done:
+        try:
+            train(replace(options, memory=plan.memory), state)
+            done = True
+        except loop.MemoryRanOut as error:
+            if accelerator.num_processes > 1 or not plan.step_down():
+                raise error.__cause__ from None
+            state = error.state or state
+        accelerator.free_memory()
+
+
+def explain(models: TrainingModels, options: TrainingOptions) -> None:
+    """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    task, _ = _check(models, options, datasets)
+    accelerator = start.build_accelerator(models.device.device)
+    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    state = start.find_state(options.save)
+    training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)
+    start.base_merger(models.dit, options.network)
+    weights = start.network_start(models.dit, options.network, state)
+    options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
+    if accelerator.is_main_process:
+        lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
+        print(*lines, sep="\n")
+
+
+def show_timesteps(options: TrainingOptions, mode: str) -> None:
+    """Draw the noise levels that a run with these options would train at."""
+    width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
+    folder = require_writable_dir(options.save.output_dir, "--output_dir")
+    show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
+
+
+def _check(
+    models: TrainingModels, options: TrainingOptions, datasets: DatasetsConfig
+) -> tuple[TaskSpec, list[Request]]:
+    """The task and the sample requests; headers of all files that will be needed have been looked at."""
+    task = models.dit.check()
+    options.run.compute_dtype(models.dit.dit_dtype)
+    options.tracking.check()
+    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
+    requests = options.samples.requests(task, sampling)
+    if requests:
+        models.t5.check(models.dit.spec)
+        models.clip.check(models.dit.spec)
+        models.vae.check()
+    return task, requests
+
+
+def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTConfig) -> TrainingSet:
+    split = options.validation.validation_split
+    training_set = TrainingSet(datasets, seed, options.noise.num_timestep_buckets, split)
+    training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)
+    options.validation.check(training_set.validation)
+    return training_set
+
+
+def _plan(
+    dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
+) -> Plan:
+    """The one choice that there is, or with --memory auto those that fit."""
+    if options.memory.memory == "manual":
+        return Plan.of(options.memory)
+    dtype = options.run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
+    room = Room.on(device)
+    plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
+    log.info("memory: %s", plan)
+    return plan
+
+
+def _sampler(
+    requests: list[Request], models: TrainingModels, options: TrainingOptions, accelerator: Accelerator
+) -> Sampler:
+    device, t5 = torch.device(accelerator.device), models.t5
+    if options.memory.memory == "auto":
+        t5 = plan_t5(t5, device, Room.on(device))
+    pipeline = Pipeline(models.vae, t5, models.clip, device)
+    share = (accelerator.process_index, accelerator.num_processes)
+    folder = options.save.output_dir / "sample"
+    return Sampler(requests, pipeline, folder, options.save.output_name, share, options.preview.preview)
+
+
+def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:
+    """`<output_name>-settings.toml`, which --config_file reads: the settings of this run without its keys."""
+    tracking = replace(options.tracking, wandb_api_key=None)
+    text = cli.to_toml(*_sections(models), *_sections(replace(options, tracking=tracking)))
+    with written_whole(options.save.output_dir / f"{options.save.output_name}-settings.toml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sections(group: TrainingModels | TrainingOptions) -> list:
+    return [section for section in vars(group).values() if hasattr(section, "__dataclass_fields__")]

@@ -1,0 +1,122 @@
+"""Sample images during training: the pipeline of generation, fed with the model in training."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.cli import option
+from utils.errors import ConfigError
+from utils.files import written_whole
+from wan.generation.pipeline import Encoded, Pipeline, denoise
+from wan.generation.prompt_lines import Prompt, read_file
+from wan.generation.request import Request, SamplingConfig
+from wan.models.tasks import TaskSpec
+
+log = logging.getLogger(__name__)
+
+# What a prompt line leaves open (spec cli.md section 6).
+_DEFAULTS = Prompt(width=256, height=256, sample_steps=20)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """sample images"""
+
+    sample_prompts: Path | None = option(None, help="prompts to sample, .txt, .toml or .json")
+    sample_at_first: bool = option(False, help="sample before training")
+    sample_every_n_epochs: int | None = option(None, help="sample after every n epochs")
+    sample_every_n_steps: int | None = option(None, help="sample after every n steps")
+
+    def __post_init__(self) -> None:
+        for name in ("sample_every_n_epochs", "sample_every_n_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value}: must be at least 1")
+            if value is not None and self.sample_prompts is None:
+                raise ConfigError(f"--{name} needs --sample_prompts FILE")
+        if self.sample_at_first and self.sample_prompts is None:
+            raise ConfigError("--sample_at_first needs --sample_prompts FILE")
+
+    def requests(self, task: TaskSpec, sampling: SamplingConfig) -> list[Request]:
+        """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
+        if self.sample_prompts is None:
+            return []
+        prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
+        return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
+
+    def due_after_step(self, step: int) -> bool:
+        """Whether samples are wanted after this optimizer step (counted from 1)."""
+        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
+
+    def due_after_epoch(self, epoch: int) -> bool:
+        """Whether samples are wanted after this epoch (counted from 1)."""
+        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
+
+
+class Sampler:
+    """Prompts encoded once, before the DiT needs the memory, and drawn whenever training asks.
+
+    `share` of (process, processes) picks the prompts of this process. A failing sample is reported and never raises.
+    """
+
+    def __init__(
+        self,
+        requests: list[Request],
+        pipeline: Pipeline,
+        folder: Path,
+        name: str,
+        share: tuple[int, int] = (0, 1),
+        preview: int | None = None,
+    ) -> None:
+        self._pipeline, self._folder, self._name, self._preview = pipeline, folder, name, preview
+        process, processes = share
+        self._writes = True
+        numbers = range(process, len(requests), processes)
+        mine = [requests[number] for number in numbers]
+        encoded = pipeline.encode(mine) if mine else []
+        self._view = pipeline.fit_preview(mine) if mine and preview else None
+        self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
+
+    def draw_together(self, gather: Callable[[list], list], writes: bool) -> None:
+        """From now on all processes draw every prompt, in step: a DiT that FSDP2 has shared out needs all of them.
+
+        All have to call it. gather: a list -> those of all processes in a row; writes: whether this one writes files.
+        """
+        self._encoded = sorted(gather(self._encoded), key=lambda pair: pair[0])
+        self._writes = writes
+
+    def draw(self, dit: nn.Module, suffix: str) -> list[Path]:
+        """Write one PNG per prompt of this process, in eval mode; no random state is touched."""
+        was_training, paths = dit.training, []
+        dit.eval()
+        for number, encoded in self._encoded:
+            try:
+                paths += self._draw_one(dit, number, encoded, suffix)
+            except Exception:
+                log.exception("sample %d could not be made; training goes on", number)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        dit.train(was_training)
+        return paths
+
+    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> list[Path]:
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        time = datetime.now().strftime("%Y%m%d%H%M%S")
+        stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
+        rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
+        watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
+        latents = denoise(dit, encoded, self._pipeline.device, f"sample {number}", watch=watch)
+        if not self._writes:
+            return []
+        image = self._pipeline.decode(latents)
+        with written_whole(path) as temporary:
+            image.save(temporary)
+        rough.unlink(missing_ok=True)
+        return [path]

@@ -1,0 +1,110 @@
+"""What a training run starts from: processes and devices, the seed, the state, the model with its LoRA."""
+
+import logging
+import random
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+
+from utils.errors import ConfigError
+from utils.randomness import seeded
+from wan.lora.files import LoRAFile, read_lora
+from wan.lora.merge import Merger
+from wan.lora.network import LoRANetwork, inject_lora_
+from wan.lora.options import NetworkConfig
+from wan.models.memory_options import prepare_
+from wan.models.options import DiTConfig, build_merger
+from wan.nets.attention import Attention
+from wan.nets.dit import WanDiT
+from wan.training.optimizers import optimizer_class
+from wan.training.options import SaveConfig, TrainingOptions
+from wan.training.state import State, load_state, newest_state
+
+log = logging.getLogger(__name__)
+
+
+def network_start(config: DiTConfig, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
+    """The file of --network_weights. Network, file and state are tried on a model without weights first."""
+    weights = read_lora(settings.network_weights, "--network_weights") if settings.network_weights else None
+    with torch.device("meta"):
+        network = inject_lora_(WanDiT(config.spec), settings, weights=weights)
+        if state is not None:
+            network.load_state_dict(state.weights, f"--resume {state.path}")
+    return weights
+
+
+def load_trainable(
+    config: DiTConfig,
+    options: TrainingOptions,
+    device: torch.device,
+    seed: int,
+    merger: Merger | None,
+    weights: LoRAFile | None,
+    attention: Attention,
+) -> tuple[WanDiT, LoRANetwork]:
+    """The DiT with LoRA layers, of which nothing else is trained.
+
+    merger: LoRA files to merge beforehand; weights: the one to start from. Under FSDP2 all stays in host memory.
+    """
+    if AcceleratorState().is_fsdp2:
+        _check_sharding(options)
+        device = torch.device("cpu")  # from where each block is shared out on its own: no GPU has to hold all of them
+    dtype = options.run.compute_dtype(config.dit_dtype)
+    dit = config.load(device, dtype, merger, attention, options.memory)
+    network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
+    prepare_(dit, options.memory, device)
+    return dit, network
+
+
+def _check_sharding(options: TrainingOptions) -> None:
+    if options.memory.blocks_to_swap:
+        raise ConfigError(
+            f"--blocks_to_swap {options.memory.blocks_to_swap}: does not go with FSDP2, which shares the blocks out; "
+            "leave it out, or set fsdp_offload_params: true in accelerate's file"
+        )
+    name = options.optimizer.optimizer_type
+    if not optimizer_class(name).__module__.startswith("torch.optim"):
+        raise ConfigError(f"--optimizer_type {name}: FSDP2 takes the optimizers of torch.optim; use AdamW")
+
+
+def base_merger(config: DiTConfig, settings: NetworkConfig) -> Merger | None:
+    """The LoRA files that training starts on top of, read and checked."""
+    files = [read_lora(path, "--base_weights") for path in settings.base_weights]
+    return build_merger(files, settings.base_weights_multiplier, config, "--base_weights", "--base_weights_multiplier")
+
+
+def find_state(save: SaveConfig) -> State | None:
+    """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet."""
+    if save.resume is None:
+        return None
+    if save.resume != "auto":
+        return load_state(Path(save.resume))
+    path = newest_state(save.output_dir, save.output_name)
+    if path is None:
+        log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+    return None if path is None else load_state(path)
+
+
+def build_accelerator(device: str | None) -> Accelerator:
+    """Processes and devices as `accelerate launch` or plain `python` set them up; `--device cpu` forces the CPU."""
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
+    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate is set to FSDP 1; use docs/accelerate_fsdp2.yaml")
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise ConfigError(f"accelerate is set to {kind.value}, which is not supported; use docs/accelerate_ddp.yaml")
+    return accelerator
+
+
+def shared_seed(seed: int | None, state: State | None) -> int:
+    """The run's seed: that of the state, else the one given, else a random one that all processes agree on."""
+    if state is not None:
+        if seed not in (None, state.facts["seed"]):
+            log.warning("--seed %d: the resumed run goes on with its own seed, %d", seed, state.facts["seed"])
+        return state.facts["seed"]
+    return seed if seed is not None else broadcast_object_list([random.SystemRandom().randrange(1 << 31)])[0]

@@ -1,0 +1,174 @@
+"""One optimizer step over the batches of all processes."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from dataset.loader import TrainingBatch, clip_for
+from utils.randomness import address_seed, seeded
+from wan.frames import condition
+from wan.fused.graphs import GraphedGradients
+from wan.lora.network import LoRANetwork
+from wan.memory.sharding import whole
+from wan.models.tasks import TaskSpec
+from wan.nets.dit import pad_text
+from wan.training.loss import flow_matching_loss
+from wan.training.options import TrainingOptions
+from wan.training.timesteps import sample_noise_levels
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; the same in all processes."""
+
+    loss: float  # mean over all items, before the update
+    gradient_norm: float  # before clipping
+    max_norm: tuple[int, float, float] | None  # LoRANetwork.apply_max_norm, if asked for
+    skipped: bool  # nothing was updated, because loss or gradient was no finite number
+    stop: bool  # some process was asked to stop
+
+
+class TrainingStep:
+    """Updates the LoRA of `model`. `model` is what accelerate made of the DiT.
+
+    Noise levels, noise and dropout depend on (seed, epoch, item) and (seed, step, process) alone, so that a resumed run
+    repeats an uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        network: LoRANetwork,
+        optimizer: AcceleratedOptimizer,
+        scheduler: LRScheduler,
+        task: TaskSpec,
+        options: TrainingOptions,
+        seed: int,
+    ) -> None:
+        self.accelerator, self.model, self.network = accelerator, model, network
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.task, self.options, self.seed = task, options, seed
+        # Not accelerate's mixed precision: the DiT computes in the dtype of its weights, so there is nothing to cast.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=options.run.precision == "fp16")
+        self.graphs: GraphedGradients | None = None
+        alone = accelerator.distributed_type == DistributedType.NO and not self.scaler.is_enabled()
+        if alone and options.memory.records(accelerator.device) and not network.draws:
+            loss = partial(flow_matching_loss, model, weighting_scheme=options.noise.weighting_scheme)
+            self.graphs = GraphedGradients(loss, list(network.parameters()))
+
+    def run(self, batches: list[TrainingBatch], items: int, epoch: int, step: int, stop: bool) -> StepResult:
+        """Forward and backward over this process's batches, then one update, as over one batch of all `items`.
+
+        items: those of all processes. epoch and step count from 1. stop: this process was asked to stop.
+        """
+        accelerator, scaler = self.accelerator, self.scaler
+        torch.manual_seed(address_seed(self.seed, "dropout", step, accelerator.process_index))
+        total = torch.zeros((), device=accelerator.device)
+        for batch in batches:
+            noisy = self._noisy(batch, epoch)
+            # Gradients are averaged over processes, while the mean that is wanted is over all items.
+            factor = accelerator.num_processes / items
+            if self.graphs is not None:
+                losses = self._replayed(noisy, factor, keep=len(batches) > 1)
+            else:
+                with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
+                    losses = self.batch_loss(*noisy, self.options.noise.weighting_scheme)
+                    accelerator.backward(scaler.scale(losses.sum() * factor))
+            total += losses.detach().sum()
+        everywhere = accelerator.reduce(torch.stack([total, torch.tensor(float(stop), device=total.device)]))
+        loss, stops = everywhere.tolist()
+        norm = self._clipped_norm()
+        # A scaled gradient may overflow now and then; the scaler skips that step and lowers its scale.
+        skipped = not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled())
+        limit, max_norm = self.options.network.scale_weight_norms, None
+        if not skipped:
+            scaler.step(self.optimizer.optimizer)
+            max_norm = self.network.apply_max_norm(limit) if limit else None
+        scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
+
+    def release_memory(self) -> None:
+        """Give back what is kept between steps, for work of another kind."""
+        if self.graphs is not None:
+            self.graphs.release()
+
+    def batch_loss(self, batch: TrainingBatch, noise: Tensor, t: Tensor, weighting_scheme: str = "none") -> Tensor:
+        """Loss of each item, [B], at given noise [B, 16, F, H, W] and noise levels t [B]; inputs on any device."""
+        return flow_matching_loss(self.model, **self._inputs(batch, noise, t), weighting_scheme=weighting_scheme)
+
+    def _inputs(self, batch: TrainingBatch, noise: Tensor, t: Tensor) -> dict[str, Any]:
+        """Those of `flow_matching_loss`, tensors on the device."""
+        run, frame_indices = self.options.run, batch.frame_indices
+        if run.one_frame_legacy_indices:
+            frame_indices = condition.natural_indices(frame_indices)
+        weights = condition.loss_weights(
+            batch.layouts, batch.condition, batch.target_masks, run.one_frame_loss == "target"
+        )
+        tensors = {
+            "latents": batch.latents,
+            "condition": batch.condition,
+            "text": pad_text(batch.text),
+            "image": clip_for(batch, self.task.clip_images),
+            "frame_indices": frame_indices,
+            "noise": noise,
+            "t": t,
+            "weights": weights,
+        }
+        device = self.accelerator.device
+        tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        return tensors | {"frame_sizes": batch.frame_sizes}
+
+    def _noisy(self, batch: TrainingBatch, epoch: int) -> tuple[TrainingBatch, Tensor, Tensor]:
+        """What the epoch makes of a batch: with the targets drawn, if they are, and its noise and noise levels."""
+        noise_config, target_range = self.options.noise, self.options.run.target_range
+        if target_range is not None:
+            batch = with_random_targets(batch, target_range, self.seed, epoch)
+        generators = [seeded(self.seed, epoch, key) for key in batch.item_keys]
+        t = sample_noise_levels(noise_config, batch.target_size, batch.uniform, generators)
+        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
+        return batch, noise, t
+
+    def _replayed(self, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool) -> Tensor:
+        """Losses [B]; their gradients, times `factor`, are added up. keep: there are more batches before the update."""
+        losses, gradients = self.graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
+        for parameter, gradient in zip(self.graphs.parameters, gradients, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient is not None:
+                parameter.grad = gradient.clone() if keep else gradient
+        return losses
+
+    def _clipped_norm(self) -> float:
+        self.scaler.unscale_(self.optimizer.optimizer)
+        limit = self.options.optimizer.max_grad_norm or math.inf
+        return float(whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)))
+
+
+def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:
+    """The batch with each item's target at an index drawn from `indices`, controls excepted; frames are moved along."""
+    layouts = tuple(
+        condition.random_target(layout, indices, seeded(seed, "target", epoch, key))
+        for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
+    )
+    moved = {
+        name: torch.stack(
+            [
+                condition.relayout(frames, old, new)
+                for frames, old, new in zip(getattr(batch, name), batch.layouts, layouts, strict=True)
+            ]
+        )
+        for name in ("latents", "condition")
+    }
+    frame_indices = torch.tensor([layout.frame_indices for layout in layouts])
+    return replace(batch, layouts=layouts, frame_indices=frame_indices, **moved)

@@ -1,0 +1,92 @@
+"""What a run tells about itself before it starts."""
+
+from collections.abc import Iterator
+
+from dataset.cache import read_header, read_latent_cache
+from dataset.loader import BucketCount, TrainingItem, TrainingSet
+from utils.dtypes import dtype_name
+from utils.tables import start_table
+from wan.frames.sizes import frame_of
+from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
+from wan.lora.files import LoRAFile
+from wan.models.estimate import expected_memory, forward_flops, time_text, weightless_dit
+from wan.models.options import DiTConfig
+from wan.models.tasks import TaskSpec
+from wan.nets.spec import VAE_STRIDE, DiTSpec
+from wan.training.options import TrainingOptions
+
+
+def dataset_rows(training_set: TrainingSet) -> list[tuple[str, str]]:
+    """One row per dataset and size."""
+    rows = [
+        (
+            f"dataset {bucket.dataset}",
+            f"{bucket.items} items of {_sizes(bucket)} in {bucket.batches} batches, {bucket.frames} frames",
+        )
+        for bucket in training_set.buckets
+    ]
+    held_back = len(training_set.validation.items)
+    return [*rows, ("validation", f"{held_back} items")] if held_back else rows
+
+
+def _sizes(bucket: BucketCount) -> str:
+    """`64x48`, or where frames differ in size those of all slots."""
+    sizes = bucket.frame_sizes or [(bucket.height, bucket.width)]
+    return ", ".join(f"{columns * VAE_STRIDE}x{rows * VAE_STRIDE}" for rows, columns in sizes)
+
+
+def explain_training(
+    options: TrainingOptions,
+    dit: DiTConfig,
+    task: TaskSpec,
+    training_set: TrainingSet,
+    weights: LoRAFile | None,
+    processes: int,
+) -> list[str]:
+    """A table per dataset, size and layout, then what a step needs. weights: the LoRA that training starts from."""
+    run, memory = options.run, options.memory
+    groups: dict[tuple, TrainingItem] = {}
+    for item in training_set.items:
+        header = read_header(item.latents)
+        groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
+    lines = []
+    for (dataset, size, layout, _), item in list(groups.items())[:SHOWN]:
+        lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
+        frames = _cached_frames(item)
+        lines += [*frame_table(item.layout, frames), tokens_line(item.layout, frames, task.clip_images), ""]
+    lines += left_out(len(groups))
+    dtype = run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
+    held, network = weightless_dit(dit, dtype, memory, options.network, weights)
+    steps = len(training_set.epoch_steps(1, run.gradient_accumulation_steps * processes))
+    total = run.max_train_epochs * steps if run.max_train_epochs else run.max_train_steps
+    epoch = sum(_training_flops(dit.spec, training_set, recomputed=memory.gradient_checkpointing != "none"))
+    rows = [
+        ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
+        *dataset_rows(training_set),
+        ("network", str(network.summary())),
+        ("precision", f"DiT {dtype_name(dtype)}, LoRA float32"),
+        ("steps", f"{total}, {steps} in an epoch" + f", in {processes} processes" * (processes > 1)),
+        ("expected time", time_text(epoch * total / steps)),
+        ("expected memory", expected_memory(held, network, dit.spec, training_set.buckets, memory)),
+    ]
+    return [*lines, start_table(rows)]
+
+
+def _cached_frames(item: TrainingItem) -> list[TableFrame]:
+    cache = read_latent_cache(item.latents)
+    controls, used = len(item.layout.control_indices), {}
+    for slot, i in enumerate(cache.layout.order):
+        given = frame_of(cache.condition[:4], slot, cache.frame_sizes).amax(dim=0).float()
+        if i < controls and bool((given < 1).any()):
+            used[i] = float(given.mean())
+    if cache.target_mask is not None:
+        used[controls] = float(cache.target_mask.mean())
+    sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)
+    names = [*(f"control {i}" for i in range(controls)), "target"]
+    return [TableFrame(name, "(cached)", sizes[i], None, used.get(i)) for i, name in enumerate(names)]
+
+
+def _training_flops(spec: DiTSpec, training_set: TrainingSet, recomputed: bool) -> Iterator[float]:
+    """Of the items of each bucket: forward, the gradients of the activations, and forward again when recomputed."""
+    for bucket in training_set.buckets:
+        yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, bucket.tokens)
