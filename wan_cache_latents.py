@@ -4,7 +4,7 @@ from utils import cli
 from wan.caching import explain
 from wan.caching.run import LatentCachingConfig, run_latents
 from wan.frames import table
-from wan.models.device import DeviceConfig, join
+from wan.models.device import DeviceConfig, init_processes
 from wan.models.options import CLIPConfig, ReleaseConfig, VAEConfig
 
 _IGNORED = {
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             sep="\n",
         )
         return
-    processes, device = join(cli.build(DeviceConfig, args))
+    processes, device = init_processes(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_latents(run, vae, clip, device, processes)
 

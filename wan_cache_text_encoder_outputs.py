@@ -4,7 +4,7 @@ from utils import cli
 from wan.caching import explain
 from wan.caching.run import CachingConfig, run_texts
 from wan.frames import table
-from wan.models.device import DeviceConfig, join
+from wan.models.device import DeviceConfig, init_processes
 from wan.models.options import ReleaseConfig, T5Config
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         t5.check()
         print(*explain.explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
         return
-    processes, device = join(cli.build(DeviceConfig, args))
+    processes, device = init_processes(cli.build(DeviceConfig, args))
     cli.quiet_unless(processes.is_main)
     run_texts(run, t5, device, processes)
 

@@ -23,7 +23,7 @@ from wan.generation.request import Request, SamplingConfig
 from wan.generation.run import Generation
 from wan.generation.sweep import SweepConfig
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig, prepare_
+from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
 from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.models.plan import Plan, Room, plan_generation, plan_t5
 from wan.nets.dit import WanDiT
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def load(multipliers: tuple[float, ...], memory: GenerationMemoryConfig, to: torch.device) -> WanDiT:
         network = dit.load(to, merger=mergers[multipliers], attention=attention.function, memory=memory)
-        prepare_(network, memory, to)
+        apply_memory_options_(network, memory, to)
         return network
 
     def merge_again(network: WanDiT, multipliers: tuple[float, ...]) -> None:
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if not prompts.interactive:
         generation.make(cells)
         return
-    kept = generation.resident(lora.lora_multiplier, wanted_again=True)
+    kept = generation.loaded_on_demand(lora.lora_multiplier, wanted_again=True)
     for group in prompts.typed(task, sampling, trained, lora):
         try:
             generation.make(group, kept)

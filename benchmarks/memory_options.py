@@ -23,7 +23,7 @@ from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import TrainingMemoryConfig, prepare_
+from wan.models.memory_options import TrainingMemoryConfig, apply_memory_options_
 from wan.nets.dit import pad_text
 from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
@@ -77,7 +77,7 @@ def measure(spec: DiTSpec, settings: dict, side: int, repeat: int, device: torch
         torch.cuda.reset_peak_memory_stats()
     dit = load_dit("dit.safetensors", None, device, fp8=memory.fp8_kind, blocks_on_host=memory.blocks_to_swap)
     network = inject_lora_(dit, NetworkConfig(network_dim=32, network_alpha=32), device=device)
-    prepare_(dit, memory, device)
+    apply_memory_options_(dit, memory, device)
     tensors = inputs(spec, side, device)
 
     def step() -> None:

@@ -33,10 +33,10 @@ from wan.fused.graphs import GraphedGradients
 from wan.fused.vae import fuse_vae_
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
-from wan.memory.fp8 import Rows8, product_of_rows, quantize_rows
-from wan.memory.recompute import checkpoint_blocks_
+from wan.memory.fp8 import Fp8Rows, product_of_rows, quantize_rows
+from wan.memory.recompute import recompute_blocks_
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig, prepare_
+from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
 from wan.nets.dit import StepCache, WanDiT, pad_text
 from wan.nets.spec import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 from wan.nets.vae import WanVAE
@@ -89,7 +89,7 @@ def load(bench: Bench, spec: DiTSpec, backend: str, fp8_fast: bool = False) -> W
     dtype = torch.float32 if bench.tiny else torch.bfloat16
     with random_checkpoint(spec, bench.device):
         dit = load_dit("dit.safetensors", dtype, bench.device, fp8=memory.fp8_kind)
-    prepare_(dit, memory, bench.device)
+    apply_memory_options_(dit, memory, bench.device)
     bench.synchronize()
     print(f"{spec.num_layers} blocks of random weights made in {time.perf_counter() - start:.1f} s", flush=True)
     return dit
@@ -153,7 +153,7 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
             for block, original in zip(dit.blocks, originals, strict=True):
                 block.forward = original
             if mode != "none":
-                checkpoint_blocks_(dit, only_needed=mode == "auto")
+                recompute_blocks_(dit, only_needed=mode == "auto")
             gradients = gradients_of(dit, network, recorded=not bench.tiny)
             step = partial(training_step, network, gradients, optimizer, training_inputs(bench, *shape))
             step()  # a graph is recorded at the second step
@@ -263,7 +263,7 @@ def product_rows(bench: Bench) -> None:
                 continue
             make = partial(torch.randn, device=bench.device, dtype=torch.bfloat16)
             x, weight, bias = make(length, width), make(outputs, width), make(outputs)
-            x8, weight8 = quantize_rows(x), Rows8(*quantize_rows(weight))
+            x8, weight8 = quantize_rows(x), Fp8Rows(*quantize_rows(weight))
             cases = {
                 "bf16": partial(nn.functional.linear, x, weight, bias),
                 "with gelu": partial(torch._addmm_activation, bias, x, weight.t(), use_gelu=True),

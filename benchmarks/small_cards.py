@@ -36,7 +36,7 @@ from dataset.loader import BucketCount
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 from wan.models.plan import SPARE, Plan, Room, plan_generation, plan_training
 from wan.nets.dit import StepCache
 
@@ -63,10 +63,10 @@ def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callabl
     swapped = memory.blocks_to_swap
     dit = load_dit("dit.safetensors", dtype, bench.device, fp8=memory.fp8_kind, blocks_on_host=swapped)
     if kind == "generation":
-        prepare_(dit, memory, bench.device)
+        apply_memory_options_(dit, memory, bench.device)
         return partial(forward, dit, inputs(bench, side, side, 2, batch=2), StepCache())
     network = inject_lora_(dit, NETWORK, device=bench.device)
-    prepare_(dit, memory, bench.device)
+    apply_memory_options_(dit, memory, bench.device)
     gradients = gradients_of(dit.train(), network, recorded=memory.records(bench.device))
     return partial(training_step, network, gradients, optimizer_of(network), training_inputs(bench, side, side, 2))
 

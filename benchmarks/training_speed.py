@@ -28,7 +28,7 @@ from wan.frames.condition import stack_condition, stack_frames
 from wan.frames.layout import OneFrameLayout
 from wan.lora.network import inject_lora_
 from wan.models.estimate import expected_memory
-from wan.models.memory_options import prepare_
+from wan.models.memory_options import apply_memory_options_
 from wan.models.tasks import TASKS
 from wan.nets.spec import DiTSpec
 from wan.training.loop import Trainer, TrainingJob
@@ -88,7 +88,7 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     with random_checkpoint(SPECS[arguments.size], accelerator.device):
         dit = load_dit("dit.safetensors", dtype, accelerator.device)
     network = inject_lora_(dit, options.network)
-    prepare_(dit, options.memory, accelerator.device)
+    apply_memory_options_(dit, options.memory, accelerator.device)
     job = TrainingJob(TASKS["i2v-14B"], options, datasets, TrainingSet(datasets, 1), dit, network, None, clock)
     return Trainer(accelerator, job)
 

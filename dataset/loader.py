@@ -50,7 +50,7 @@ class TrainingItem:
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchItems:
     """Items to load together: all have the same shapes. `uniform`: their stratified random numbers in [0, 1)."""
 
     items: tuple[TrainingItem, ...]
@@ -205,11 +205,11 @@ class TrainingSet:
                         "cache again with the encoders of the DiT"
                     )
 
-    def epoch_batches(self, epoch: int) -> list[BatchPlan]:
+    def epoch_batches(self, epoch: int) -> list[BatchItems]:
         """The batches of one epoch: items are shuffled within their bucket, then the batches of all datasets."""
         return [plan for step in self.epoch_steps(epoch, 1) for plan in step]
 
-    def epoch_steps(self, epoch: int, batches_per_step: int) -> list[list[BatchPlan]]:
+    def epoch_steps(self, epoch: int, batches_per_step: int) -> list[list[BatchItems]]:
         """The batches of each optimizer step of an epoch, of all processes and accumulated batches together.
 
         A step's batches come from one bucket as long as that has enough, so that the step equals one over a single
@@ -235,13 +235,13 @@ class TrainingSet:
         rng.shuffle(steps)
         return steps + short
 
-    def _plans(self, batches: list[list[TrainingItem]], size: int, rng: random.Random) -> list[BatchPlan]:
+    def _plans(self, batches: list[list[TrainingItem]], size: int, rng: random.Random) -> list[BatchItems]:
         if (self.timestep_buckets or 0) < 2:
-            return [BatchPlan(tuple(items)) for items in batches]
+            return [BatchItems(tuple(items)) for items in batches]
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         uniform = stratified_uniform(len(batches) * size, self.timestep_buckets, generator).split(size)
         return [
-            BatchPlan(tuple(items), tuple(values[: len(items)].tolist()))
+            BatchItems(tuple(items), tuple(values[: len(items)].tolist()))
             for items, values in zip(batches, uniform, strict=True)
         ]
 
@@ -272,7 +272,7 @@ class TrainingSet:
         return found
 
 
-def load_batch(plan: BatchPlan) -> TrainingBatch:
+def load_batch(plan: BatchItems) -> TrainingBatch:
     """Read the files of a plan. Raises ConfigError naming a file that can't be read."""
     caches = [read_latent_cache(item.latents) for item in plan.items]
     latents, condition = (
@@ -324,13 +324,13 @@ def clip_for(batch: TrainingBatch, images: int) -> Tensor:
     return torch.stack(rows).flatten(1, 2)
 
 
-def share(plans: Sequence[BatchPlan], process_index: int, num_processes: int) -> list[BatchPlan]:
+def rank_slice(plans: Sequence[BatchItems], process_index: int, num_processes: int) -> list[BatchItems]:
     """The plans of one process; the first ones are repeated at the end so that all processes get equally many."""
     padded = itertools.islice(itertools.cycle(plans), -(-len(plans) // num_processes) * num_processes)
     return list(padded)[process_index::num_processes]
 
 
-def _chunks(plans: list[BatchPlan], size: int) -> list[list[BatchPlan]]:
+def _chunks(plans: list[BatchItems], size: int) -> list[list[BatchItems]]:
     return [plans[start : start + size] for start in range(0, len(plans), size)]
 
 
@@ -342,7 +342,7 @@ class BatchLoader:
 
     def __init__(self, workers: int = 0, persistent: bool = False, context: str | None = None) -> None:
         workers = min(workers, os.cpu_count() or 1)
-        self._plans: list[BatchPlan] = []
+        self._plans: list[BatchItems] = []
         self._loader = DataLoader(
             _Files(),
             batch_size=None,
@@ -354,7 +354,7 @@ class BatchLoader:
             generator=torch.Generator(),
         )
 
-    def load(self, plans: Iterable[BatchPlan]) -> Iterator[TrainingBatch]:
+    def load(self, plans: Iterable[BatchItems]) -> Iterator[TrainingBatch]:
         """The batches of the plans, in their order. Raises ConfigError naming a file that can't be read."""
         self._plans = list(plans)
         for batch in self._loader:
@@ -371,7 +371,7 @@ def _leave_interrupts_to_the_trainer(_worker: int) -> None:
 class _Files(Dataset):
     """Runs in the workers. Hands errors over as values, because torch would wrap them in a worker's traceback."""
 
-    def __getitem__(self, plan: BatchPlan) -> TrainingBatch | ConfigError:
+    def __getitem__(self, plan: BatchItems) -> TrainingBatch | ConfigError:
         try:
             return load_batch(plan)
         except ConfigError as error:
@@ -384,7 +384,7 @@ class _Current:
     def __init__(self, loader: BatchLoader) -> None:
         self._owner = loader
 
-    def __iter__(self) -> Iterator[BatchPlan]:
+    def __iter__(self) -> Iterator[BatchItems]:
         return iter(self._owner._plans)
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from dataset.problems import Problem
 from dataset.sources import Item, Source, make_item
 from utils.errors import ConfigError
 from utils.files import fingerprint
-from utils.images import Fit, check_image, check_mask_size, open_masked, resize_to_fill
+from utils.images import Resize, check_image, check_mask_size, open_masked, resize_to_fill
 from wan.frames.layout import OneFrameLayout
 
 # Where a picture starts to suffer: choices of ours.
@@ -31,7 +31,7 @@ class _Picture:
     """A file, decoded and brought to its bucket."""
 
     path: Path
-    fit: Fit  # what was done to it
+    fit: Resize  # what was done to it
     pixels: np.ndarray  # [height, width, 3] uint8
     mask: np.ndarray | None  # the same, 255 where the picture counts
 
@@ -54,7 +54,10 @@ def look(
         return None, found
     masks = (item.target_mask, *item.control_masks)
     paths = (item.target, *item.controls)
-    fits = (lambda size: Fit(size, item.bucket), *[partial(item.layout.control_sizes.fit, target=item.bucket)] * needed)
+    fits = (
+        lambda size: Resize(size, item.bucket),
+        *[partial(item.layout.control_sizes.fit, target=item.bucket)] * needed,
+    )
     pictures = [_open(found, path, mask, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
     _check_black(found, item, pictures)
     _check_controls(found, item)
@@ -84,7 +87,7 @@ def _item(
 
 
 def _open(
-    found: list[Problem], path: Path, mask: Path | None, fitted: Callable[[tuple[int, int]], Fit]
+    found: list[Problem], path: Path, mask: Path | None, fitted: Callable[[tuple[int, int]], Resize]
 ) -> _Picture | None:
     """fitted: what is done to an image of a size; ConfigError when it is too small."""
     code = "D15"
@@ -107,7 +110,7 @@ def _open(
     return _Picture(path, fit, _filled(image, fit), shown)
 
 
-def _filled(image: Image.Image, fit: Fit) -> np.ndarray:
+def _filled(image: Image.Image, fit: Resize) -> np.ndarray:
     return resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
 
 

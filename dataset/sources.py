@@ -12,7 +12,7 @@ from typing import Any
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.files import parse_json
-from utils.images import IMAGE_SUFFIXES, Fit, check_image, check_mask_size
+from utils.images import IMAGE_SUFFIXES, Resize, check_image, check_mask_size
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size
 
@@ -38,12 +38,12 @@ class Item:
     owns_layout: bool  # the layout is the item's own, whatever its dataset says
     target_mask: Path | None
     control_masks: tuple[Path | None, ...]  # as many as controls
-    control_fits: tuple[Fit, ...] = ()  # what is done to each control
+    control_fits: tuple[Resize, ...] = ()  # what is done to each control
 
     @property
-    def target_fit(self) -> Fit:
+    def target_fit(self) -> Resize:
         """What is done to the target."""
-        return Fit(self.size, self.bucket)
+        return Resize(self.size, self.bucket)
 
     @property
     def sizes(self) -> tuple[Size, ...]:

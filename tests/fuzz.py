@@ -172,7 +172,7 @@ def merged(path: Path) -> None:
     for module in lora.modules.values():
         module.norm()
         for leaf in module.shapes:
-            module.change(leaf)
+            module.delta(leaf)
 
 
 def state_of(path: Path) -> None:

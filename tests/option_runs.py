@@ -145,7 +145,7 @@ def recorded(calls: list):
         (wan.caching.run, "encode_frames"): images,
         (wan.caching.run, "encode_text"): texts,
         (wan.models.memory_options, "swap_blocks_"): swap,
-        (wan.models.memory_options, "checkpoint_blocks_"): checkpoint,
+        (wan.models.memory_options, "recompute_blocks_"): checkpoint,
         (torch, "compile"): compiler,
     }
     with ExitStack() as stack:

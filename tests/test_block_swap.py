@@ -9,7 +9,7 @@ from tests.dit_cases import CPU, DEVICES, SPEC, lora_gradients, random_dit, velo
 from wan.files.load import load_dit
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import Fp8Linear
-from wan.models.memory_options import checkpoint_blocks_
+from wan.models.memory_options import recompute_blocks_
 
 COUNTS = [1, 2, 3, 4]
 
@@ -49,7 +49,7 @@ def test_lora_gradients_are_the_same(count, mode, device):
         model.train(mode == "train").to(device)
         if swapped:
             swap_blocks_(model, swapped, device)
-        checkpoint_blocks_(model)
+        recompute_blocks_(model)
         gradients = []
         for _ in range(2):
             gradients.append(lora_gradients(model, network))
@@ -88,7 +88,7 @@ def test_each_block_is_sent_for_while_the_one_before_it_computes(copies):
     at_start = []
     for block in model.blocks:
         block.forward = lambda *args, _run=block.forward: at_start.append(list(copies)) or _run(*args)
-    checkpoint_blocks_(model)
+    recompute_blocks_(model)
     lora_gradients(model, network)
     forward = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     backward = [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3, 1], [0, 1, 2, 3, 1, 0]]  # 3 and 2 are still on the device

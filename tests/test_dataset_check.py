@@ -26,7 +26,7 @@ from dataset.problems import KINDS, Problem
 from dataset.sources import find_all_items
 from utils import images
 from utils.errors import ConfigError
-from utils.images import Fit, resize_to_fill
+from utils.images import Resize, resize_to_fill
 
 SIZE = (128, 96)
 NAMES = ("ant", "bee", "cow", "dog")
@@ -368,14 +368,14 @@ def test_the_bucket_table_counts_items_places_and_losses(folder):
     assert sum(row.items for row in rows.values()) == 4 and rows[128, 96].items == 2
     other = next(row for size, row in rows.items() if size != (128, 96))
     assert other.unused_places == 0 and other.batches == 1
-    fit = Fit((128, 32), (other.width, other.height))
+    fit = Resize((128, 32), (other.width, other.height))
     assert other.cropped_mean == other.cropped_most == fit.cropped and other.scale == (fit.scale, fit.scale)
 
 
 @pytest.mark.parametrize("size", [(200, 100), (100, 300), (64, 48), (333, 211), (128, 96)])
 def test_a_fit_says_what_resizing_does(size):
     bucket = (128, 96)
-    fit = images.Fit(size, bucket)
+    fit = images.Resize(size, bucket)
     assert (
         fit.resized[0] >= 128
         and fit.resized[1] >= 96

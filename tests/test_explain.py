@@ -203,7 +203,7 @@ def test_the_operations_of_a_forward_pass_agree_with_torchs_count():
 def test_the_expected_weights_are_near_those_measured(options, measured):
     memory = TrainingMemoryConfig(gradient_checkpointing="all", **options)
     network = NetworkConfig(network_dim=32)
-    dit, lora = estimate.weightless_dit(DIT_14B, torch.bfloat16, memory, network)
+    dit, lora = estimate.meta_dit(DIT_14B, torch.bfloat16, memory, network)
     trained = sum(parameter.numel() * 4 for parameter in lora.parameters())
     held = sum(p.numel() * p.itemsize for p in dit.parameters() if not p.requires_grad)
     assert (held + trained) / GIB == pytest.approx(measured, rel=0.04)
@@ -213,7 +213,7 @@ def test_the_expected_weights_are_near_those_measured(options, measured):
 
 def test_generation_in_fp8_needs_about_half():
     plain, fp8 = (
-        sum(p.numel() * p.itemsize for p in estimate.weightless_dit(DIT_14B, torch.bfloat16, memory)[0].parameters())
+        sum(p.numel() * p.itemsize for p in estimate.meta_dit(DIT_14B, torch.bfloat16, memory)[0].parameters())
         for memory in (GenerationMemoryConfig(), GenerationMemoryConfig(fp8=True))
     )
     assert 0.5 < fp8 / plain < 0.55

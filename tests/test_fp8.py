@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from tests.dit_cases import CPU, SPEC, lora_gradients, random_dit, velocity, with_lora
 from tests.helpers import TINY, golden, needs_shared, rel_l2
 from wan.files.load import dit_dtype, load_dit, load_t5
-from wan.lora.module import add_change
+from wan.lora.module import add_delta
 from wan.memory.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, quantize_rows, use_fp8_
 from wan.nets.dit import pad_text
 from wan.nets.t5 import encode_text, t5_key, t5_shapes
@@ -196,7 +196,7 @@ def test_loading_quantises_after_merging(kind, dit_file):
     change = 0.1 * torch.randn(128, 128)
 
     def merge(name, weight):
-        return add_change(weight, change) if name.endswith("self_attn.q.weight") else weight
+        return add_delta(weight, change) if name.endswith("self_attn.q.weight") else weight
 
     loaded = load_dit(dit_file, None, CPU, merge, fp8=kind)
     merged = load_dit(dit_file, None, CPU, merge)

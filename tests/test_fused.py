@@ -16,7 +16,7 @@ from wan.fused import plain as fused_plain
 from wan.fused.dit import Residual, fuse_
 from wan.fused.vae import fuse_vae_
 from wan.memory.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
-from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 from wan.models.options import VAEConfig
 from wan.nets.attention import sdpa
 from wan.nets.dit import StepCache
@@ -190,8 +190,8 @@ def test_prepare_fuses_when_the_settings_say_so(monkeypatch):
     asked = []
     monkeypatch.setattr(wan.models.memory_options, "fuse_", lambda dit, device, swapped: asked.append(swapped))
     monkeypatch.setattr(MemoryConfig, "fuses", lambda self, device: self.dit_backend == "fused")
-    prepare_(random_dit(), MemoryConfig(dit_backend="plain"), CPU)
-    prepare_(random_dit(), MemoryConfig(dit_backend="fused"), CPU)
+    apply_memory_options_(random_dit(), MemoryConfig(dit_backend="plain"), CPU)
+    apply_memory_options_(random_dit(), MemoryConfig(dit_backend="fused"), CPU)
     assert asked == [0]
 
 

@@ -10,7 +10,7 @@ from tests.dit_cases import CPU, DEVICES, arguments, random_dit, with_lora
 from tests.helpers import rel_l2
 from wan.fused.dit import can_fuse, fuse_
 from wan.fused.graphs import CudaRecorder, GraphedGradients, graph_forward_
-from wan.memory.recompute import checkpoint_blocks_
+from wan.memory.recompute import recompute_blocks_
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
 from wan.nets.dit import StepCache, WanDiT
 from wan.training.loss import flow_matching_loss
@@ -147,7 +147,7 @@ def test_replayed_gradients_equal_plain_ones_while_the_weights_change(device, re
     network = with_lora(model)
     model = on_device(model, device)
     if recompute:
-        checkpoint_blocks_(model)
+        recompute_blocks_(model)
     parameters, loss = list(network.parameters()), partial(flow_matching_loss, model)
     gradients = GraphedGradients(loss, parameters, record)
     factor = torch.tensor(0.5, device=device)

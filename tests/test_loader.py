@@ -4,7 +4,7 @@ import torch
 from dataset import cache
 from dataset.cache import LatentCache
 from dataset.config import read_config
-from dataset.loader import BatchLoader, BatchPlan, TrainingBatch, TrainingSet, clip_for, load_batch, share
+from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, clip_for, load_batch, rank_slice
 from utils.errors import ConfigError
 from wan.frames.condition import stack_condition, stack_frames
 from wan.frames.layout import OneFrameLayout
@@ -208,8 +208,8 @@ def test_stratified_numbers_spread_over_the_intervals_of_each_dataset(mixed):
 
 @pytest.mark.parametrize(("count", "processes"), [(7, 1), (7, 2), (8, 4), (3, 4), (1, 3)])
 def test_processes_share_all_plans_evenly(count, processes):
-    plans = [BatchPlan((), (float(i),)) for i in range(count)]
-    shares = [share(plans, i, processes) for i in range(processes)]
+    plans = [BatchItems((), (float(i),)) for i in range(count)]
+    shares = [rank_slice(plans, i, processes) for i in range(processes)]
     assert {len(part) for part in shares} == {-(-count // processes)}
     assert {plan for part in shares for plan in part} == set(plans)
     assert sum(len(part) for part in shares) - count < processes

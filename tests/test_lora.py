@@ -13,10 +13,10 @@ from wan.files.dit_names import lora_name
 from wan.files.load import load_dit
 from wan.lora.files import read_lora
 from wan.lora.layers import LoRALinear
-from wan.lora.module import add_change
+from wan.lora.module import add_delta
 from wan.lora.network import inject_lora_, save_lora
 from wan.lora.product import lora_products
-from wan.models.memory_options import checkpoint_blocks_
+from wan.models.memory_options import recompute_blocks_
 from wan.nets.dit import WanDiT, pad_text
 from wan.nets.spec import DiTSpec
 from wan.training.timesteps import add_noise, velocity_target
@@ -231,7 +231,7 @@ def test_a_recomputed_block_repeats_its_dropouts():
         model.blocks = nn.ModuleList([nn.Sequential(toy().img_emb, toy().img_emb)])
         network = trained(model, 3, 2.0, "rank_dropout=0.5", "module_dropout=0.5", network_dropout=0.5)
         if recompute:
-            checkpoint_blocks_(model.train())
+            recompute_blocks_(model.train())
         torch.manual_seed(1)
         for _ in range(4):
             model.blocks[0](torch.ones(5, 7, 6)).square().sum().backward()
@@ -347,15 +347,15 @@ def test_max_norm_scales_down_only_the_changes_above_the_limit():
     first, second = network.layers.values()
     with torch.no_grad():
         second.lora_up.weight.mul_(0.01)
-    before = [layer.change().detach() for layer in (first, second)]
+    before = [layer.delta().detach() for layer in (first, second)]
     norms = [float(change.double().norm()) for change in before]
     limit = (norms[0] * norms[1]) ** 0.5
     count, mean, largest = network.apply_max_norm(limit)
     assert count == 1
     assert largest == pytest.approx(limit, rel=1e-5)
     assert mean == pytest.approx((limit + norms[1]) / 2, rel=1e-5)
-    assert_close(first.change(), before[0] * (limit / norms[0]))
-    assert torch.equal(second.change(), before[1])
+    assert_close(first.delta(), before[0] * (limit / norms[0]))
+    assert torch.equal(second.delta(), before[1])
     assert network.apply_max_norm(limit * 2) == (0, pytest.approx(mean, rel=1e-5), pytest.approx(largest, rel=1e-5))
 
 
@@ -389,7 +389,7 @@ def test_a_layer_that_dequantises_its_weight_can_be_trained():
         block["ffn"][0] = Dequantising(block["ffn"][0])
     layer = trained(model).layers["blocks.0.ffn.0"]
     assert isinstance(layer.base, Dequantising)
-    merged = nn.functional.linear(x, add_change(layer.base.weight, layer.change()), layer.base.bias)
+    merged = nn.functional.linear(x, add_delta(layer.base.weight, layer.delta()), layer.base.bias)
     assert torch.equal(layer.eval()(x), merged)
     out = layer.train()(x)
     assert out.dtype == torch.bfloat16

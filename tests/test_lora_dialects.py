@@ -233,7 +233,7 @@ def test_diffusers_own_converters_read_our_files_as_we_do(to, tmp_path):
     theirs_read = parse_lora(found, "theirs")
     assert ours.keys() == theirs_read.keys() and len(ours) == 48
     for key, module in theirs_read.items():
-        assert_close(module.change(), ours[key].change(), rtol=1e-5, atol=1e-7)
+        assert_close(module.delta(), ours[key].delta(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("alpha", "rank"), [(2.0, 4), (2.0, 3), (1.1, None)])

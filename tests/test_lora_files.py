@@ -16,7 +16,7 @@ from wan.files.dit_names import lora_name
 from wan.files.load import load_dit
 from wan.lora.files import read_lora
 from wan.lora.merge import Merger, check_lora
-from wan.lora.module import add_change, weight_change
+from wan.lora.module import add_delta, weight_delta
 from wan.lora.network import inject_lora_, save_lora
 from wan.nets.dit import pad_text
 
@@ -48,14 +48,14 @@ def test_the_merge_follows_its_formula_in_float32():
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 4, generator=random).bfloat16()
     down, up = torch.randn(2, 4, generator=random), torch.randn(5, 2, generator=random)
-    change = weight_change({"lora_down.weight": down.bfloat16(), "lora_up.weight": up.bfloat16()}, 0.3)
+    change = weight_delta({"lora_down.weight": down.bfloat16(), "lora_up.weight": up.bfloat16()}, 0.3)
     assert change.dtype == torch.float32
     assert_close(change.double(), 0.3 * up.bfloat16().double() @ down.bfloat16().double(), atol=1e-6, rtol=1e-6)
-    merged = add_change(weight, change)
+    merged = add_delta(weight, change)
     assert merged.dtype == torch.bfloat16
     assert_close(merged.double(), weight.double() + change.double(), atol=0, rtol=2**-8)
-    assert_close(add_change(weight.float(), change).double(), weight.double() + change.double(), atol=1e-6, rtol=1e-6)
-    assert add_change(weight.to(torch.float8_e4m3fn), change).dtype == torch.float8_e4m3fn
+    assert_close(add_delta(weight.float(), change).double(), weight.double() + change.double(), atol=1e-6, rtol=1e-6)
+    assert add_delta(weight.to(torch.float8_e4m3fn), change).dtype == torch.float8_e4m3fn
 
 
 def test_loha_and_lokr_change_weights_by_their_formulas():
@@ -65,16 +65,16 @@ def test_loha_and_lokr_change_weights_by_their_formulas():
         return torch.randn(*shape, generator=random)
 
     a, b, c, d = draw(6, 2), draw(2, 4), draw(6, 2), draw(2, 4)
-    loha = weight_change({"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}, 0.5)
+    loha = weight_delta({"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}, 0.5)
     entry = 0.5 * sum(a[5, r] * b[r, 3] for r in range(2)) * sum(c[5, r] * d[r, 3] for r in range(2))
     assert loha.shape == (6, 4)
     assert_close(loha[5, 3], entry)
 
     w1, w2_a, w2_b = draw(3, 2), draw(2, 1), draw(1, 4)
-    lokr = weight_change({"lokr_w1": w1, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b}, 0.5)
+    lokr = weight_delta({"lokr_w1": w1, "lokr_w2_a": w2_a, "lokr_w2_b": w2_b}, 0.5)
     assert lokr.shape == (6, 8)
     assert_close(lokr[2 * 2 + 1, 1 * 4 + 3], 0.5 * w1[2, 1] * w2_a[1, 0] * w2_b[0, 3])
-    assert_close(lokr, weight_change({"lokr_w1_a": w1, "lokr_w1_b": torch.eye(2), "lokr_w2": w2_a @ w2_b}, 0.5))
+    assert_close(lokr, weight_delta({"lokr_w1_a": w1, "lokr_w1_b": torch.eye(2), "lokr_w2": w2_a @ w2_b}, 0.5))
 
 
 def test_several_files_add_up_with_their_multipliers(tmp_path):

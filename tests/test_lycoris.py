@@ -111,17 +111,17 @@ def test_lycoris_files_can_be_continued_and_misfits_are_refused(lycoris, tmp_pat
 def test_max_norm_scales_lycoris_layers_too(lycoris):
     network = randomised(wide(), lycoris)
     layer = network.layers["blocks.0"]
-    before = layer.change().detach()
+    before = layer.delta().detach()
     count, mean, largest = network.apply_max_norm(1.0)
     assert (count, mean, largest) == (1, pytest.approx(1, rel=1e-5), pytest.approx(1, rel=1e-5))
-    assert_close(layer.change().detach(), before / before.norm())
+    assert_close(layer.delta().detach(), before / before.norm())
 
 
 def test_lycoris_rank_dropout_leaves_out_outputs_and_scales_up_the_others(lycoris):
     settings = config(2, 3.0, *lycoris.network_args, "rank_dropout=0.5", network_module=lycoris.network_module)
     model, x = wide(), torch.randn(5, 64)
     layer = randomised(model, settings).layers["blocks.0"].train()
-    whole = x @ layer.change().detach().T
+    whole = x @ layer.delta().detach().T
     added = (layer(x) - layer.base(x)).detach()
     dropped = (added == 0).all(0)
     assert 20 < dropped.sum() < 76

@@ -21,7 +21,7 @@ from tests.helpers import rel_l2
 from tests.photos import write_pairs
 from utils.errors import ConfigError
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, prepare_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 
 EAGER = {"compile": True, "compile_backend": "eager", "compile_fullgraph": True}
 RECOMPUTE = {"gradient_checkpointing": "all"}
@@ -52,7 +52,7 @@ def trainable():
         model = random_dit()
         network = with_lora(model)
         model.to(device)
-        prepare_(model, TrainingMemoryConfig(dit_backend="plain", **settings), device)
+        apply_memory_options_(model, TrainingMemoryConfig(dit_backend="plain", **settings), device)
         return model, network
 
     return build
@@ -136,7 +136,7 @@ def test_fp8_and_compiling_exclude_each_other_on_gpus_whose_compiler_lacks_it(mo
 
 def test_backend_switches_are_set_when_asked_for_and_else_left_alone():
     def after(**settings):
-        prepare_(random_dit(), MemoryConfig(**settings), CPU)
+        apply_memory_options_(random_dit(), MemoryConfig(**settings), CPU)
         return [getattr(*place) for place in SWITCHES]
 
     for place in SWITCHES:
@@ -169,7 +169,7 @@ def test_all_blocks_run_the_program_that_the_first_compiled():
     counter = CompileCounter()
     register_backend(counter, name="counting")
     model = random_dit()
-    prepare_(model, MemoryConfig(compile=True, compile_backend="counting"), CPU)
+    apply_memory_options_(model, MemoryConfig(compile=True, compile_backend="counting"), CPU)
     velocity(model)
     velocity(model)
     assert counter.frame_count == 1
@@ -196,13 +196,15 @@ def test_inductor_compiles_blocks_within_rounding(trainable):
 def test_no_mode_uses_cuda_graphs(asked, used, monkeypatch, caplog):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda forward, mode, **_: modes.append(mode) or forward)
-    prepare_(random_dit(), MemoryConfig(compile=True, compile_mode=asked), CPU)
+    apply_memory_options_(random_dit(), MemoryConfig(compile=True, compile_mode=asked), CPU)
     assert modes == [used] * SPEC.num_layers
     assert (f"--compile_mode {asked}: used as {used}" in caplog.text) == (asked != used)
 
 
 def test_the_limit_of_compiled_programs_is_handed_on():
-    prepare_(random_dit(), MemoryConfig(compile=True, compile_backend="eager", compile_cache_size_limit=13), CPU)
+    apply_memory_options_(
+        random_dit(), MemoryConfig(compile=True, compile_backend="eager", compile_cache_size_limit=13), CPU
+    )
     assert torch._dynamo.config.cache_size_limit == 13
 
 

@@ -23,7 +23,7 @@ from tests.test_preview import FLAGS
 from utils.errors import ConfigError
 from wan.lora.options import NetworkConfig
 from wan.memory import host
-from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, training_parts, weightless_dit
+from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, meta_dit, training_parts
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
 from wan.models.options import T5Config
 from wan.models.plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
@@ -69,13 +69,13 @@ def chosen(plan):
 )
 def test_a_step_is_expected_to_need_what_was_measured_and_up_to_two_gib_more(options, measured):
     memory = TrainingMemoryConfig(gradient_checkpointing="all", **options)
-    dit, lora = weightless_dit(DIT_14B, torch.bfloat16, memory, NetworkConfig(network_dim=32))
+    dit, lora = meta_dit(DIT_14B, torch.bfloat16, memory, NetworkConfig(network_dim=32))
     parts = training_parts(frozen_bytes(dit), lora, DIT_14B.spec, largest_batch([LARGE]), memory)
     assert measured < sum(parts.values()) / 2**30 < measured + 2
 
 
 def test_generation_is_expected_to_need_what_was_measured_within_half_a_gb():
-    dit, _ = weightless_dit(DIT_14B, torch.bfloat16, GenerationMemoryConfig(fp8_scaled=True))
+    dit, _ = meta_dit(DIT_14B, torch.bfloat16, GenerationMemoryConfig(fp8_scaled=True))
     parts = generation_parts(frozen_bytes(dit), DIT_14B.spec, 2 * 8192)
     assert 21.1 - 0.5 < sum(parts.values()) / GB < 21.1 + 0.5  # what PyTorch had reserved on an H100
 

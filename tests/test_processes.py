@@ -296,4 +296,4 @@ def test_a_single_gpu_named_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="--device cuda:1: several processes take cpu or cuda"):
-        device.join(DeviceConfig("cuda:1"))
+        device.init_processes(DeviceConfig("cuda:1"))

@@ -9,7 +9,7 @@ import wan.memory.recompute
 from tests.dit_cases import CPU, SPEC, attention, lora_gradients, random_dit, velocity, with_lora
 from wan.fused import plain as fused_plain
 from wan.fused.dit import fuse_
-from wan.memory.recompute import checkpoint_blocks_, kept_blocks, measured
+from wan.memory.recompute import kept_blocks, measured, recompute_blocks_
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -22,7 +22,7 @@ def test_any_plan_gives_the_same_gradients(kept, offload, monkeypatch):
     other, calls = with_lora(model), []
     for number, block in enumerate(model.blocks):
         block.forward = lambda *args, n=number, run=block.forward: calls.append(n) or run(*args)
-    checkpoint_blocks_(model, offload, only_needed=True)
+    recompute_blocks_(model, offload, only_needed=True)
     for options in ({}, {}, {"batch": 2}):
         calls.clear()
         expected = lora_gradients(plain, network, **options)
@@ -39,7 +39,7 @@ def test_a_size_is_measured_once(monkeypatch):
     sizes, model = [], random_dit()
     network = with_lora(model)
     monkeypatch.setattr(wan.memory.recompute, "kept_blocks", lambda blocks, *found: sizes.append(found) or 0)
-    checkpoint_blocks_(model, only_needed=True)
+    recompute_blocks_(model, only_needed=True)
     for batch in (1, 1, 2, 1, 2):
         lora_gradients(model, network, batch=batch)
     (small, small_checkpoint, free), (large, large_checkpoint, _) = sizes
@@ -68,11 +68,11 @@ def fused(model):
 
 def test_a_lean_block_keeps_less_and_has_the_same_gradients():
     results = []
-    for lean in (False, True):
+    for save_less in (False, True):
         model = random_dit()
         network, sizes = with_lora(model), []
         for block in fused(model).blocks:
-            run = block.forward.lean if lean else block.forward
+            run = block.forward.save_less if save_less else block.forward
 
             def count(*inputs, block=block, run=run, sizes=sizes):
                 out, size = measured(run, block, *inputs)
@@ -97,9 +97,9 @@ def test_a_plan_with_lean_blocks_gives_the_same_gradients(kept, monkeypatch):
     ways = []
     for number, block in enumerate(model.blocks):
         block.forward.train = lambda *inputs, n=number, run=block.forward.train: (
-            ways.append((n, inputs[-1] is wan.memory.recompute.made_again)) or run(*inputs)
+            ways.append((n, inputs[-1] is wan.memory.recompute.recomputed)) or run(*inputs)
         )
-    checkpoint_blocks_(model, only_needed=True)
+    recompute_blocks_(model, only_needed=True)
     expected = lora_gradients(plain, network)
     for _ in range(2):
         ways.clear()
@@ -135,7 +135,7 @@ def test_recomputing_leaves_out_the_last_product_and_where_memory_is_planned_att
     for block in model.blocks:
         block.self_attn.attention = attend
     expected = lora_gradients(model, network)
-    checkpoint_blocks_(model, only_needed=only_needed)
+    recompute_blocks_(model, only_needed=only_needed)
     lora_gradients(model, network)
     original = wan.fused.dit.lora_products
     monkeypatch.setattr(wan.fused.dit, "lora_products", lambda *args: products.append(args[3]) or original(*args))

@@ -11,7 +11,7 @@ from utils.randomness import seeded
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
-from wan.models.memory_options import checkpoint_blocks_
+from wan.models.memory_options import recompute_blocks_
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
@@ -119,7 +119,7 @@ def test_items_of_a_batch_keep_their_own_indices_noise_and_timestep(base):
 def test_checkpointing_gives_the_same_gradients(base):
     dit, network = trainable(base)
     plain = gradients(dit, network, **inputs())
-    checkpoint_blocks_(dit)
+    recompute_blocks_(dit)
     assert_close(gradients(dit, network, **inputs()), plain, rtol=0, atol=0)
 
 

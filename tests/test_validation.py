@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from dataset.loader import BatchPlan, TrainingSet, ValidationSet, clip_for, load_batch
+from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, load_batch
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
 from wan.nets.dit import WanDiT, pad_text
@@ -98,7 +98,7 @@ def test_a_dit_is_measured_by_the_flow_matching_loss(validation_set):
     recorder = Recorder()
     validate(recorder, validation_set, (0.3,), 7, CPU)
     expected = [
-        loss(load_batch(BatchPlan((item,))), recorder.noise[item.key, 0.3], torch.tensor([0.3])).item()
+        loss(load_batch(BatchItems((item,))), recorder.noise[item.key, 0.3], torch.tensor([0.3])).item()
         for item in validation_set.items
     ]
     assert len(set(expected)) == 3

@@ -55,7 +55,7 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
     from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
     from accelerate.state import AcceleratorState
 
-    from wan.memory.sharding import is_shared
+    from wan.memory.sharding import is_sharded
     from wan.training import loop
     from wan.training import start as training_start
 
@@ -70,7 +70,7 @@ def _fsdp2(environment: dict[str, str]) -> Iterator[None]:
         return accelerator
 
     def run(trainer):
-        assert all(is_shared(parameter) for parameter in trainer.job.dit.parameters())
+        assert all(is_sharded(parameter) for parameter in trainer.job.dit.parameters())
         return original_run(trainer)
 
     training_start.build_accelerator, loop.Trainer.run = build, run

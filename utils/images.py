@@ -96,7 +96,7 @@ def check_image(path: str | Path, what: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Resize:
     """What `utils.images.resize_to_fill` does to an image to bring it to a bucket. Sizes are (width, height)."""
 
     size: tuple[int, int]

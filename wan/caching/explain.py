@@ -8,7 +8,7 @@ from dataset.sources import Item, find_all_items
 from utils.tables import start_table
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.table import SHOWN, TableFrame, control_frames, file_frame, frame_table, left_out
-from wan.models.estimate import size_text
+from wan.models.estimate import format_bytes
 from wan.nets.spec import TEXT_LENGTH
 from wan.nets.t5 import clean_prompt
 
@@ -70,4 +70,4 @@ def _folders(config: DatasetsConfig) -> str:
 
 
 def _file_sizes(paths: Sequence[Path]) -> str:
-    return ", ".join(f"{path.name} {size_text(path.stat().st_size)}" for path in paths)
+    return ", ".join(f"{path.name} {format_bytes(path.stat().st_size)}" for path in paths)

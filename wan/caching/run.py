@@ -134,7 +134,7 @@ def run_latents(
             return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes)
 
         todo = _stale(items, reason, run, processes)
-    todo = _share(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
+    todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
     if todo:
         cache_latents(config, todo, vae.load(device), clip.load(device), models, run)
     _clean(run, config, items, list_latent_caches, latent_path, processes)
@@ -152,7 +152,7 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
             return text_stale_reason(text_path(config, item), item.caption, settings)
 
         todo = _stale(items, reason, run, processes)
-    todo = _share(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
+    todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
         model, tokenizer = t5.load(device)
         encode = partial(encode_text, model, tokenizer, device=device)
@@ -290,11 +290,11 @@ def _batches(items: Iterable[Job], group: Callable[[Job], tuple], sizes: Sequenc
             yield batch
 
 
-def _share(
+def _rank_items(
     items: Sequence[Item], group: Callable[[Item], tuple], sizes: Sequence[int], processes: Processes
 ) -> list[Item]:
     """The items of this process. Batches stay whole, so that the rounding of a GPU doesn't depend on the processes."""
-    return [item for batch in processes.share(list(_batches(items, group, sizes))) for item in batch]
+    return [item for batch in processes.rank_slice(list(_batches(items, group, sizes))) for item in batch]
 
 
 def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
@@ -331,7 +331,7 @@ def _stale(
     items: list[Item], reason: Callable[[Item], str | None], run: CachingConfig, processes: Processes
 ) -> list[Item]:
     """The items that have a reason to be cached again; logs how many there are for each reason."""
-    own = processes.share(range(len(items)))
+    own = processes.rank_slice(range(len(items)))
     own_reasons = tqdm(
         ahead(lambda number: reason(items[number]), own, run.workers),
         total=len(own),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.images import STEP, Fit, floor16
+from utils.images import STEP, Resize, floor16
 from wan.nets.tokens import FrameSizes
 
 SIZE_KEYS = ("control_resolution", "no_resize_control")
@@ -37,13 +37,13 @@ class ControlSizes:
         values = ("{}x{}".format(*self.resolution) if self.resolution else "", "true" * self.no_resize)
         return ",".join(f"{key}={value}" for key, value in zip(SIZE_KEYS, values, strict=True) if value)
 
-    def fit(self, size: Size, target: Size) -> Fit:
+    def fit(self, size: Size, target: Size) -> Resize:
         """How a control image of this size becomes a frame. ConfigError when a side would be below 16 pixels."""
         area = math.prod(self.resolution or ())
         if self.no_resize and (self.resolution is None or math.prod(size) <= area):
-            fit = Fit(size, (floor16(size[0]), floor16(size[1])), crop_only=True)
+            fit = Resize(size, (floor16(size[0]), floor16(size[1])), crop_only=True)
         else:
-            fit = Fit(size, _nearest(area, size[0] / size[1]) if self else target)
+            fit = Resize(size, _nearest(area, size[0] / size[1]) if self else target)
         if min(fit.bucket) < STEP:
             raise ConfigError(f"{size[0]}x{size[1]} pixels leave a side below {STEP} with {self}; use another image")
         return fit

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from utils.cli import option
-from utils.images import Fit, open_masked
+from utils.images import Resize, open_masked
 from utils.tables import table
 from wan.frames.encode import latent_mask
 from wan.frames.layout import OneFrameLayout
@@ -33,7 +33,7 @@ class TableFrame:
     name: str  # "control 0", "target"
     file: str
     size: Size  # width and height in pixels
-    fit: Fit | None  # None: nothing is resized
+    fit: Resize | None  # None: nothing is resized
     used: float | None  # share that its mask leaves; None without a mask
 
 
@@ -55,7 +55,7 @@ def frame_table(layout: OneFrameLayout, frames: Sequence[TableFrame]) -> list[st
     return table(rows)
 
 
-def file_frame(name: str, path: Path, mask: Path | None, fit: Fit, masked: bool) -> TableFrame:
+def file_frame(name: str, path: Path, mask: Path | None, fit: Resize, masked: bool) -> TableFrame:
     """masked: whether a mask counts at all."""
     coverage = open_masked(path, name, mask)[1] if masked else None
     used = None if coverage is None else float(latent_mask(coverage, fit.bucket, fit.crop_only).mean())
@@ -72,7 +72,7 @@ class WithControls(Protocol):
     @property
     def control_masks(self) -> Sequence[Path | None]: ...
     @property
-    def control_fits(self) -> Sequence[Fit]: ...
+    def control_fits(self) -> Sequence[Resize]: ...
 
 
 def control_frames(made: WithControls) -> list[TableFrame]:

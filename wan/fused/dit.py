@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from wan.lora.layers import LoRALinear
 from wan.lora.product import cast_low_rank, lora_products
-from wan.memory.fp8 import Fp8Linear, Rows8, product_of_rows
-from wan.memory.recompute import is_recomputing, made_again
+from wan.memory.fp8 import Fp8Linear, Fp8Rows, product_of_rows
+from wan.memory.recompute import is_recomputing, recomputed
 from wan.nets.attention import cudnn, sdpa
 from wan.nets.dit import (
     Block,
@@ -105,22 +105,28 @@ class _FusedBlock:
         self.norms = [block.norm3, attention.norm_q, attention.norm_k, cross.norm_q, block]
 
     def __call__(
-        self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor, lean: bool = False
+        self,
+        x: Tensor | Residual,
+        modulation: Tensor,
+        context: Context,
+        cos: Tensor,
+        sin: Tensor,
+        save_less: bool = False,
     ) -> Tensor | Residual:
         """As `Block.forward`; without gradients the last addition is left to who reads the result.
 
-        lean: of what backward needs, normalisations, rotations and GELU are made again.
+        save_less: of what backward needs, normalisations, rotations and GELU are made again.
         """
         if not torch.is_grad_enabled():
             return self.infer(x, modulation, context, cos, sin)
         trained = any(parameter.requires_grad for norm in self.norms for parameter in norm.parameters(recurse=False))
         if trained or modulation.requires_grad:  # the kernels have gradients for neither
             return self.plain(x, modulation, context, cos, sin)
-        return self.train(x, modulation, context, cos, sin, made_again if lean else _kept)
+        return self.train(x, modulation, context, cos, sin, recomputed if save_less else _kept)
 
-    def lean(self, *inputs: Tensor | Context) -> Tensor:
+    def save_less(self, *inputs: Tensor | Context) -> Tensor:
         """The forward pass that keeps less for backward; see wan/memory/recompute.py."""
-        return self(*inputs, lean=True)
+        return self(*inputs, save_less=True)
 
     def train(
         self,
@@ -131,7 +137,7 @@ class _FusedBlock:
         sin: Tensor,
         again: Callable[..., AbstractContextManager[None]],
     ) -> Tensor:
-        """Every operation has a gradient. again: `made_again`, or what takes its place where tensors are kept."""
+        """Every operation has a gradient. again: `recomputed`, or what takes its place where tensors are kept."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         layers = self.layers_with_lora(dtype)
@@ -159,7 +165,7 @@ class _FusedBlock:
             (q,) = layers(normed[0], cross.q)
         q, seen = rotate(q, cross.norm_q, None, None), cross.keys_values(context, layers)
         with again(q):
-            h = self.look_at(split_heads(q[0]), seen).flatten(2)
+            h = self.attend(split_heads(q[0]), seen).flatten(2)
         (h,) = layers(h, cross.o)
 
         x, normed = norm(x, h, None, ffn_scale, ffn_shift, eps, True)
@@ -180,7 +186,9 @@ class _FusedBlock:
         groups = [(own.q, own.k, own.v), (own.o,), (cross.q,), (cross.k, cross.v), (cross.o,), (first,), (last,)]
         if cross.has_image:
             groups.append((cross.k_img, cross.v_img))
-        groups = [group for group in groups if all(isinstance(one, LoRALinear) and one.beside for one in group)]
+        groups = [
+            group for group in groups if all(isinstance(one, LoRALinear) and one.uses_product_kernel for one in group)
+        ]
         cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
 
         def run(x: Tensor, *layers: nn.Module, read: bool = True) -> Sequence[Tensor]:
@@ -206,32 +214,32 @@ class _FusedBlock:
         norm, cross = block.norm3, block.cross_attn
         h = norm_(h, gate, norm.weight[None], norm.bias[None], False, cross.q)
         q = run.rms_rope_(self.apply(cross.q, h), cross.norm_q.weight, None, None, cross.norm_q.eps)
-        h = self.apply(cross.o, self.look_at(split_heads(q), cross.keys_values(context)).flatten(2))
+        h = self.apply(cross.o, self.attend(split_heads(q), cross.keys_values(context)).flatten(2))
         h = norm_(h, None, ffn_scale, ffn_shift, True, block.ffn[0])
         return Residual(x, self.feed_forward(h), ffn_gate)
 
-    def look_at(self, q: Tensor, seen: KeysValues) -> Tensor:
-        """As `CrossAttention.look_at`; what the user chose for attention serves here too."""
+    def attend(self, q: Tensor, seen: KeysValues) -> Tensor:
+        """As `CrossAttention.attend`; what the user chose for attention serves here too."""
         cross = self.block.cross_attn
         if cross.attention in (sdpa, cudnn):
             return self.operations.cross_attention(q, seen.keys, seen.values, seen.text_rows, seen.repeats)
-        return cross.look_at(q, seen)
+        return cross.attend(q, seen)
 
-    def project(self, h: Tensor | Rows8) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor | Fp8Rows) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [B, L, dim], in one product where their weights can lie in one matrix."""
         layers = self.block.self_attn.q, self.block.self_attn.k, self.block.self_attn.v
         if not self.one_matrix or any(type(layer) not in (nn.Linear, Fp8Linear) for layer in layers):
             return tuple(self.apply(layer, h) for layer in layers)
-        if isinstance(h, Rows8):
+        if isinstance(h, Fp8Rows):
             names = ("quantized", "scale_weight", "bias")
             weight, scale, bias = (_joined([getattr(layer, name) for layer in layers]) for name in names)
-            return product_of_rows(h, Rows8(weight, scale), bias, layers[0].compute_dtype).chunk(3, dim=-1)
+            return product_of_rows(h, Fp8Rows(weight, scale), bias, layers[0].compute_dtype).chunk(3, dim=-1)
         if isinstance(layers[0], Fp8Linear):
             return tuple(layer(h) for layer in layers)
         weight, bias = (_joined([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.linear(h, weight, bias).chunk(3, dim=-1)
 
-    def feed_forward(self, h: Tensor | Rows8) -> Tensor:
+    def feed_forward(self, h: Tensor | Fp8Rows) -> Tensor:
         """[B, L, dim] -> [B, L, dim]"""
         first, gelu, last = self.block.ffn
         if _takes_rows(last):
@@ -240,15 +248,15 @@ class _FusedBlock:
             return last(self.operations.linear_gelu(h, first.weight, first.bias))
         return last(gelu(self.apply(first, h)))
 
-    def apply(self, layer: nn.Module, h: Tensor | Rows8) -> Tensor:
+    def apply(self, layer: nn.Module, h: Tensor | Fp8Rows) -> Tensor:
         if _takes_rows(layer):
-            rows = h if isinstance(h, Rows8) else self.operations.quantized(h)
-            return product_of_rows(rows, Rows8(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
+            rows = h if isinstance(h, Fp8Rows) else self.operations.quantized(h)
+            return product_of_rows(rows, Fp8Rows(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
         return layer(h)
 
 
 def _kept(*made: tuple[Tensor, Callable[[], Tensor]]) -> AbstractContextManager[None]:
-    """In place of `made_again`: autograd keeps the tensors themselves."""
+    """In place of `recomputed`: autograd keeps the tensors themselves."""
     return nullcontext()
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wan.fused.attention_kernels import cross_attention
-from wan.memory.fp8 import FP8, SMALLEST_ROW, Rows8
+from wan.memory.fp8 import FP8, SMALLEST_ROW, Fp8Rows
 
 __all__ = [
     "cross_attention",
@@ -128,13 +128,13 @@ def residual_norm_(
     modulated: bool,
     dtype: torch.dtype,
     eight_bits: bool = False,
-) -> Tensor | Rows8:
+) -> Tensor | Fp8Rows:
     """See wan/fused/plain.py."""
     out = torch.empty(x.shape, dtype=FP8 if eight_bits else dtype, device=x.device)
     scales = torch.empty(*x.shape[:-1], 1, device=x.device) if eight_bits else None
     addend = None if addend is None else addend.contiguous()
     _residual_norm(x, addend, gate, scale, shift, eps, modulated, x, out, scales)
-    return Rows8(out, scales) if eight_bits else out
+    return Fp8Rows(out, scales) if eight_bits else out
 
 
 @triton.jit
@@ -360,10 +360,10 @@ def _quantize_kernel(x, out, scales, dim, GELU: tl.constexpr, BLOCK: tl.constexp
     _store_rows8(out, scales, row, dim, columns, mask, value)
 
 
-def quantized(x: Tensor, gelu: bool = False) -> Rows8:
+def quantized(x: Tensor, gelu: bool = False) -> Fp8Rows:
     """See wan/fused/plain.py."""
     x = x.contiguous()
-    rows = Rows8(torch.empty(x.shape, dtype=FP8, device=x.device), torch.empty(*x.shape[:-1], 1, device=x.device))
+    rows = Fp8Rows(torch.empty(x.shape, dtype=FP8, device=x.device), torch.empty(*x.shape[:-1], 1, device=x.device))
     launch_rows(_quantize_kernel, _rows(x), x.shape[-1], x, *rows, x.shape[-1], GELU=gelu)
     return rows
 

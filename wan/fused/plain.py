@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.memory.fp8 import Rows8, quantize_rows
+from wan.memory.fp8 import Fp8Rows, quantize_rows
 from wan.nets.rope import apply_rope
 
 __all__ = [
@@ -54,7 +54,7 @@ def residual_norm_(
     modulated: bool,
     dtype: torch.dtype,
     eight_bits: bool = False,
-) -> Tensor | Rows8:
+) -> Tensor | Fp8Rows:
     """The second result of `residual_norm`; x' is in place of x. eight_bits: it is quantised row by row."""
     new, out = residual_norm(x, addend, gate, scale, shift, eps, modulated, torch.float32 if eight_bits else dtype)
     x.copy_(new)
@@ -85,7 +85,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-def quantized(x: Tensor, gelu: bool = False) -> Rows8:
+def quantized(x: Tensor, gelu: bool = False) -> Fp8Rows:
     """x, or gelu(x) in its tanh form, quantised row by row."""
     return quantize_rows(F.gelu(x.float(), approximate="tanh") if gelu else x)
 

@@ -6,7 +6,7 @@ from utils.tables import start_table
 from wan.frames.table import SHOWN, TableFrame, control_frames, frame_table, left_out, tokens_line
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.request import Request
-from wan.models.estimate import forward_flops, frozen_bytes, generation_parts, time_text, told, weightless_dit
+from wan.models.estimate import describe_parts, forward_flops, frozen_bytes, generation_parts, meta_dit, time_text
 from wan.models.memory_options import MemoryConfig
 from wan.models.options import DiTConfig
 from wan.models.tasks import TaskSpec
@@ -55,12 +55,12 @@ def explain_generation(
             lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {request.prompt}"]
             lines += [*_request_lines(request, in_step, together, cost), ""]
     lines += left_out(len(requests))
-    held, _ = weightless_dit(dit, dit.dtype, memory)
+    held, _ = meta_dit(dit, dit.dtype, memory)
     rows = [
         ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
         ("runs", f"T5, CLIP and the VAE once per text and image, the DiT {forwards} times over one prompt"),
         ("expected time", time_text(flops)),
-        ("expected memory", told(generation_parts(frozen_bytes(held), dit.spec, most))),
+        ("expected memory", describe_parts(generation_parts(frozen_bytes(held), dit.spec, most))),
     ]
     return [*lines, start_table(rows)]
 

@@ -13,7 +13,7 @@ from utils.files import require_writable_dir
 from wan.files.load import save_dit
 from wan.generation.prompt_lines import Prompt, parse_line, read_file
 from wan.generation.request import SamplingConfig
-from wan.generation.sweep import Cell, SweepConfig
+from wan.generation.sweep import SweepConfig, SweepImage
 from wan.generation.terminal import history_file, typed_lines
 from wan.lora.trained_for import TrainedFor
 from wan.models.options import DiTConfig, LoRAConfig
@@ -94,7 +94,7 @@ class PromptConfig:
 
     def typed(
         self, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor, lora: LoRAConfig
-    ) -> Iterator[list[Cell]]:
+    ) -> Iterator[list[SweepImage]]:
         """One picture per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
         for line in typed_lines("> ", history_file("wan-one-frame")):
             if line.strip():

@@ -105,16 +105,16 @@ class Pipeline:
         self, vae: VAEConfig, t5: T5Config, clip: CLIPConfig, device: torch.device, wanted_again: bool = False
     ) -> None:
         self.device, self.stopwatch = device, Stopwatch()
-        self._vae = self.resident("VAE", vae.load, wanted_again=True)
-        self._t5 = self.resident("T5", self._load_t5, wanted_again)
-        self._clip = self.resident("CLIP", clip.load, wanted_again)
+        self._vae = self.loaded_on_demand("VAE", vae.load, wanted_again=True)
+        self._t5 = self.loaded_on_demand("T5", self._load_t5, wanted_again)
+        self._clip = self.loaded_on_demand("CLIP", clip.load, wanted_again)
         self._t5_config, self._tokenizer = t5, None
         self._texts: dict[str, Tensor] = {}
         self._features: dict[tuple, Tensor] = {}
         self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
 
-    def resident(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
+    def loaded_on_demand(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
         """A model on the pipeline's device, whose loading its stopwatch times."""
         return Resident(name, load, self.device, self.stopwatch, wanted_again)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.cli import option
 from utils.errors import ConfigError
-from utils.images import Fit, check_image, check_mask_size, floor16, size_for_area
+from utils.images import Resize, check_image, check_mask_size, floor16, size_for_area
 from wan.frames import condition
 from wan.frames import layout as one_frame
 from wan.frames.layout import LayoutConfig, OneFrameLayout
@@ -17,7 +17,7 @@ from wan.frames.reasoning import ReasoningFrames
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
 from wan.generation.prompt_lines import Prompt
 from wan.generation.sampling import SOLVERS, schedule
-from wan.lora.trained_for import NOTHING_TOLD, TrainedFor
+from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
 from wan.nets.tokens import FrameSizes
 
@@ -87,7 +87,7 @@ class Request:
     controls: tuple[Path, ...]  # in the order of layout.control_indices
     control_masks: tuple[Path | None, ...]  # one each; None: the alpha channel of the control, if it has one
     clip_images: tuple[Path, ...]  # one for i2v, two for flf2v
-    control_fits: tuple[Fit, ...] = ()  # what is done to each control; empty: it gets the size of the picture
+    control_fits: tuple[Resize, ...] = ()  # what is done to each control; empty: it gets the size of the picture
     solver: str = "unipc"
     cpu_noise: bool = False
     pin_controls: bool = False
@@ -112,7 +112,7 @@ class Request:
 
     @classmethod
     def resolve(
-        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor = NOTHING_TOLD
+        cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor = UNTRAINED
     ) -> "Request":
         """Fill in the task's defaults and check everything that can be checked before models load.
 
@@ -243,7 +243,7 @@ def _controls(
     return layout, controls
 
 
-def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Fit:
+def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Resize:
     try:
         return layout.control_sizes.fit(check_image(control, "control image"), size)
     except ConfigError as error:

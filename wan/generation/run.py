@@ -15,7 +15,7 @@ from wan.generation.outputs import OutputConfig, latent_metadata, result_stem, s
 from wan.generation.pipeline import Encoded, Pipeline, Resident, denoise
 from wan.generation.preview import LatentPreview, PreviewConfig
 from wan.generation.recipe import Recipe
-from wan.generation.sweep import Cell, SweepConfig
+from wan.generation.sweep import SweepConfig, SweepImage
 from wan.models.memory_options import MemoryConfig
 from wan.models.plan import Plan
 
@@ -38,13 +38,13 @@ class Generation:
     sweep: SweepConfig
     preview: PreviewConfig
 
-    def resident(self, multipliers: tuple[float, ...], wanted_again: bool = False) -> Resident:
+    def loaded_on_demand(self, multipliers: tuple[float, ...], wanted_again: bool = False) -> Resident:
         """The DiT with its LoRA files merged at these multipliers."""
-        return self.pipeline.resident(
+        return self.pipeline.loaded_on_demand(
             "the DiT", lambda device: self.load(multipliers, self.plan.memory, device), wanted_again
         )
 
-    def make(self, cells: Sequence[Cell], kept: Resident | None = None) -> None:
+    def make(self, cells: Sequence[SweepImage], kept: Resident | None = None) -> None:
         """Write the files of all cells. The DiT, `kept` or loaded once, gets each choice of multipliers in turn.
 
         Raises ConfigError, when all the others are written, if latents were no numbers. When the GPU's memory runs out
@@ -58,7 +58,7 @@ class Generation:
         left = sorted(range(len(cells)), key=lambda i: choices.index(cells[i].multipliers))
         while left:
             merged = cells[left[0]].multipliers
-            resident = kept or self.resident(merged)
+            resident = kept or self.loaded_on_demand(merged)
             try:
                 with resident.on_device() as dit:
                     while left:
@@ -83,7 +83,7 @@ class Generation:
             )
 
     def _make_one(
-        self, dit: nn.Module, cell: Cell, encoded: Encoded, label: str, view: LatentPreview | None
+        self, dit: nn.Module, cell: SweepImage, encoded: Encoded, label: str, view: LatentPreview | None
     ) -> tuple[Image.Image | None, bool]:
         """The picture, if a grid will want it, and whether the latents were numbers."""
         stem = result_stem(cell.request.seed) + cell.suffix
@@ -97,7 +97,7 @@ class Generation:
         rough.unlink(missing_ok=True)
         return image if self.sweep.axes else None, True  # a long run shall not pile up pictures
 
-    def _save(self, cell: Cell, stem: str, latents: Tensor) -> Image.Image | None:
+    def _save(self, cell: SweepImage, stem: str, latents: Tensor) -> Image.Image | None:
         output = self.output
         chosen = {name: getattr(self.plan.memory, name) for name in self.plan.memory.chosen_by_plan}
         recipe = None if output.no_metadata else self.recipe.adding(cell.options | chosen)
@@ -110,7 +110,7 @@ class Generation:
         save_image(output.save_path, stem, image, recipe)
         return image
 
-    def _save_grids(self, cells: Sequence[Cell], images: Sequence[Image.Image | None]) -> None:
+    def _save_grids(self, cells: Sequence[SweepImage], images: Sequence[Image.Image | None]) -> None:
         """One per prompt. Without a recipe: a recipe makes one picture."""
         for start in range(0, len(cells), self.sweep.size) if self.sweep.axes else ():
             stem = f"{result_stem(cells[start].request.seed)}_sweep"

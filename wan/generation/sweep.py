@@ -61,7 +61,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepImage:
     """One picture to make."""
 
     request: Request
@@ -110,13 +110,13 @@ class SweepConfig:
 
     def cells(
         self, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor, lora: LoRAConfig
-    ) -> list[Cell]:
+    ) -> list[SweepImage]:
         """The pictures of a prompt, row by row: only the prompt itself without axes. A seed that is drawn is shared.
 
         Raises ConfigError, which names the values, where one of them can't be made.
         """
         if not self.axes:
-            return [Cell(Request.resolve(prompt, task, sampling, trained), lora.lora_multiplier)]
+            return [SweepImage(Request.resolve(prompt, task, sampling, trained), lora.lora_multiplier)]
         if prompt.seed is None:
             prompt = replace(prompt, seed=random.SystemRandom().randrange(1 << 32))
         if trained.layout is not None and (prompt.one_frame or "").strip() == "auto":
@@ -143,7 +143,7 @@ def _cell(
     sampling: SamplingConfig,
     trained: TrainedFor,
     lora: LoRAConfig,
-) -> Cell:
+) -> SweepImage:
     labels = tuple(f"{axis.key}={value}" for axis, value in chosen)
     place = f"{prompt.place}: --sweep {' '.join(labels)}"
     prompt, multipliers = replace(prompt, place=place), lora.lora_multiplier
@@ -159,7 +159,7 @@ def _cell(
             sampling = _with_number(sampling, axis.key, value, place)
         elif axis.key == _MULTIPLIER:
             multipliers = _multipliers(value, lora, place)
-    return Cell(Request.resolve(prompt, task, sampling, trained), multipliers, labels)
+    return SweepImage(Request.resolve(prompt, task, sampling, trained), multipliers, labels)
 
 
 def _with_number(sampling: SamplingConfig, key: str, text: str, place: str) -> SamplingConfig:

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.lora.module import add_change, weight_change
+from wan.lora.module import add_delta, weight_delta
 from wan.lora.options import NetworkConfig
 from wan.lora.product import lora_products
-from wan.memory.sharding import whole
+from wan.memory.sharding import full_tensor
 
 
 class AdaptedLinear(nn.Module):
@@ -25,7 +25,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.rank_dropout, self.module_dropout = config.extra.rank_dropout, config.extra.module_dropout
-        self.draws = bool(self.rank_dropout or self.module_dropout)  # random numbers, in train mode
+        self.is_stochastic = bool(self.rank_dropout or self.module_dropout)  # random numbers, in train mode
         self.enabled = True
 
     @property
@@ -37,20 +37,20 @@ class AdaptedLinear(nn.Module):
         """[..., in] -> [..., out]: what the change of the weight adds to the output in train mode."""
         raise NotImplementedError
 
-    def change(self) -> Tensor:
+    def delta(self) -> Tensor:
         """What is added to the weight: [out, in] float32."""
-        return weight_change(self.trained, self.scale)
+        return weight_delta(self.trained, self.scale)
 
-    def change_norm(self) -> Tensor:
+    def delta_norm(self) -> Tensor:
         """Frobenius norm of `change()`, a scalar."""
-        return weight_change({name: whole(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
+        return weight_delta({name: full_tensor(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype that the base returns."""
         if not self.enabled:
             return self.base(x)
         if not self.training:
-            return F.linear(x, add_change(self.base.weight, self.change()), self.base.bias)
+            return F.linear(x, add_delta(self.base.weight, self.delta()), self.base.bias)
         result, branch = self.base(x), self.branch(x)
         if self.module_dropout:
             # Times 0 instead of left out: every parameter gets a gradient in every process, and nothing is recompiled.
@@ -81,19 +81,19 @@ class LoRALinear(AdaptedLinear):
             self.lora_down.weight.copy_(initial)
             self.lora_up.weight.zero_()
         self.dropout = config.network_dropout or 0.0
-        self.draws = self.draws or self.dropout > 0
+        self.is_stochastic = self.is_stochastic or self.dropout > 0
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
 
     @property
-    def beside(self) -> bool:
+    def uses_product_kernel(self) -> bool:
         """Whether `lora_products` computes what the layer is to return now."""
-        return self.enabled and self.training and not self.draws
+        return self.enabled and self.training and not self.is_stochastic
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_products(x, [self])[0] if self.beside else super().forward(x)
+        return lora_products(x, [self])[0] if self.uses_product_kernel else super().forward(x)
 
     def branch(self, x: Tensor) -> Tensor:
         low = F.dropout(F.linear(x, self.lora_down.weight.to(x.dtype)), self.dropout)
@@ -103,9 +103,9 @@ class LoRALinear(AdaptedLinear):
             low = low * F.dropout(kept, self.rank_dropout)
         return F.linear(low, self.lora_up.weight.to(x.dtype)) * self.scale
 
-    def change_norm(self) -> Tensor:
+    def delta_norm(self) -> Tensor:
         # |up @ down|^2 is the sum of the products of two rank x rank matrices, so that no [out, in] is formed.
-        down, up = (whole(tensor).float() for tensor in self.trained.values())
+        down, up = (full_tensor(tensor).float() for tensor in self.trained.values())
         return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
 
 

@@ -9,7 +9,7 @@ from utils.errors import ConfigError
 from wan.files.dit_names import lora_name
 from wan.lora.files import LoRAFile
 from wan.lora.keys import shown
-from wan.lora.module import add_change
+from wan.lora.module import add_delta
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Merger:
         for (lora, multiplier, match), squares in zip(self._loras, self._squares, strict=True):
             if weight_name in match.weights:
                 module, leaf = lora.modules[match.weights[weight_name]], weight_name.rpartition(".")[2]
-                change = module.change(leaf, multiplier, weight.device)
+                change = module.delta(leaf, multiplier, weight.device)
                 merged = merged.float()
                 before = float(merged.norm()) if before is None else before
                 squares[0] += float(change.norm()) ** 2
                 squares[1] += before**2
-                merged = add_change(merged, change)
+                merged = add_delta(merged, change)
                 self._merged.add(weight_name)
         return merged.to(weight.dtype)
 

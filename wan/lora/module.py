@@ -13,7 +13,7 @@ DIFFERENCES = {"weight": "diff", "bias": "diff_b", "modulation": "diff_m"}  # pa
 UP_BIAS = "lora_up.bias"  # PEFT's `lora_bias`: a change of the bias, scaled like the product
 
 
-def weight_change(parts: Mapping[str, Tensor], scale: float) -> Tensor:
+def weight_delta(parts: Mapping[str, Tensor], scale: float) -> Tensor:
     """What the tensors of one module add to its weight: [out, in] float32; differentiable.
 
     Of a convolution `in` stands for input channels times kernel.
@@ -32,7 +32,7 @@ def _kronecker_factor(parts: Mapping[str, Tensor], name: str) -> Tensor:
     return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
 
 
-def add_change(weight: Tensor, change: Tensor) -> Tensor:
+def add_delta(weight: Tensor, change: Tensor) -> Tensor:
     """weight + change, computed in float32, in the dtype of `weight`."""
     return (weight.float() + change).to(weight.dtype)
 
@@ -65,14 +65,14 @@ class LoRAModule:
     def norm(self) -> float:
         """Frobenius norm of the change of the weight."""
         if LORA[0] not in self.parts:
-            return float(self.change().norm()) if self.shape else 0.0
+            return float(self.delta().norm()) if self.shape else 0.0
         # |up @ down|^2 is the sum of the products of two rank x rank matrices, so that no [out, in] is formed.
         down, up = (self.parts[part].double().flatten(1) for part in LORA)
         return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
-    def change(self, leaf: str = "weight", multiplier: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
+    def delta(self, leaf: str = "weight", multiplier: float = 1.0, device: torch.device | str = "cpu") -> Tensor:
         """What is added to one of the parameters in `shapes`: float32, on `device`."""
         if DIFFERENCES[leaf] in self.parts:
             return multiplier * self.parts[DIFFERENCES[leaf]].to(device).float()
         parts = {part: tensor.to(device) for part, tensor in self.parts.items() if part not in DIFFERENCES.values()}
-        return weight_change(parts, multiplier * self.scale).reshape(self.shape)
+        return weight_delta(parts, multiplier * self.scale).reshape(self.shape)

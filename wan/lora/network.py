@@ -17,7 +17,7 @@ from wan.lora.files import LoRAFile, parse_lora, write_lora
 from wan.lora.layers import AdaptedLinear, LoRALinear, LycorisLinear
 from wan.lora.module import LoRAModule
 from wan.lora.options import NetworkConfig
-from wan.memory.sharding import shared_like, whole
+from wan.memory.sharding import full_tensor, shard_like
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ class LoRANetwork:
         return [{"params": group, "lr": rates[name], "name": name} for name, group in groups.items() if group]
 
     @property
-    def draws(self) -> bool:
+    def is_stochastic(self) -> bool:
         """Whether a step depends on random numbers, as with dropout."""
-        return any(layer.draws for layer in self.layers.values())
+        return any(layer.is_stochastic for layer in self.layers.values())
 
     def summary(self) -> NetworkSummary:
         """What is trained."""
@@ -105,7 +105,7 @@ class LoRANetwork:
 
         Returns how many were scaled, and the mean and the largest norm afterwards.
         """
-        norms = torch.stack([layer.change_norm() for layer in self.layers.values()])
+        norms = torch.stack([layer.delta_norm() for layer in self.layers.values()])
         ratios = (limit / norms).clamp(max=1)
         for layer, ratio in zip(self.layers.values(), ratios, strict=True):
             matrices = layer.trained.values()
@@ -122,7 +122,7 @@ class LoRANetwork:
         dtype, state = dtype or torch.float32, {}
         for dotted, layer in self.layers.items():
             for part, tensor in layer.trained.items():
-                state[f"{lora_name(dotted)}.{part}"] = whole(tensor.detach()).to(dtype)
+                state[f"{lora_name(dotted)}.{part}"] = full_tensor(tensor.detach()).to(dtype)
             state[f"{lora_name(dotted)}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
         return state
 
@@ -148,7 +148,7 @@ class LoRANetwork:
         with torch.no_grad():
             for name, layer in wanted.items():
                 for part, parameter in layer.trained.items():
-                    parameter.copy_(shared_like(parameter, found[name].parts[part]))
+                    parameter.copy_(shard_like(parameter, found[name].parts[part]))
 
 
 def _check_fits(layer: AdaptedLinear, module: LoRAModule, place: str) -> None:
@@ -165,7 +165,7 @@ def _check_fits(layer: AdaptedLinear, module: LoRAModule, place: str) -> None:
         )
 
 
-def plan_network(
+def choose_layers(
     config: NetworkConfig, names: list[str], weights: LoRAFile | None = None
 ) -> tuple[dict[str, tuple[int, float]], tuple[str, ...]]:
     """Rank and alpha of each layer to train, and the names of the others. names: the linear layers of the blocks.
@@ -234,7 +234,7 @@ def inject_lora_(
         for name, module in model.blocks.named_modules(prefix="blocks")
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
-    plan, excluded = plan_network(config, list(linear), weights)
+    plan, excluded = choose_layers(config, list(linear), weights)
     if config.extra.conv_dim or config.extra.conv_alpha is not None:
         log.info("--network_args conv_dim, conv_alpha: have no effect, the blocks hold no convolutions")
     model.requires_grad_(False)

@@ -48,7 +48,7 @@ def _ratio(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     if not 0 <= (value := _number(text)) < 1:
         raise ValueError("must be at least 0 and below 1; try 0.1")
     return value
@@ -118,8 +118,8 @@ class NetworkArguments:
     include_patterns: tuple[re.Pattern[str], ...] = _argument((), _patterns)  # rescue what an exclude pattern matches
     module_ranks: tuple[tuple[re.Pattern[str], int], ...] = _argument((), _by_pattern(_rank))  # the first match counts
     module_alphas: tuple[tuple[re.Pattern[str], float], ...] = _argument((), _by_pattern(_alpha))
-    rank_dropout: float = _argument(0.0, _share)  # share of the rank, per item; LoHa and LoKr: of the outputs
-    module_dropout: float = _argument(0.0, _share)  # how often a module is left out
+    rank_dropout: float = _argument(0.0, _fraction)  # share of the rank, per item; LoHa and LoKr: of the outputs
+    module_dropout: float = _argument(0.0, _fraction)  # how often a module is left out
     loraplus_lr_ratio: float = _argument(1.0, _ratio, "lora")  # LoRA+ (arXiv 2402.12354)
     conv_dim: int | None = _argument(None, _rank)
     conv_alpha: float | None = _argument(None, _alpha)

@@ -116,7 +116,7 @@ def _low_rank(module: LoRAModule, rank: int, device: torch.device | str) -> tupl
     The singular values of up @ down are those of a rank x rank matrix, so that no [out, in] is formed (QR of both).
     """
     if LORA[0] not in module.parts:
-        change = module.change(device=device)
+        change = module.delta(device=device)
         down, up = truncated(change, rank)
         return down.cpu(), up.cpu(), _product_norm(down) / max(float(change.norm()), 1e-30)
     down, up = (module.parts[part].to(device).float().flatten(1) for part in LORA)

@@ -48,4 +48,4 @@ class TrainedFor:
     size: tuple[int, int] | None  # width and height in pixels
 
 
-NOTHING_TOLD = TrainedFor(layout=None, size=None)
+UNTRAINED = TrainedFor(layout=None, size=None)

@@ -19,7 +19,7 @@ def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool 
     pinned: page-locked host memory, which is copied faster and without holding up the program; CUDA only.
 
     In the state dict the weights of these blocks are those in host memory; what is written there counts.
-    Outputs and gradients stay the same. Backward needs recomputed blocks (`memory.checkpoint_blocks_`, applied after
+    Outputs and gradients stay the same. Backward needs recomputed blocks (`recompute_blocks_`, applied after
     this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
     """
     blocks = list(dit.blocks)[-count:]

@@ -23,21 +23,21 @@ _SMALLEST_SCALE = 1e-8
 _NEVER = re.compile(r"norm|patch_embedding|text_embedding|time_embedding|time_projection|head|modulation|img_emb")
 
 
-class Rows8(NamedTuple):
+class Fp8Rows(NamedTuple):
     """Rows in 8 bits: [..., n] float8 times scale [..., 1] float32."""
 
     values: Tensor
     scale: Tensor
 
 
-def quantize_rows(x: Tensor) -> Rows8:
+def quantize_rows(x: Tensor) -> Fp8Rows:
     """[..., n] of any float dtype; the largest number of each row becomes 448."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_ROW) / _MAX
-    return Rows8((x / scale).clamp(-_MAX, _MAX).to(FP8), scale)
+    return Fp8Rows((x / scale).clamp(-_MAX, _MAX).to(FP8), scale)
 
 
-def product_of_rows(x: Rows8, weight: Rows8, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def product_of_rows(x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x weight^T + bias in `dtype`; x [..., in], weight [out, in].
 
     A GPU of compute capability 8.9 or above multiplies the 8-bit numbers and rounds to bfloat16, all that torch has for
@@ -137,7 +137,7 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], both in the compute dtype. Of the kind `rows` it has no gradient."""
         if self.kind == "rows":
-            weight = Rows8(self.quantized, self.scale_weight)
+            weight = Fp8Rows(self.quantized, self.scale_weight)
             return product_of_rows(quantize_rows(x), weight, self.bias, self.compute_dtype)
         return _Fp8Product.apply(x, self.quantized, self.scale_weight, self.bias, self.compute_dtype)
 

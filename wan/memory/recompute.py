@@ -44,17 +44,17 @@ def _recompute(kept: AbstractContextManager) -> Iterator[None]:
         _recomputing = False
 
 
-def checkpoint_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False) -> None:
+def recompute_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False) -> None:
     """Recompute the activations of each of `dit.blocks` in the backward pass instead of keeping them.
 
     Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
     stream [B, L, dim]. cpu_offload: it waits in host memory. only_needed: the last blocks keep theirs, as many as fit,
     which is found out for each size of batch, see `Planner`; the others keep the result of the self attention too.
     """
-    planner = Planner(dit.blocks, partial(_free_memory, dit)) if only_needed else None
+    planner = ActivationBudget(dit.blocks, partial(_free_memory, dit)) if only_needed else None
     for number, block in enumerate(dit.blocks):
         keep = block.forward
-        draws = any(getattr(module, "draws", False) for module in block.modules())  # LoRA layers with dropout
+        draws = any(getattr(module, "is_stochastic", False) for module in block.modules())  # LoRA layers with dropout
         contexts = partial(_contexts, keep_attention=only_needed)
         recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
         recompute = partial(_offloaded, recompute) if cpu_offload else recompute
@@ -70,7 +70,7 @@ def _contexts(keep_attention: bool) -> tuple[AbstractContextManager, AbstractCon
 
 
 @contextmanager
-def made_again(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
+def recomputed(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     """Within it autograd keeps, in place of each tensor or a view of it, what makes an equal one when it is needed."""
     makers = {tensor.data_ptr(): make for tensor, make in made}
 
@@ -89,14 +89,14 @@ def made_again(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecomputeChoice:
     """How the blocks run for one size of batch."""
 
     kept: int  # blocks that keep their activations: the last ones, backward frees theirs before it recomputes others
-    lean: bool  # they keep only what takes long to make
+    save_less: bool  # they keep only what takes long to make
 
 
-class Planner:
+class ActivationBudget:
     """Decides for each size of batch how many blocks keep their activations.
 
     In the first batch of a size the first block keeps them and is measured, and the second block where it can be lean.
@@ -105,30 +105,30 @@ class Planner:
     def __init__(self, blocks: nn.ModuleList, free_memory: Callable[[torch.device], int]) -> None:
         """free_memory: bytes that activations may take on a device."""
         self._blocks, self._free_memory = blocks, free_memory
-        self._plans: dict[tuple[int, ...], Plan] = {}  # by shape of the residual stream
+        self._plans: dict[tuple[int, ...], RecomputeChoice] = {}  # by shape of the residual stream
         self._measured: dict[tuple[int, ...], tuple[int, int]] = {}  # bytes of the first block, and those that are free
 
     def run(
         self, number: int, keep: Callable[..., Tensor], recompute: Callable[..., Tensor], x: Tensor, *shared
     ) -> Tensor:
-        """The forward pass of a block. keep, recompute: two ways to do it; where `keep.lean` is, it is a third."""
+        """The forward pass of a block. keep, recompute: two ways to do it; where `keep.save_less` is, it is a third."""
         if not torch.is_grad_enabled():
             return keep(x, *shared)
-        lean = getattr(keep, "lean", None)
+        save_less = getattr(keep, "save_less", None)
         if x.shape in self._plans:
             plan = self._plans[x.shape]
-            kept = lean if plan.lean else keep
+            kept = save_less if plan.save_less else keep
             return (kept if number >= len(self._blocks) - plan.kept else recompute)(x, *shared)
         if x.shape not in self._measured:
             free = self._free_memory(x.device)
             out, size = measured(keep, self._blocks[number], x, *shared)
             self._measured[x.shape] = size, free
             kept = self._fitting(x, size)
-            if kept == len(self._blocks) or lean is None or number + 1 == len(self._blocks):
-                self._decide(x, Plan(kept, lean=False), size)
+            if kept == len(self._blocks) or save_less is None or number + 1 == len(self._blocks):
+                self._decide(x, RecomputeChoice(kept, save_less=False), size)
             return out
-        out, size = measured(lean, self._blocks[number], x, *shared)
-        self._decide(x, Plan(self._fitting(x, size), lean=True), size)
+        out, size = measured(save_less, self._blocks[number], x, *shared)
+        self._decide(x, RecomputeChoice(self._fitting(x, size), save_less=True), size)
         return out
 
     def _fitting(self, x: Tensor, activations: int) -> int:
@@ -137,7 +137,7 @@ class Planner:
         # As much as a whole block for what backward makes; blocks are recomputed when those that keep theirs are done
         return kept_blocks(len(self._blocks), activations, checkpointed, free - whole)
 
-    def _decide(self, x: Tensor, plan: Plan, size: int) -> None:
+    def _decide(self, x: Tensor, plan: RecomputeChoice, size: int) -> None:
         self._plans[x.shape] = plan
         log.info(
             "%d tokens: %.2f GB of activations per block, %.1f GB free, %d of %d blocks are recomputed",
@@ -190,5 +190,5 @@ def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x, *shared)
     host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
-    with made_again((x, partial(host.to, x.device, non_blocking=True))):
+    with recomputed((x, partial(host.to, x.device, non_blocking=True))):
         return forward(x, *shared)

@@ -11,34 +11,34 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def is_shared(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether each process holds a part of it only."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; of a shared one every process has to ask."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def held_here(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: of one that is not shared out, all."""
-    return tensor.to_local() if is_shared(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def shared_like(example: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(example: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, whole and the same in all processes, in the dtype of `example` and shared out like it."""
-    if not is_shared(example):
+    if not is_sharded(example):
         return tensor.to(example)
     from torch.distributed.tensor import distribute_tensor
 
-    local = held_here(example)
+    local = local_shard(example)
     return distribute_tensor(tensor.to(local.device, local.dtype), example.device_mesh, example.placements)
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """`optimizer.state_dict()` of whole tensors; with shared ones every process has to ask."""
-    return mapped(optimizer.state_dict(), whole)
+    return mapped(optimizer.state_dict(), full_tensor)
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -46,8 +46,8 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if is_shared(parameter) and torch.is_tensor(value) and value.shape == parameter.shape:
-                values[name] = shared_like(parameter, value)
+            if is_sharded(parameter) and torch.is_tensor(value) and value.shape == parameter.shape:
+                values[name] = shard_like(parameter, value)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -29,7 +29,7 @@ class Processes:
         """Whether this process does what is done once."""
         return self.index == 0
 
-    def share(self, items: Sequence[Item]) -> list[Item]:
+    def rank_slice(self, items: Sequence[Item]) -> list[Item]:
         """This process's part of a list that is the same in all of them."""
         return list(items[self.index :: self.count])
 
@@ -77,7 +77,7 @@ def _let_reserves_grow() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def join(config: DeviceConfig) -> tuple[Processes, torch.device]:
+def init_processes(config: DeviceConfig) -> tuple[Processes, torch.device]:
     """Meet the other processes, if a launcher has started several, and find this one's device.
 
     ConfigError for a device that they can't all have.

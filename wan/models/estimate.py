@@ -11,7 +11,7 @@ from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.memory.block_swap import SLOTS
 from wan.memory.fp8 import quantize
-from wan.memory.sharding import held_here
+from wan.memory.sharding import local_shard
 from wan.models.memory_options import MemoryConfig, TrainingMemoryConfig
 from wan.models.options import DiTConfig
 from wan.nets.dit import WanDiT
@@ -27,7 +27,7 @@ _KEPT_BYTES = 4  # of a key and a value in 16 bits
 _PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
 
 
-def weightless_dit(
+def meta_dit(
     config: DiTConfig,
     dtype: torch.dtype,
     memory: MemoryConfig,
@@ -55,7 +55,7 @@ def weightless_dit(
 def frozen_bytes(module: nn.Module) -> int:
     """Of the parameters that are not trained, as far as they are in this process."""
     frozen = [tensor for tensor in module.parameters() if not tensor.requires_grad]
-    return sum(held_here(tensor).numel() * tensor.itemsize for tensor in frozen)
+    return sum(local_shard(tensor).numel() * tensor.itemsize for tensor in frozen)
 
 
 def largest_batch(buckets: Iterable[BucketCount]) -> int:
@@ -73,7 +73,7 @@ def training_parts(
         activations = block * (kept + _ACTIVATION_BYTES)
     else:
         activations = block * spec.num_layers * _ACTIVATION_BYTES
-    trained = sum(held_here(parameter).numel() for parameter in network.parameters()) * _TRAINED_BYTES
+    trained = sum(local_shard(parameter).numel() for parameter in network.parameters()) * _TRAINED_BYTES
     return {"frozen weights": frozen, "LoRA and optimizer": trained, "activations": activations}
 
 
@@ -93,10 +93,10 @@ def offloaded_bytes(spec: DiTSpec, tokens: int) -> int:
     return tokens * spec.dim * spec.num_layers * _CHECKPOINT_BYTES
 
 
-def told(parts: Parts) -> str:
+def describe_parts(parts: Parts) -> str:
     """`about 42 GB: frozen weights 32.8 GB, ...`"""
-    listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-    return f"about {size_text(sum(parts.values()))}: {listed}"
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    return f"about {format_bytes(sum(parts.values()))}: {listed}"
 
 
 def expected_memory(
@@ -107,10 +107,10 @@ def expected_memory(
     memory: TrainingMemoryConfig,
 ) -> str:
     """`told` of a training step of a loaded DiT; of swapped blocks it holds the two buffers."""
-    return told(training_parts(frozen_bytes(dit), network, spec, largest_batch(buckets), memory))
+    return describe_parts(training_parts(frozen_bytes(dit), network, spec, largest_batch(buckets), memory))
 
 
-def size_text(size: float) -> str:
+def format_bytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 

@@ -1,6 +1,7 @@
 """Options that make a DiT fit into less memory or run faster. Each wraps the finished model from outside.
 
-`prepare_` applies them, and shows the order; only fp8 comes earlier, because weights are quantised while they load.
+`apply_memory_options_` applies them, and shows the order; only fp8 comes earlier, because weights are quantised while
+they load.
 """
 
 import logging
@@ -17,7 +18,7 @@ from wan.fused.dit import can_fuse, fuse_
 from wan.fused.graphs import graph_forward_
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import FP8Kind
-from wan.memory.recompute import checkpoint_blocks_
+from wan.memory.recompute import recompute_blocks_
 from wan.nets.spec import DiTSpec
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class GenerationMemoryConfig(MemoryConfig):
             raise ConfigError("--fp8_fast: this GPU does not multiply in fp8 (Ada, Hopper and later do); leave it out")
 
 
-def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
+def apply_memory_options_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
     """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
 
     From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
@@ -206,7 +207,7 @@ def prepare_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None
         swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
     if config.gradient_checkpointing != "none":
         only_needed = config.gradient_checkpointing == "auto"
-        checkpoint_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
+        recompute_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
 
 
 def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:

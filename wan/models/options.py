@@ -141,7 +141,7 @@ class DiTConfig:
     ) -> WanDiT:
         """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's.
 
-        memory: what it says of fp8 and of blocks in host memory is done while loading; `memory.prepare_` does the rest.
+        memory: fp8 weights and blocks in host memory are made while loading; `apply_memory_options_` does the rest.
         """
         dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
         fp8, on_host = (memory.fp8_kind, memory.blocks_to_swap) if memory else (None, 0)

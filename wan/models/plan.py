@@ -18,14 +18,14 @@ from wan.memory.block_swap import SLOTS
 from wan.memory.host import available_memory
 from wan.models.estimate import (
     Parts,
+    describe_parts,
+    format_bytes,
     frozen_bytes,
     generation_parts,
     largest_batch,
+    meta_dit,
     offloaded_bytes,
-    size_text,
-    told,
     training_parts,
-    weightless_dit,
 )
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig
 from wan.models.options import DiTConfig, T5Config
@@ -75,7 +75,7 @@ class Plan:
         self._fits = [choice for choice in possible if choice.size <= room.device]
         if not self._fits:
             self._fits = [min(possible, key=lambda choice: choice.size)]
-            log.warning("memory: %s are free, which may not be enough; try smaller pictures", size_text(room.device))
+            log.warning("memory: %s are free, which may not be enough; try smaller pictures", format_bytes(room.device))
 
     @classmethod
     def of(cls, memory: MemoryConfig) -> "Plan":
@@ -96,8 +96,8 @@ class Plan:
 
     def __str__(self) -> str:
         choice = self._fits[0]
-        host = f"; {size_text(choice.host)} in host memory" if choice.host else ""
-        return f"{_flags(choice.memory)}; {told(choice.parts)}{host}"
+        host = f"; {format_bytes(choice.host)} in host memory" if choice.host else ""
+        return f"{_flags(choice.memory)}; {describe_parts(choice.parts)}{host}"
 
 
 def _flags(memory: MemoryConfig) -> str:
@@ -125,7 +125,7 @@ def plan_training(
     def choices() -> Iterator[Choice]:
         for fp8 in _precisions(config, {"fp8_base": True, "fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
-            dit, lora = weightless_dit(config, dtype, base, network, weights)
+            dit, lora = meta_dit(config, dtype, base, network, weights)
             swaps = list(_swaps(dit, {"gradient_checkpointing": "all"}))
             offloads = [swap | {"gradient_checkpointing_cpu_offload": True} for swap in swaps]
             for options in ({}, {"gradient_checkpointing": "auto"}, *swaps, *offloads):
@@ -146,7 +146,7 @@ def plan_generation(
     def choices() -> Iterator[Choice]:
         for fp8 in _precisions(config, {"fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
-            dit, _ = weightless_dit(config, dtype, base)
+            dit, _ = meta_dit(config, dtype, base)
             yield Choice(base, generation_parts(frozen_bytes(dit), config.spec, tokens))
         for swap in _swaps(dit, {}):
             frozen, host = _split(dit, swap["blocks_to_swap"])
@@ -159,7 +159,7 @@ def plan_t5(t5: T5Config, device: torch.device, room: Room) -> T5Config:
     """For texts, when T5 is alone on the device: with its linear layers in fp8 if it does not fit without."""
     if t5.fp8_t5 or (size := t5.size(device)) <= room.device:
         return t5
-    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", size_text(size))
+    log.warning("memory: T5 takes %s, more than is free; its weights become fp8", format_bytes(size))
     return replace(t5, fp8_t5=True)
 
 

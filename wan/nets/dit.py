@@ -177,9 +177,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, L, dim]. Returns [B, L, dim]."""
-        return self.o(self.look_at(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
+        return self.o(self.attend(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
 
-    def look_at(self, q: Tensor, seen: KeysValues) -> Tensor:
+    def attend(self, q: Tensor, seen: KeysValues) -> Tensor:
         """What q [B, L, N, D] finds in the text and, added to it, in the image, of the same shape."""
         found = self.attention(q, *seen.text)
         return found + self.attention(q, *seen.image) if self.has_image else found

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dataset.config import DatasetsConfig
-from dataset.loader import BatchLoader, BatchPlan, TrainingBatch, TrainingSet, share
+from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, rank_slice
 from utils.cli import Stopped
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
@@ -162,26 +162,26 @@ class Trainer:
 
     # --- the data of an epoch
 
-    def _epoch(self, epoch: int) -> list[list[BatchPlan]]:
+    def _epoch(self, epoch: int) -> list[list[BatchItems]]:
         """The batches of each step of an epoch (counted from 1), over all processes."""
         return self.job.training_set.epoch_steps(epoch, self.batches_per_step)
 
-    def _remaining_of_epoch(self) -> Iterator[tuple[list[BatchPlan], list[TrainingBatch]]]:
+    def _remaining_of_epoch(self) -> Iterator[tuple[list[BatchItems], list[TrainingBatch]]]:
         """For each step to come: the batches of all processes as plans, and those of this process, loaded."""
         steps, seen = self._epoch(self.progress.epoch + 1), 0
         while steps and seen < self.progress.items:
             seen += _items(steps.pop(0))
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        own = [share(plans, process, processes) for plans in steps]
+        own = [rank_slice(plans, process, processes) for plans in steps]
         loaded = self.loader.load([plan for plans in own for plan in plans])
         for plans, mine in zip(steps, own, strict=True):
             yield plans, list(islice(loaded, len(mine)))
 
     # --- a step
 
-    def _train(self, plans: list[BatchPlan], batches: list[TrainingBatch], stop: StopRequest) -> StepResult:
+    def _train(self, plans: list[BatchItems], batches: list[TrainingBatch], stop: StopRequest) -> StepResult:
         processes = self.accelerator.num_processes
-        items = sum(_items(share(plans, process, processes)) for process in range(processes))
+        items = sum(_items(rank_slice(plans, process, processes)) for process in range(processes))
         progress = self.progress
         result = self.step.run(batches, items, progress.epoch + 1, progress.step + 1, stop.signal is not None)
         progress.step += 1
@@ -341,5 +341,5 @@ class Trainer:
         return lora_metadata(self.options, job.task, job.training_set.layouts, job.datasets, ranks, counters)
 
 
-def _items(plans: list[BatchPlan]) -> int:
+def _items(plans: list[BatchItems]) -> int:
     return sum(len(plan.items) for plan in plans)

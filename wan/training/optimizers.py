@@ -52,12 +52,12 @@ class OptimizerConfig:
             raise ConfigError(f"--learning_rate {self.learning_rate}: must be above 0; try 1e-4")
         if self.max_grad_norm < 0:
             raise ConfigError(f"--max_grad_norm {self.max_grad_norm}: must be 0 (off) or above")
-        if self.lr_scheduler == "constant" and _share(self.lr_warmup_steps, "--lr_warmup_steps", 1000):
+        if self.lr_scheduler == "constant" and _steps_of(self.lr_warmup_steps, "--lr_warmup_steps", 1000):
             raise ConfigError(
                 f"--lr_warmup_steps {self.lr_warmup_steps}: the constant schedule has no warmup; "
                 "use --lr_scheduler constant_with_warmup"
             )
-        _share(self.lr_decay_steps, "--lr_decay_steps", 1000)
+        _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
         build_optimizer(self, [{"params": [torch.zeros(1, requires_grad=True)]}])
 
 
@@ -117,7 +117,7 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
 
 def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps."""
-    warmup = _share(config.lr_warmup_steps, "--lr_warmup_steps", total_steps)
+    warmup = _steps_of(config.lr_warmup_steps, "--lr_warmup_steps", total_steps)
     name = config.lr_scheduler
     if optimizer.defaults.get("relative_step"):
         name = "adafactor"
@@ -138,7 +138,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
             "min_lr_rate": config.lr_scheduler_min_lr_ratio or 0.0,
         },
         "warmup_stable_decay": {
-            "num_decay_steps": _share(config.lr_decay_steps, "--lr_decay_steps", total_steps),
+            "num_decay_steps": _steps_of(config.lr_decay_steps, "--lr_decay_steps", total_steps),
             "num_cycles": config.lr_scheduler_num_cycles / 2,
             "min_lr_ratio": config.lr_scheduler_min_lr_ratio or 0.0,
         },
@@ -154,7 +154,7 @@ def _rex(step: int, warmup: int, total: int, low: float) -> float:
     return low + (1 - low) * left / (0.1 + 0.9 * left)
 
 
-def _share(text: str, flag: str, total: int) -> int:
+def _steps_of(text: str, flag: str, total: int) -> int:
     """`10`, `0.1` or `10%` of `total` steps -> steps."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

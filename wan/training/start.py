@@ -15,7 +15,7 @@ from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
-from wan.models.memory_options import prepare_
+from wan.models.memory_options import apply_memory_options_
 from wan.models.options import DiTConfig, build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
@@ -55,7 +55,7 @@ def load_trainable(
     dtype = options.run.compute_dtype(config.dit_dtype)
     dit = config.load(device, dtype, merger, attention, options.memory)
     network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
-    prepare_(dit, options.memory, device)
+    apply_memory_options_(dit, options.memory, device)
     return dit, network
 
 

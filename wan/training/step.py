@@ -17,7 +17,7 @@ from utils.randomness import address_seed, seeded
 from wan.frames import condition
 from wan.fused.graphs import GraphedGradients
 from wan.lora.network import LoRANetwork
-from wan.memory.sharding import whole
+from wan.memory.sharding import full_tensor
 from wan.models.tasks import TaskSpec
 from wan.nets.dit import pad_text
 from wan.training.loss import flow_matching_loss
@@ -61,7 +61,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=options.run.precision == "fp16")
         self.graphs: GraphedGradients | None = None
         alone = accelerator.distributed_type == DistributedType.NO and not self.scaler.is_enabled()
-        if alone and options.memory.records(accelerator.device) and not network.draws:
+        if alone and options.memory.records(accelerator.device) and not network.is_stochastic:
             loss = partial(flow_matching_loss, model, weighting_scheme=options.noise.weighting_scheme)
             self.graphs = GraphedGradients(loss, list(network.parameters()))
 
@@ -152,7 +152,7 @@ class TrainingStep:
     def _clipped_norm(self) -> float:
         self.scaler.unscale_(self.optimizer.optimizer)
         limit = self.options.optimizer.max_grad_norm or math.inf
-        return float(whole(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)))
+        return float(full_tensor(torch.nn.utils.clip_grad_norm_(self.network.parameters(), limit)))
 
 
 def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:

@@ -9,7 +9,7 @@ from utils.tables import start_table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
-from wan.models.estimate import expected_memory, forward_flops, time_text, weightless_dit
+from wan.models.estimate import expected_memory, forward_flops, meta_dit, time_text
 from wan.models.options import DiTConfig
 from wan.models.tasks import TaskSpec
 from wan.nets.spec import VAE_STRIDE, DiTSpec
@@ -56,7 +56,7 @@ def explain_training(
         lines += [*frame_table(item.layout, frames), tokens_line(item.layout, frames, task.clip_images), ""]
     lines += left_out(len(groups))
     dtype = run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
-    held, network = weightless_dit(dit, dtype, memory, options.network, weights)
+    held, network = meta_dit(dit, dtype, memory, options.network, weights)
     steps = len(training_set.epoch_steps(1, run.gradient_accumulation_steps * processes))
     total = run.max_train_epochs * steps if run.max_train_epochs else run.max_train_steps
     epoch = sum(_training_flops(dit.spec, training_set, recomputed=memory.gradient_checkpointing != "none"))

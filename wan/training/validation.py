@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dataset.loader import BatchPlan, TrainingBatch, ValidationSet, load_batch
+from dataset.loader import BatchItems, TrainingBatch, ValidationSet, load_batch
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.randomness import seeded
@@ -98,7 +98,7 @@ def validate(
     sums = torch.zeros(len(levels) + 1, dtype=torch.float64, device=device)  # of losses by level, and of items
     for turn in range(process, -(-len(items) // processes) * processes, processes):
         item = items[turn % len(items)]
-        batch = load_batch(BatchPlan((item,)))
+        batch = load_batch(BatchItems((item,)))
         losses = [
             loss(
                 batch,
