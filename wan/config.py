@@ -37,7 +37,7 @@ class DiTSpec:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "DiTSpec":
-        """Read the spec from official key names (spec formats.md section 10.1, no prefix) and their shapes.
+        """Read the spec from official key names (docs/formats.md#dit-keys, no prefix) and their shapes.
 
         Raises ConfigError when this is no Wan DiT, or one of another family than Wan2.1 T2V, I2V and FLF2V.
         """
@@ -95,7 +95,7 @@ _NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Defaults of a task name (spec cli.md section 8); what the user sets wins."""
+    """Defaults of a task name (docs/formats.md#tasks); what the user sets wins."""
 
     name: str
     model_type: ModelType

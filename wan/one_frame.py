@@ -2,7 +2,7 @@
 
 A clip of control images and one image to generate (the target). The frames are stored in time order; their RoPE time
 indices are chosen freely. Caching, training, training samples and generation all use this module, and nothing else
-knows these rules. Source: spec formats.md sections 3 and 8.1, cli.md section 5.
+knows these rules. They are in docs/formats.md#conditioning.
 
 There are two ways to make latent frames of the images. `independent`, the reference's: each image is encoded on its
 own. `causal`, an experiment: together they are one video, as in the training of the base models (wan/image2video.py and
@@ -250,7 +250,7 @@ def stack_condition(
     """A [C, 1, H, W] per control, as given, and the latent of a blank frame -> [4 + C, F, H, W].
 
     Four mask channels (1 = given, 0 = to generate), then the latents. masks: [H, W] per control, 1 where it is to be
-    used and 0 where not, or None to use all of it; mask channels and latents are multiplied by it (formats.md 9.4).
+    used and 0 where not, or None to use all of it; mask channels and latents are multiplied by it.
     """
     given = [torch.cat([torch.ones_like(latents[:_MASK_CHANNELS]), latents]) for latents in controls]
     for i, mask in enumerate(masks or ()):

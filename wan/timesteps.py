@@ -2,7 +2,7 @@
 
 t is in 0..1 (0 = image, 1 = noise). Every method here is a function from a quantile u, uniform in [0, 1), to t; normal
 numbers are the normal quantile of u. So one uniform number decides an item's noise level, be it drawn from the item's
-own generator or dealt out evenly by `stratified_uniform`. Formulas: spec formats.md section 7.1.
+own generator or dealt out evenly by `stratified_uniform`. Formulas: docs/formats.md#noise-levels.
 """
 
 import logging
@@ -192,7 +192,7 @@ def _ideogram4(latent_size: tuple[int, int], normal: Tensor) -> Tensor:
 def stratified_uniform(count: int, buckets: int, generator: torch.Generator) -> Tensor:
     """[count] float64 in [0, 1), in random order: equally many from each of `buckets` equal intervals, up to one.
 
-    Spec dataset.md section 7: ceil(count / buckets) draws per interval, shuffled together, cut to `count`.
+    The draws are ceil(count / buckets) per interval, shuffled together, cut to `count`.
     """
     per_bucket = math.ceil(count / buckets)
     draws = torch.rand(per_bucket, buckets, generator=generator, dtype=torch.float64)
