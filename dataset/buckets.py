@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Buckets:
-    """The sizes of one dataset (spec dataset.md sections 5.1 and 5.2). Sizes are (width, height) in pixels."""
+    """The sizes of one dataset (docs/formats.md#buckets). Sizes are (width, height) in pixels."""
 
     resolution: tuple[int, int]  # with buckets only its area matters, without them it is the only size
     enabled: bool = False

@@ -1,6 +1,6 @@
 """Cache files: the only place that knows their names, keys, metadata and when they are out of date.
 
-musubi-tuner's format (spec formats.md section 2) plus metadata of ours: `one_frame`, the layout with the order of the
+musubi-tuner's format (docs/formats.md#caches) plus metadata of ours: `one_frame`, the layout with the order of the
 controls, `one_frame_own`, there when the item itself and not its dataset decides on that, `one_frame_sizes`, there when
 frames differ in size, and `settings`, JSON that tells what a file was made of. Targets with a mask have a further
 tensor. musubi-tuner reads our files, but frames of several sizes with their padding, and we read its.
@@ -157,7 +157,8 @@ class LatentHeader:
 def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings | None = None) -> None:
     """Write one item whole. NaNs become 0 with a warning, as in the reference.
 
-    The suffix of the CLIP key is the dtype of the latents, whatever dtype the features have (formats.md section 2).
+    The suffix of the CLIP key is the dtype of the latents, whatever dtype the features have
+    (docs/formats.md#latent-caches).
     """
     _, (width, height) = parse_latent_name(path)
     shape, dtype = "x".join(map(str, cache.latents.shape[1:])), dtype_name(cache.latents.dtype)

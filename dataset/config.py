@@ -1,4 +1,4 @@
-"""The dataset configuration file (TOML or JSON) -> frozen dataclasses. Source: spec dataset.md sections 1, 2 and 10."""
+"""The dataset configuration file (TOML or JSON) -> frozen dataclasses. Rules: docs/formats.md#dataset-file."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
 """What training reads: cached items grouped into batches, in an order that depends on (seed, epoch) alone.
 
-Items come from the cache folders, not from the images (spec dataset.md section 7). Some are kept for validation.
+Items come from the cache folders, not from the images (docs/formats.md#reading-caches). Some are kept for validation.
 """
 
 import hashlib

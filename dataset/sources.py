@@ -1,4 +1,7 @@
-"""The files of a dataset -> items: a target image, its control images and its caption (spec dataset.md 3, 4 and 10)."""
+"""The files of a dataset -> items: a target image, its control images and its caption.
+
+Rules: docs/formats.md#lists and docs/formats.md#control-matching.
+"""
 
 import json
 import logging

@@ -1,6 +1,6 @@
 """Small models with random weights in the layouts of the official files, and a tokenizer: for the demo and for tests.
 
-Everything but the size is as in the real files (spec formats.md section 10), so every code path runs; pictures are
+Everything but the size is as in the real files (docs/formats.md#model-files), so every code path runs; pictures are
 noise.
 """
 

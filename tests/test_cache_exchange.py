@@ -1,4 +1,4 @@
-"""musubi-tuner's caches are trained on as they are, and ours have what it looks for (spec dataset.md section 7)."""
+"""musubi-tuner's caches are trained on as they are; ours have what it looks for (docs/formats.md#reading-caches)."""
 
 import re
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_caches_of_musubi_tuner_give_the_batch_that_ours_give(dtype, metadata):
 
 
 def collated(path: Path) -> dict[str, torch.Tensor]:
-    """The entries that musubi-tuner makes of a file, by the rule of spec dataset.md section 7."""
+    """The entries that musubi-tuner makes of a file, by the rule of docs/formats.md#reading-caches."""
     entries = {}
     for key, tensor in load_file(path).items():
         name = key.removeprefix("varlen_").rsplit("_", 1)[0]

@@ -93,7 +93,7 @@ def scaled_by_comfyui(
 
 
 def scaled_by_musubi(state: State, folder: Path, round_up: bool = True) -> Path:
-    """Scales in bfloat16, one per row and 64 columns (spec formats.md 8.4)."""
+    """Scales in bfloat16, one per row and 64 columns (docs/formats.md#fp8-weights)."""
     entries = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
     for name in matrices(state):
         blocks = state[name].unflatten(1, (-1, 64))

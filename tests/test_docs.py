@@ -186,15 +186,39 @@ def test_the_picture_sizes_in_the_text_are_right():
     assert size_for_area(width, height, 500, 500) == tuple(map(int, made.split(" × ")))
 
 
+def anchors(page: str) -> set[str]:
+    """What a link to a heading of the page ends in, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
+
+
 def test_links_and_pictures_lead_somewhere():
     for page, text in ((ROOT / name, text) for name, text in PAGES.items()):
         for link in re.findall(r"\]\((?!https:)([^)]+)\)", text):
             path, _, anchor = link.partition("#")
             target = (page.parent / path) if path else page
             assert target.is_file(), link
-            if anchor:
-                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-                assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}, link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+# A page with the heading after it; and the files and sections of a specification that is not part of this repository.
+_CITED = re.compile(r"\b(docs/[\w.]+\.md)(?:#([\w-]+))?")
+_ELSEWHERE = re.compile(r"\b[Ss]pec (?:\w+\.md|[0-9])|(?<![\w/])(?:formats|cli|dataset|models|video)\.md\b")
+_TOPS = ("wan", "dataset", "utils", "demo", "benchmarks", "tests")
+SOURCES = sorted(path for glob in ("*.py", *(f"{top}/**/*.py" for top in _TOPS)) for path in ROOT.glob(glob))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_the_code_cites_is_in_the_documents(path):
+    text = path.read_text(encoding="utf-8")
+    assert not _ELSEWHERE.findall(text)
+    for page, anchor in _CITED.findall(text):
+        assert page in PAGES and (not anchor or anchor in anchors(PAGES[page])), f"{page}#{anchor}"
+
+
+@pytest.mark.parametrize("text", ["spec {}.md 8.4", "({}.md 9.4)", "Spec {}.md section 7"])
+def test_a_citation_of_something_else_would_be_noticed(text):
+    assert _ELSEWHERE.search(text.format("formats"))
 
 
 def test_the_readme_leads_to_every_page():

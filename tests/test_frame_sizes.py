@@ -31,7 +31,7 @@ LAYOUT = OneFrameLayout((3,), 0, control_sizes=ControlSizes((32, 16)))  # the ta
 
 
 @pytest.mark.parametrize(
-    ("size", "resolution", "expected"),  # spec dataset.md section 5.3
+    ("size", "resolution", "expected"),  # docs/formats.md#control-sizes
     [
         ((1000, 700), (1024, 1024), (1216, 848)),
         ((1920, 1080), (1024, 1024), (1360, 768)),

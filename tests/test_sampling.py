@@ -57,7 +57,7 @@ DPM_10_7 = [1000, 984, 965, 942, 913, 875, 823, 749, 636, 437]
     ],
 )
 def test_check_values_of_the_specification_are_reached(solver, steps, shift, timesteps, final):
-    """spec formats.md section 8.6: timesteps, and the end of the field v = sin(3x) + t / 1000."""
+    """docs/formats.md#solvers: timesteps, and the end of the field v = sin(3x) + t / 1000."""
     plan = schedule(solver, steps, shift)
     assert plan.timesteps.tolist() == timesteps
     end = sample(solver, lambda x, t, i: torch.sin(3 * x) + 0.001 * t, torch.tensor([-1, -1 / 3, 1 / 3, 1]), plan)

@@ -17,12 +17,12 @@ _BY_NAME = {name: dtype for dtype, names in _ALIASES.items() for name in names}
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """`bf16`, `bfloat16`, `fp32` ... -> torch.dtype (spec cli.md section 0); ConfigError for other names."""
+    """`bf16`, `bfloat16`, `fp32` ... -> torch.dtype (docs/formats.md#dtype-names); ConfigError for other names."""
     if name not in _BY_NAME:
         raise ConfigError(f"'{name}' is no dtype{suggest(name, _BY_NAME) or '; use bfloat16, float16 or float32'}")
     return _BY_NAME[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> `bfloat16`, the suffix in cache keys (spec formats.md section 2)."""
+    """torch.bfloat16 -> `bfloat16`, the suffix in cache keys (docs/formats.md#latent-caches)."""
     return str(dtype).removeprefix("torch.")

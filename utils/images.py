@@ -25,7 +25,7 @@ _SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"]
 if ".jxl" in Image.registered_extensions():
     _SUFFIXES.append(".jxl")
 IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
-"""File name endings of a dataset's images, all lower or all upper case (spec dataset.md section 2)."""
+"""File name endings of a dataset's images, all lower or all upper case (docs/formats.md#dataset-file)."""
 
 STEP = 16
 """Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
@@ -124,7 +124,7 @@ def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_
     """Resize an RGB image [height, width, 3] uint8 until it covers `size` (width, height), then cut out the centre.
 
     Enlarges with Pillow's Lanczos filter and shrinks by area averaging, within one level of OpenCV's INTER_AREA, as
-    musubi-tuner does (spec dataset.md section 5.4). crop_only: only cut, out of an image that covers `size` already.
+    musubi-tuner does (docs/formats.md#resizing). crop_only: only cut, out of an image that covers `size` already.
     Returns [size[1], size[0], 3] uint8; the image itself when it has the size already.
     """
     image = np.asarray(image)
@@ -164,7 +164,7 @@ def to_pixels(image: np.ndarray | Image.Image) -> Tensor:
 
 
 def from_pixels(pixels: Tensor) -> Image.Image:
-    """[3, height, width] in [-1, 1] -> 8-bit RGB image: trunc(clamp((x + 1) / 2, 0, 1) * 255), spec formats.md 6."""
+    """[3, height, width] in [-1, 1] -> 8-bit RGB image: trunc(clamp((x + 1) / 2, 0, 1) * 255)."""
     levels = ((pixels.detach().cpu().float() + 1) / 2).clamp(0, 1) * 255
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
@@ -178,8 +178,8 @@ def size_for_area(width: int, height: int, image_width: int, image_height: int) 
     """Size of a generated image: the area asked for (width x height), the aspect ratio of the input image.
 
     Returns (width, height), multiples of 16: floor(sqrt(area / aspect) / 16) * 16 and the same with area * aspect
-    (spec cli.md section 9). Computed in whole numbers: in floats, as in the official code, 832 x 480 for an image of
-    that size comes out as 832 x 464. Raises ConfigError when a side comes out below 16.
+    (docs/formats.md#output-size). Computed in whole numbers: in floats, as in the official code, 832 x 480 for an
+    image of that size comes out as 832 x 464. Raises ConfigError when a side comes out below 16.
     """
     if min(width, height) < STEP:
         raise ConfigError(f"{width}x{height} pixels are too few; ask for at least {STEP} a side")

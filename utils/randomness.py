@@ -10,7 +10,7 @@ from torch import Tensor
 def stratified_uniform(count: int, buckets: int, generator: torch.Generator) -> Tensor:
     """[count] float64 in [0, 1), in random order: equally many from each of `buckets` equal intervals, up to one.
 
-    Spec dataset.md section 7: ceil(count / buckets) draws per interval, shuffled together, cut to `count`.
+    The draws are ceil(count / buckets) per interval, shuffled together, cut to `count`.
     """
     per_bucket = math.ceil(count / buckets)
     draws = torch.rand(per_bucket, buckets, generator=generator, dtype=torch.float64)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
 
 __all__ = ["Checkpoint", "TensorInfo", "check_tensors", "open_checkpoint"]
 
-_DIT_DTYPE_PROBE = "blocks.0.cross_attn.k.weight"  # its dtype stands for the file (spec formats.md 1)
+_DIT_DTYPE_PROBE = "blocks.0.cross_attn.k.weight"  # its dtype stands for the file (docs/formats.md#dit-keys)
 
 
 def _check(checkpoint: Checkpoint, expected: Shapes, ignored: set[str] = frozenset()) -> None:
@@ -177,7 +177,8 @@ def merge_again_(
 def save_dit(path: str | Path, dit: WanDiT, metadata: Mapping[str, str]) -> None:
     """Write a DiT, merged weights and all, as safetensors under the official names: the whole file or nothing.
 
-    Weights of an Fp8Linear are written as float8 and, where it has them, `scale_weight` beside (spec formats.md 8.4).
+    Weights of an Fp8Linear are written as float8 and, where it has them, `scale_weight` beside
+    (docs/formats.md#fp8-weights).
     Raises ValueError when `dit` has other tensors than a DiT (LoRA layers), OSError when the disk refuses.
     """
     state = {

@@ -1,7 +1,8 @@
-"""Foreign layouts -> that of the official Wan2.1 files (spec formats.md 10): names, split and scaled tensors, folders.
+"""Foreign layouts -> that of the official Wan2.1 files: names, split and scaled tensors, folders.
 
-Read are the files of diffusers and transformers, what ComfyUI repackages, and scaled fp8 as ComfyUI and musubi-tuner
-write it. A name that is in no table stays as it is, and so shows up in the report of what does not fit.
+The official names are in docs/formats.md#model-files. Read are the files of diffusers and transformers, what ComfyUI
+repackages, and scaled fp8 as ComfyUI and musubi-tuner write it. A name that is in no table stays as it is, and so shows
+up in the report of what does not fit.
 """
 
 import re
@@ -20,7 +21,7 @@ from wan.nets import clip, t5
 
 _DIT_PREFIX = "model.diffusion_model."  # in repackaged DiT files
 
-# What a release holds, relative to its folder: the official file (spec cli.md 8), then diffusers'.
+# What a release holds, relative to its folder: the official file (docs/formats.md#tasks), then diffusers'.
 _RELEASE = {
     "dit": ("diffusion_pytorch_model*.safetensors", "transformer/diffusion_pytorch_model*.safetensors"),
     "vae": ("Wan2.1_VAE.pth", "vae/diffusion_pytorch_model*.safetensors"),
@@ -206,8 +207,8 @@ _MARKERS = ("scaled_fp8", "scale_input", "input_scale", "comfy_quant")  # say ho
 def with_scales(checkpoint: Checkpoint) -> Checkpoint:
     """Each `<module>.scale_weight` becomes the scale of `<module>.weight`, which from then on is read multiplied by it.
 
-    ComfyUI: one number, or one per row. musubi-tuner: one per row and 64 columns, [out, in / 64, 1] (spec formats.md
-    8.4). Raises ConfigError for scales of another form.
+    ComfyUI: one number, or one per row. musubi-tuner: one per row and 64 columns, [out, in / 64, 1]
+    (docs/formats.md#fp8-weights). Raises ConfigError for scales of another form.
     """
     tensors, readers, scales = dict(checkpoint.tensors), dict(checkpoint.readers), {}
     for name, info in checkpoint.tensors.items():

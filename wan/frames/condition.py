@@ -52,7 +52,7 @@ def stack_condition(
     """A [C, 1, H, W] per control, as given, and the latent of a blank frame -> [4 + C, F, H, W].
 
     Four mask channels (1 = given, 0 = to generate), then the latents. masks: [H, W] per control, 1 where it is to be
-    used and 0 where not, or None to use all of it; mask channels and latents are multiplied by it (formats.md 9.4).
+    used and 0 where not, or None to use all of it; mask channels and latents are multiplied by it.
     """
     given = [torch.cat([torch.ones_like(latents[:_MASK_CHANNELS]), latents]) for latents in controls]
     for i, mask in enumerate(masks or ()):

@@ -65,7 +65,7 @@ def latent_mask(mask: Image.Image, size: tuple[int, int], crop_only: bool = Fals
 def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
     """Latent [16, 1, H, W] of the constant image that stands for the frame to generate; sizes in pixels.
 
-    Zeros in [-1, 1], mid-grey (spec formats.md section 3).
+    Zeros in [-1, 1], mid-grey (docs/formats.md#condition).
     """
     return encode_images(vae, torch.zeros(1, 3, height, width))[0]
 
@@ -74,7 +74,7 @@ def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
 def encode_clip(clip: nn.Module, images: Sequence[Tensor]) -> Tensor:
     """[3, height, width] each, uint8 or in [-1, 1], whole uncropped images -> CLIP features [n, 257, D] in its dtype.
 
-    The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones (formats.md 9.12).
+    The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones.
     """
     device = _device(clip)
     inputs = torch.cat([preprocess(as_pixels(image[None].to(device))) for image in images])

@@ -2,7 +2,7 @@
 
 A clip of control images and one image to generate (the target). The frames are stored in time order; their RoPE time
 indices are chosen freely. Caching, training, training samples and generation all use this module, and nothing else
-knows these rules. Source: spec formats.md sections 3 and 8.1, cli.md section 5.
+knows these rules. They are in docs/formats.md#conditioning.
 
 There are two ways to make latent frames of the images. `independent`, the reference's: each image is encoded on its
 own. `causal`, an experiment: together they are one video, as in the training of the base models (wan/image2video.py and

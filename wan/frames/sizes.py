@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class ControlSizes:
-    """What sizes control images get: without either field that of the target (spec dataset.md section 5.3)."""
+    """What sizes control images get: without either field that of the target (docs/formats.md#control-sizes)."""
 
     resolution: Size | None = None  # their own size, of which only the area counts
     no_resize: bool = False  # they keep their size; with a resolution those up to its area do

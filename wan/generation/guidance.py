@@ -1,4 +1,4 @@
-"""Which steps use classifier-free guidance, and skip-layer guidance on top (spec formats.md section 8.6)."""
+"""Which steps use classifier-free guidance, and skip-layer guidance on top (docs/formats.md#guidance)."""
 
 from dataclasses import dataclass
 

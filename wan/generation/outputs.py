@@ -1,4 +1,4 @@
-"""Result files of generation: PNG and latent files, their names and metadata (spec formats.md section 6)."""
+"""Result files of generation: PNG and latent files, their names and metadata (docs/formats.md#result-files)."""
 
 import logging
 import re

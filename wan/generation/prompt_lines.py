@@ -1,4 +1,4 @@
-"""Prompts with options, from a line, a text, TOML or JSON file (spec cli.md sections 6 and 7)."""
+"""Prompts with options, from a line, a text, TOML or JSON file (docs/formats.md#prompt-lines)."""
 
 import json
 import logging

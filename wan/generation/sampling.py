@@ -1,6 +1,6 @@
 """Noise schedules, solvers of the flow ODE, and guidance: pure functions of tensors, float32.
 
-Notation (spec formats.md section 8.6): sigma is the noise level (1 = noise, 0 = image), a sample is
+Notation (docs/formats.md#solvers): sigma is the noise level (1 = noise, 0 = image), a sample is
 x = (1 - sigma) * image + sigma * noise, the network returns the velocity v = noise - image, alpha = 1 - sigma,
 lambda = ln(alpha / sigma), and x - sigma * v predicts the image. "Step i" goes from sigmas[i] to sigmas[i + 1].
 """

@@ -1,4 +1,4 @@
-"""LoRA, LoHa and LoKr files: reading, merging into weights, writing (spec formats.md section 4)."""
+"""LoRA, LoHa and LoKr files: reading, merging into weights, writing (docs/formats.md#lora-files)."""
 
 import hashlib
 import json
@@ -154,7 +154,7 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of the file with its `ss_` metadata alone, so that editing a title keeps them (spec formats.md section 4.3)."""
+    """Of the file with its `ss_` metadata alone, so that editing a title keeps them (docs/formats.md#lora-metadata)."""
     content = memoryview(save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
     header = 8 + int.from_bytes(content[:8], "little")
     return {

@@ -1,4 +1,4 @@
-"""LoRA key names of other tools <-> ours, in both directions (spec formats.md section 4).
+"""LoRA key names of other tools <-> ours, in both directions (docs/formats.md#lora-dialects).
 
 Ours are musubi-tuner's: `lora_unet_<module with underscores>.<part>`. Modules have their official names
 (`blocks.0.self_attn.q`) or diffusers' (`blocks.0.attn1.to_q`, see its scripts/convert_wan_to_diffusers.py).

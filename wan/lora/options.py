@@ -1,4 +1,4 @@
-"""What is trained beside the frozen DiT: the flags, and the keys of --network_args (spec cli.md section 3.6)."""
+"""What is trained beside the frozen DiT: the flags, and the keys of --network_args (docs/formats.md#trained-layers)."""
 
 import ast
 import math

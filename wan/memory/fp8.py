@@ -1,4 +1,4 @@
-"""Linear layers whose frozen weights are kept in 8 bits (spec formats.md section 8.4).
+"""Linear layers whose frozen weights are kept in 8 bits (docs/formats.md#fp8-weights).
 
 float8_e4m3fn: 1 sign, 4 exponent and 3 mantissa bits, largest value 448, no infinity (arXiv 2209.05433). Weights of the
 kinds `cast` and `scaled` are turned back into the compute dtype for each call, which saves memory, not time, and works

@@ -14,7 +14,7 @@ _NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Defaults of a task name (spec cli.md section 8); what the user sets wins."""
+    """Defaults of a task name (docs/formats.md#tasks); what the user sets wins."""
 
     name: str
     model_type: ModelType

@@ -1,6 +1,8 @@
 """The CLIP image encoder (ViT-H/14): pixels -> 257 features per image, taken before the last block.
 
-The network is that of transformers; its names and those of the official Wan2.1 file (spec formats.md 10.4) meet here.
+The network is that of transformers; its names and those of the official Wan2.1 file meet here.
+
+Rules: docs/formats.md#clip-keys and docs/formats.md#clip-input.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def unused_names(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 def preprocess(pixels: Tensor) -> Tensor:
     """[B, 3, height, width] in [-1, 1] -> [B, 3, 224, 224] float32 for the network; the aspect ratio is not kept.
 
-    As in wan/modules/clip.py of Wan2.1: bicubic without antialiasing, overshoot not clamped (spec formats.md 8.5).
+    As in wan/modules/clip.py of Wan2.1: bicubic without antialiasing, overshoot not clamped.
     """
     size = (IMAGE_SIZE, IMAGE_SIZE)
     pixels = nn.functional.interpolate(pixels.float(), size=size, mode="bicubic", align_corners=False)

@@ -37,7 +37,7 @@ class DiTSpec:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "DiTSpec":
-        """Read the spec from official key names (spec formats.md section 10.1, no prefix) and their shapes.
+        """Read the spec from official key names (docs/formats.md#dit-keys, no prefix) and their shapes.
 
         Raises ConfigError when this is no Wan DiT, or one of another family than Wan2.1 T2V, I2V and FLF2V.
         """

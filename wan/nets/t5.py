@@ -1,6 +1,8 @@
 """The umT5-XXL text encoder: cleaned prompt -> one embedding per token.
 
-The network is that of transformers; its names and those of the official Wan2.1 file (spec formats.md 10.3) meet here.
+The network is that of transformers; its names and those of the official Wan2.1 file meet here.
+
+Rules: docs/formats.md#t5-keys and docs/formats.md#text-cleaning.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ _IN_BLOCK = {  # official name after `blocks.<i>.` -> transformers' after `encod
 
 
 def clean_prompt(text: str) -> str:
-    """Repaired Unicode, HTML entities resolved (twice: some captions are escaped twice), single blanks (spec 8.5)."""
+    """Repaired Unicode, HTML entities resolved (twice: some captions are escaped twice), single blanks."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 def official_name(stored: str) -> str:
-    """A key of a T5 file -> its official name: full umT5 files have an `encoder.` in front (spec formats.md 1)."""
+    """A key of a T5 file -> its official name: full umT5 files have an `encoder.` in front."""
     return stored.replace("encoder.", "")
 
 

@@ -22,7 +22,7 @@ from wan.nets.spec import VAE_STRIDE
 LATENT_CHANNELS = 16
 TIME_STRIDE = 4
 
-# Per-channel statistics of the latents (official wan/modules/vae.py; spec formats.md section 8.2).
+# Per-channel statistics of the latents (official wan/modules/vae.py).
 # fmt: off
 VAE_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)

@@ -1,4 +1,4 @@
-"""Which files of a run are written when, and which old ones are deleted (spec cli.md section 3.7, formats.md 5)."""
+"""Which files of a run are written when, and which old ones are deleted (docs/formats.md#files-of-a-run)."""
 
 import logging
 import shutil

@@ -25,7 +25,7 @@ def flow_matching_loss(
     """Loss of each item, [B] float32: the weighted mean squared error of the velocity.
 
     latents, noise [B, 16, F, H, W]; condition [B, 20, F, H, W]; text [B, 512, D]; image [B, 257 n, D];
-    frame_indices [B, F]; t [B] noise levels in 0..1. Spec formats.md section 7.
+    frame_indices [B, F]; t [B] noise levels in 0..1. Formulas: docs/formats.md#loss.
     weights: [B, F] or [B, F, H, W], how much each frame or place counts in the mean; None: all the same.
     frame_sizes: where frames do not fill H and W; the weights of the rest are 0.
     """

@@ -1,4 +1,4 @@
-"""What a LoRA file says about how it was made (spec formats.md section 4.3)."""
+"""What a LoRA file says about how it was made (docs/formats.md#lora-metadata)."""
 
 import json
 import random

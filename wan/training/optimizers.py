@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name (spec cli.md section 3.4)."""
+"""Optimizers and learning-rate schedules by name (docs/formats.md#optimizers-and-schedules)."""
 
 import ast
 import importlib
@@ -147,7 +147,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
 
 
 def _rex(step: int, warmup: int, total: int, low: float) -> float:
-    """REX (Chen et al. 2021) with a linear warmup from `low`, as a factor of the rate (spec cli.md section 3.4)."""
+    """REX (Chen et al. 2021) with a linear warmup from `low`, as a factor of the rate."""
     if step < warmup:
         return low + (1 - low) * step / warmup
     left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))

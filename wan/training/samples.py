@@ -20,7 +20,7 @@ from wan.models.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
 
-# What a prompt line leaves open (spec cli.md section 6).
+# What a prompt line leaves open (docs/one_frame.md#prompt-lines).
 _DEFAULTS = Prompt(width=256, height=256, sample_steps=20)
 
 

@@ -2,7 +2,7 @@
 
 t is in 0..1 (0 = image, 1 = noise). Every method here is a function from a quantile u, uniform in [0, 1), to t; normal
 numbers are the normal quantile of u. So one uniform number decides an item's noise level, be it drawn from the item's
-own generator or dealt out evenly by `stratified_uniform`. Formulas: spec formats.md section 7.1.
+own generator or dealt out evenly by `stratified_uniform`. Formulas: docs/formats.md#noise-levels.
 """
 
 import logging
