@@ -24,7 +24,7 @@ from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig, apply_memory_options_
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
 

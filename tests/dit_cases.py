@@ -1,12 +1,15 @@
 """A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import Block, WanDiT
 from wan.nets.spec import DiTSpec
 
 SPEC = DiTSpec("i2v", dim=128, ffn_dim=192, num_layers=4, in_dim=36, text_dim=32, image_dim=48)
@@ -53,6 +56,17 @@ def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) 
         *(pad_text(list(draw(7, spec.text_dim))), draw(257, spec.image_dim), torch.tensor([[0, 3]] * batch)),
     )
     return tuple(tensor.to(device) for tensor in inputs)
+
+
+def watch_blocks_(model: WanDiT, seen: Callable[[int, Tensor], object]) -> None:
+    """Call `seen` with the number of each block and its input before the runner runs it."""
+    numbers, runner = {block: number for number, block in enumerate(model.blocks)}, model.runner
+
+    def watched(block: Block, x: Tensor, *shared) -> Tensor:
+        seen(numbers[block], x)
+        return runner(block, x, *shared)
+
+    model.runner = watched
 
 
 def all_rows(text: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from wan.files.load import inspect_clip, inspect_dit, load_clip, load_dit, load_
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.layout import parse
 from wan.generation.prompt_lines import parse_line
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.t5 import encode_text
 from wan.nets.vae import CausalConv3d, ChannelNorm
 

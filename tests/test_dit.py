@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from tests.dit_cases import all_rows
 from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
 from wan.nets.attention import sdpa
-from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.context import StepCache, pad_text
+from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 
 SPECS = {

@@ -14,7 +14,7 @@ from tests.helpers import TINY, golden, needs_shared, rel_l2
 from wan.files.load import dit_dtype, load_dit, load_t5
 from wan.lora.module import add_delta
 from wan.memory.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, quantize_rows, use_fp8_
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.t5 import encode_text, t5_key, t5_shapes
 
 KINDS = ["cast", "scaled"]

@@ -20,7 +20,7 @@ from utils.errors import ConfigError
 from wan.generation import sampling
 from wan.generation.pipeline import Pipeline, denoise, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 _folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
 FLAGS = [

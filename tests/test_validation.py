@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, load_batch
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
 from wan.training.validation import ValidationConfig, Validator, validate

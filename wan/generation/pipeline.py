@@ -32,7 +32,8 @@ from wan.generation.guidance import GuidanceConfig
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
-from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.context import StepCache, pad_text
+from wan.nets.dit import WanDiT
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE

@@ -19,7 +19,7 @@ from wan.fused.graphs import GraphedGradients
 from wan.lora.network import LoRANetwork
 from wan.memory.sharding import full_tensor
 from wan.models.tasks import TaskSpec
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.training.loss import flow_matching_loss
 from wan.training.options import TrainingOptions
 from wan.training.timesteps import sample_noise_levels
