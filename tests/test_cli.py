@@ -12,6 +12,7 @@ from utils import cli
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import fingerprint, parse_json, require_writable_dir, written_whole
+from utils.text import one_line, some
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,15 @@ def test_json_that_python_can_not_take_is_told_like_json_that_is_none(text, word
 
 
 def test_a_message_is_shown_without_control_characters_and_its_middle_when_it_is_endless():
-    assert cli._one_line("a\x1b[2J\nb\u3000猫 \udc80") == "a [2J b 猫 \udc80"
-    assert len(cli._one_line("x" * 10**6)) < 2100
+    assert one_line("a\x1b[2J\nb\u3000猫 \udc80\n") == "a [2J b 猫 \udc80"
+    assert one_line("x" * 10**6) == "x" * 147 + "..."
+    long = one_line("see " + "x" * 10**6 + " and mend it", 2000, keep_end=True)
+    assert len(long) == 2000 and long.startswith("see x") and long.endswith("x and mend it")
+
+
+def test_the_first_names_of_a_list_stand_for_the_rest():
+    assert some(["a", "b", "c"]) == "a, b, c"
+    assert some("abcde") == "a, b, c and 2 more" and some("abcde", 4, ", ...") == "a, b, c, d, ..."
 
 
 def test_a_file_that_the_system_refuses_is_one_line(capsys):

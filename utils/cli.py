@@ -15,6 +15,7 @@ import toml
 
 from utils.errors import ConfigError, suggest
 from utils.files import read_toml
+from utils.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -175,15 +176,8 @@ def run(main: Callable[[], None]) -> None:
         line = f"the disk is full{place}; finished files are intact: free space and run again"
         if error.errno not in _DISK_FULL:
             line = f"{error.filename}: {error.strerror}; check the path and its permissions"
-        print(f"error: {_one_line(line)}", file=sys.stderr)
+        print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _one_line(message: object) -> str:
-    """Messages show values from files: line breaks and what steers a terminal go, and the middle of an endless one."""
-    shown = (c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in str(message))  # those: odd file names
-    line = " ".join("".join(shown).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
 
 
 def quiet_unless(main_process: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from utils.cli import option
 from utils.images import Resize, open_masked
-from utils.tables import table
+from utils.text import table
 from wan.frames.encode import latent_mask
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size
