@@ -254,8 +254,3 @@ def test_every_option_is_in_recipes_or_makes_no_difference_to_a_picture():
     actions = wan_generate_video.build_parser()._actions
     options = {action.dest for action in actions if action.help != argparse.SUPPRESS and action.dest != "help"}
     assert options - elsewhere == recipe._OPTIONS
-
-
-def test_the_version_is_that_of_the_project():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'\nversion = "{__version__}"\n' in text
