@@ -142,6 +142,16 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
+def draws_as_recorded() -> bool:
+    """Whether torch rounds normal numbers here as it did for the recordings: on CPUs with AVX2.
+
+    Elsewhere they are up to 2e-6 off, so that one in 10,000 weights becomes another number in bfloat16. The outputs are
+    then about 1e-4 away from the recorded ones, ten times what the tests allow.
+    """
+    normal = torch.randn(1024, generator=torch.Generator().manual_seed(0))
+    return digest([("", normal)]) == "142a2e5f157c3560e46a66fb344139431b546fd98762c030a0006b6d7cda021b"
+
+
 def write_tiny_checkpoints(folder: Path) -> None:
     """Write all of CHECKPOINTS and the tokenizer under the names of FILES into `folder`, which is created."""
     shutil.copytree(RECORDINGS / "tokenizer", folder / FILES["tokenizer"])
