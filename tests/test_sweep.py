@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 import wan.checkpoint
 import wan.sweep
 import wan_generate_video
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import ENCODERS, model_flags
 from utils.errors import ConfigError
 from utils.grid import draw_grid
 from wan import one_frame, recipe
@@ -23,8 +22,7 @@ from wan.memory_plan import Choice, Plan, Room
 from wan.sweep import Axis, SweepConfig
 
 FLAGS = [
-    *(word for kind in ("vae", "t5", "clip") for word in (f"--{kind}", f"models/{FILES[kind]}")),
-    *("--dit", f"models/{FILES['i2v']}", "--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu"),
+    *(*model_flags("i2v"), *ENCODERS, "--device", "cpu"),
     *("--prompt", "a cat", "--control_image_path", "data/start/cat.png", "--guidance_scale", "1"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--video_size", "32", "48", "--infer_steps", "2"),
 ]
@@ -33,12 +31,8 @@ LABEL = 14  # pixels, at least, that labels take
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat"])
-        write_models(Path("models"))
+def project(new_project):
+    with new_project("cat") as folder:
         torch.manual_seed(0)
         for file in "ab":
             name = f"lora_unet_blocks_0_self_attn_{'q' if file == 'a' else 'v'}"
@@ -48,8 +42,7 @@ def _folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
+def nothing_made(workspace):
     for path in ("out", "alone", "again"):
         shutil.rmtree(path, ignore_errors=True)
 
