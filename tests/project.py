@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
@@ -106,6 +107,12 @@ def from_lines(model: str, folder: str, *lines: str, flags: Iterable[str] = ()) 
     Path("lines.txt").write_text("\n".join(lines), encoding="utf-8")
     flags = ("--from_file", "lines.txt", "--no_metadata", *flags)
     return [path.read_bytes() for path in generate(model, folder, *flags)]
+
+
+def pixels(path: Path) -> bytes:
+    """The picture in a file, whatever its metadata."""
+    with Image.open(path) as image:
+        return image.tobytes()
 
 
 def pipeline() -> Pipeline:

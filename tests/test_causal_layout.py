@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
@@ -24,6 +23,7 @@ from tests.project import (
     encoded,
     generate,
     pipeline,
+    pixels,
     train,
 )
 from utils.errors import ConfigError
@@ -161,11 +161,6 @@ def configs():
         if not Path("cache", name).exists():
             cache(path)
     return made
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def with_layout(line: str) -> str:

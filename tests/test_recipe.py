@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import wan.checkpoint
 import wan_generate_video
-from tests.project import I2V_KINDS, MODELS, model_flags
+from tests.project import I2V_KINDS, MODELS, model_flags, pixels
 from utils.errors import ConfigError
 from wan import __version__, recipe
 
@@ -56,11 +56,6 @@ def repeated(path: Path, *flags: str) -> Path:
     shutil.rmtree("again", ignore_errors=True)
     (made,) = generate("again", "--recipe", str(path), "--device", "cpu", *flags)
     return made
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def content(path: Path) -> tuple[list[float], dict[str, str]]:

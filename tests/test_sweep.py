@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import wan.checkpoint
 import wan.sweep
 import wan_generate_video
-from tests.project import ENCODERS, model_flags
+from tests.project import ENCODERS, model_flags, pixels
 from utils.errors import ConfigError
 from utils.grid import draw_grid
 from wan import one_frame, recipe
@@ -50,11 +50,6 @@ def nothing_made(workspace):
 def generate(folder: str, *flags: str) -> list[Path]:
     wan_generate_video.main(["--save_path", folder, *FLAGS, *flags])
     return sorted(Path(folder).iterdir())
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def test_each_picture_is_the_one_that_its_values_make_alone_and_its_recipe_repeats_it():
