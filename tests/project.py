@@ -18,11 +18,11 @@ import wan_train_network
 from dataset.config import read_config
 from dataset.loader import TrainingBatch, TrainingSet, load_batch
 from demo.tiny_models import FILES
-from utils.prompts import parse_line
-from wan.config import TASKS
-from wan.models import CLIPConfig, T5Config, VAEConfig
-from wan.pipeline import Encoded, Pipeline
-from wan.request import Request, SamplingConfig
+from wan.generation.pipeline import Encoded, Pipeline
+from wan.generation.prompt_lines import parse_line
+from wan.generation.request import Request, SamplingConfig
+from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.models.tasks import TASKS
 
 CPU = torch.device("cpu")
 MODELS = {kind: f"models/{name}" for kind, name in FILES.items()}
