@@ -1,7 +1,5 @@
 """The DiT against diffusers, exact answers and the reference, in float32; and what it promises in bfloat16."""
 
-import json
-
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -10,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.dit_cases import all_rows
-from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, manifest_shapes, rel_l2
 from wan.nets.attention import sdpa
+from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
@@ -71,19 +70,23 @@ def random_inputs(kind, indices, height=4, width=6):
     """Arguments of WanDiT.forward for a batch with these frame indices."""
     torch.manual_seed(1)
     batch, frames = len(indices), len(indices[0])
-    tokens = CLIP_IMAGES.get(kind, 0) * 257
+    images = CLIP_IMAGES.get(kind, 0)
     return {
         "latents": torch.randn(batch, 16, frames, height, width),
-        "condition": torch.randn(batch, 20, frames, height, width) if tokens else None,
+        "conditioning": Conditioning(torch.randn(batch, 20, frames, height, width), torch.randn(batch, images, 257, 48))
+        if images
+        else Conditioning(),
         "timesteps": torch.tensor([731.25, 42.0, 1000.0])[:batch],
         "text": pad_text([torch.randn(length, 32) for length in (9, 3, 20)[:batch]]),
-        "image": torch.randn(batch, tokens, 48) if tokens else None,
         "frame_indices": torch.tensor(indices),
     }
 
 
 def item(inputs, i):
-    return {name: None if value is None else value[i : i + 1] for name, value in inputs.items()}
+    def one(tensor):
+        return tensor[i : i + 1]
+
+    return {name: value.map(one) if name == "conditioning" else one(value) for name, value in inputs.items()}
 
 
 def diffusers_output(model, inputs):
@@ -108,13 +111,12 @@ def diffusers_output(model, inputs):
 
     (indices,) = inputs["frame_indices"].tolist()
     frames = max(indices) + 1
-    x = inputs["latents"] if inputs["condition"] is None else torch.cat([inputs["latents"], inputs["condition"]], dim=1)
+    x, (channels, image, _) = inputs["latents"], inputs["conditioning"]
+    x = x if channels is None else torch.cat([x, channels], dim=1)
     table = other.rope(torch.zeros(1, 1, frames, *x.shape[3:]))
     picked = tuple(part.unflatten(1, (frames, -1))[:, indices].flatten(1, 2) for part in table)
     other.rope.forward = lambda hidden_states: picked
-    image = inputs["image"]
-    if spec.model_type == "flf2v":
-        image = image.unflatten(1, (2, 257)).flatten(0, 1)
+    image = None if image is None else image.flatten(0, 1)
     with torch.no_grad():
         return other.eval()(x, inputs["timesteps"], all_rows(inputs["text"]), image).sample
 
@@ -153,7 +155,9 @@ def test_calls_that_share_a_cache_give_what_they_give_without(kind):
 def test_swapping_frames_together_with_their_indices_swaps_the_output():
     model, inputs = random_dit("i2v"), random_inputs("i2v", [[0, 5, 9]])
     order = [2, 0, 1]
-    swapped = inputs | {name: inputs[name][:, :, order] for name in ("latents", "condition")}
+    channels, image, _ = inputs["conditioning"]
+    swapped = inputs | {"latents": inputs["latents"][:, :, order]}
+    swapped["conditioning"] = Conditioning(channels[:, :, order], image)
     swapped["frame_indices"] = inputs["frame_indices"][:, order]
     expected = model(**inputs)[:, :, order]
     assert rel_l2(model(**swapped), expected) < 1e-5
@@ -259,13 +263,16 @@ def test_rows_of_text_that_are_left_out_count_like_the_last_one(kind):
             model(**inputs, text=torch.cat([whole, text[:, :1]], dim=1))
 
 
+CHANNELS, FEATURES = torch.zeros(1, 20, 2, 4, 6), torch.zeros(1, 1, 257, 48)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("i2v", {"image": None}, "i2v takes both"),
-        ("i2v", {"condition": None}, "i2v takes both"),
-        ("t2v", {"image": torch.zeros(1, 257, 48)}, "t2v takes neither"),
-        ("flf2v", {"image": torch.zeros(1, 257, 48)}, "257 image tokens; flf2v needs 514"),
+        ("i2v", {"conditioning": Conditioning(CHANNELS, None)}, "i2v takes both"),
+        ("i2v", {"conditioning": Conditioning(None, FEATURES)}, "i2v takes both"),
+        ("t2v", {"conditioning": Conditioning(None, FEATURES)}, "t2v takes neither"),
+        ("flf2v", {"conditioning": Conditioning(CHANNELS, FEATURES)}, "257 image tokens; flf2v needs 514"),
         ("i2v", {"frame_indices": torch.tensor([[0, 1, 2]])}, r"frame_indices \(1, 3\)"),
         ("t2v", {"latents": torch.zeros(1, 16, 2, 5, 6)}, "5 x 6; both sides must be even"),
     ],
@@ -282,19 +289,16 @@ def test_sdpa_is_softmax_attention():
     assert_close(sdpa(q, k, v), torch.einsum("bnlm,bmnd->blnd", weights, v))
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B"])
 def test_names_and_shapes_are_those_of_the_published_checkpoint(name):
-    published = {
-        key: tuple(shape) for key, (shape, _) in json.loads((MANIFESTS / f"dit_{name}.json").read_text()).items()
-    }
+    published = manifest_shapes(f"dit_{name}")
     with torch.device("meta"):
         model = WanDiT(DiTSpec.from_shapes(published))
     assert {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} == published
 
 
-def tiny_dit(name):
-    state = {key: tensor.float() for key, tensor in load_file(TINY / f"tiny_dit_{name}.safetensors").items()}
+def load_in_float32(path):
+    state = {key: tensor.float() for key, tensor in load_file(path).items()}
     with torch.device("meta"):
         model = WanDiT(DiTSpec.from_shapes({key: tuple(tensor.shape) for key, tensor in state.items()}))
     model.load_state_dict(state, strict=True, assign=True)
@@ -303,18 +307,16 @@ def tiny_dit(name):
 
 def golden_inputs(reference, items, indices):
     """Arguments for these items of a file of reference outputs."""
-    features = reference["clip_fea"].unflatten(0, (2, -1)).flatten(1, 2)  # items have one row of features, or two
+    features = reference["clip_fea"].unflatten(0, (2, -1))  # of each item those of one image, or of two
     return {
         "latents": torch.stack([reference[f"x{i}"] for i in items]),
-        "condition": torch.stack([reference[f"y{i}"] for i in items]),
+        "conditioning": Conditioning(torch.stack([reference[f"y{i}"] for i in items]), features[items]),
         "timesteps": reference["t"][items],
         "text": pad_text([reference[f"context{i}"] for i in items]),
-        "image": features[items],
         "frame_indices": torch.tensor(indices),
     }
 
 
-@needs_shared
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "file", "cases", "batch"),
@@ -328,8 +330,8 @@ def golden_inputs(reference, items, indices):
         ),
     ],
 )
-def test_outputs_match_the_reference(kind, file, cases, batch):
-    model, reference = tiny_dit(kind), golden(file)
+def test_outputs_match_the_reference(tiny, kind, file, cases, batch):
+    model, reference = load_in_float32(tiny[kind]), golden(file)
     for name, indices in cases.items():
         out = model(**golden_inputs(reference, [0], [indices]))
         assert rel_l2(out[0], reference[f"out0_f_{name}"]) < 1e-5
@@ -338,10 +340,9 @@ def test_outputs_match_the_reference(kind, file, cases, batch):
         assert rel_l2(out[i], reference[f"batch_out{i}_f_{name}"]) < 1e-5
 
 
-@needs_shared
 @torch.no_grad()
-def test_intermediate_values_match_the_reference():
-    model, reference = tiny_dit("i2v"), golden("dit_i2v")
+def test_intermediate_values_match_the_reference(tiny):
+    model, reference = load_in_float32(tiny["i2v"]), golden("dit_i2v")
     stages = {
         name: getattr(model, name) for name in ("patch_embedding", "time_embedding", "time_projection", "img_emb")
     }

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, golden_path, rel_l2
 from tests.lora_models import config, merged_copy, toy, trained
 from utils.errors import ConfigError
 from wan.files.dit_names import lora_name
@@ -16,24 +16,25 @@ from wan.lora.layers import LoRALinear
 from wan.lora.module import add_delta
 from wan.lora.network import inject_lora_, save_lora
 from wan.lora.product import lora_products
-from wan.models.memory_options import recompute_blocks_
+from wan.memory.recompute import recompute_blocks_
+from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.training.timesteps import add_noise, velocity_target
 
 
-@needs_shared
 @pytest.mark.parametrize(("prefix", "indices"), [("", [0, 1]), ("f_0_8_", [0, 8])])
-def test_a_training_step_gives_the_recorded_loss_and_gradients(prefix, indices):
+def test_a_training_step_gives_the_recorded_loss_and_gradients(tiny, prefix, indices):
     step = golden("training_step")
-    model = load_dit(TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu")
+    model = load_dit(tiny["i2v"], torch.float32, "cpu")
     network = inject_lora_(model, config(4, 2.0))
-    network.load_file(read_lora(GOLDEN / "lora_musubi_format.safetensors"))
+    network.load_file(read_lora(golden_path("lora_musubi_format.safetensors")))
     model.train()
     noisy = add_noise(step["latents"], step["noise"], step["t"] / 1000 - 1e-3)
     assert rel_l2(noisy, step["noisy"]) < 1e-6
-    pred = model(noisy, step["y"], step["t"], pad_text([step["context"]]), step["clip_fea"], torch.tensor([indices]))
+    conditioning = Conditioning(step["y"], step["clip_fea"][:, None])
+    pred = model(noisy, conditioning, step["t"], pad_text([step["context"]]), torch.tensor([indices]))
     loss = ((pred - velocity_target(step["latents"], step["noise"])) ** 2).mean()
     loss.backward()
 

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import wan.generation.run
-from tests import test_end_to_end
 from tests.dit_cases import CPU
-from tests.test_end_to_end import I2V, generate, train
+from tests.project import I2V, generate, pipeline, train
 from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
 from wan.generation import sampling
 from wan.generation.pipeline import Pipeline, denoise, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
+from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = [
     *("--control_image_path", "data/start/cat.png", "--prompt", "a", "--seed", "3", "--infer_steps", "4"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--video_size", "32", "48"),
@@ -113,9 +113,9 @@ def test_the_first_prediction_is_the_formula():
     item, seen = encoded(0, 0, solver="vanilla"), []
     denoise(Alone(), item, CPU, watch=lambda _step, latents: seen.append(latents))
     noise, network = initial_noise((16, 2, 4, 6), 1, CPU, False), Alone()
-    inputs = noise[None], item.condition[None], torch.tensor([1000.0])
+    inputs = noise[None], Conditioning(item.condition[None]), torch.tensor([1000.0])
     texts = [pad_text([text]) for text in (item.text, item.negative)]
-    conditional, unconditional = (network(*inputs, text, None, torch.tensor([[0, 7]]))[0] for text in texts)
+    conditional, unconditional = (network(*inputs, text, torch.tensor([[0, 7]]))[0] for text in texts)
     velocity = unconditional + 3 * (conditional - unconditional)
     assert_close(seen[0], (noise - velocity)[:, 1:], rtol=1e-4, atol=1e-4)
 
@@ -175,7 +175,7 @@ def test_a_picture_that_fails_leaves_its_preview(monkeypatch):
 def test_the_fit_sees_the_control_images(monkeypatch):
     seen = []
     monkeypatch.setattr(LatentPreview, "fit", lambda pixels, latents: seen.append((pixels, latents)))
-    line: Pipeline = test_end_to_end.pipeline()
+    line: Pipeline = pipeline()
     request = resolved()
     line.fit_preview([request, request])
     ((pixels, latents),) = seen

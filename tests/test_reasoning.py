@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests import test_end_to_end
 from tests.dit_cases import CPU, SPEC, random_dit
-from tests.test_end_to_end import ENCODERS, generate, pipeline
+from tests.project import MODELS, generate, pipeline
 from utils.errors import ConfigError
 from utils.images import open_image
 from wan.files.load import load_vae
@@ -23,9 +22,10 @@ from wan.generation.prompt_lines import parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
+from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"
 
 
@@ -55,7 +55,8 @@ class Alone:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, ...], Tensor]] = []
 
-    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None, **_):
+    def __call__(self, latents, conditioning, timesteps, text, indices, skip_blocks=frozenset(), cache=None, **_):
+        condition = conditioning.channels
         self.calls.append((tuple(indices[0].tolist()), condition[0]))
         own = torch.sin(latents) + 0.1 * condition[:, 4:] + 0.01 * indices[:, None, :, None, None]
         return own + (text.mean(dim=(1, 2)) + timesteps / 1000)[:, None, None, None, None]
@@ -133,8 +134,8 @@ def written_out(item: Encoded, steps: int) -> Tensor:
     for step in range(5):
         if step == steps:
             x, condition, indices = x[:, [0, 3]], condition[:, [0, 3]], [0, 7]
-        inputs = x[None], condition[None], levels.timesteps[step, None]
-        velocity = dit(*inputs, pad_text([item.text]), item.image[None], torch.tensor([indices]))[0]
+        inputs = x[None], Conditioning(condition[None], item.image[None]), levels.timesteps[step, None]
+        velocity = dit(*inputs, pad_text([item.text]), torch.tensor([indices]))[0]
         x = x + (levels.sigmas[step + 1] - levels.sigmas[step]) * velocity
     return x[:, 1:]
 
@@ -172,7 +173,7 @@ def test_causal_frames_are_grey_ones_of_one_video():
     start = frame_pixels(open_image("data/start/cat.png", "test"), (request.width, request.height))
     video = torch.zeros(3, 1 + 4 * 4, *start.shape[1:])
     video[:, 0] = start
-    vae = load_vae(ENCODERS["vae"], torch.float32, CPU)
+    vae = load_vae(MODELS["vae"], torch.float32, CPU)
     assert torch.equal(condition[4:], encode_video(vae, video))
     assert (condition[:4, 0] == 1).all() and not condition[:4, 1:].any()
     plain = pipeline().encode([resolved(",layout=causal")])[0].condition

@@ -80,14 +80,14 @@ def _predict(
     operations: ModuleType,
     dit: WanDiT,
     latents: Tensor,
-    condition: Tensor | None,
+    channels: Tensor | None,
     timesteps: Tensor,
     prepared: Prepared,
     skip_blocks: frozenset[int],
     frame_sizes: FrameSizes | None,
 ) -> Tensor:
     """`WanDiT.predict`, whose blocks hand each other a Residual where no gradients are asked for."""
-    x = latents if condition is None else torch.cat([latents, condition], dim=1)
+    x = latents if channels is None else torch.cat([latents, channels], dim=1)
     x, grid = _patches(dit.patch_embedding, x.to(dit.dtype)), token_grid(latents.shape[2:])
     x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
     time = _in_float32(operations, dit.time_embedding, timestep_features(timesteps, dit.spec.freq_dim))

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from wan.nets.context import Prepared
 from wan.nets.dit import PassRunner, WanDiT
@@ -68,9 +69,7 @@ class _GraphedPass:
 
     def __init__(self, runner: PassRunner, record: Recorder) -> None:
         self._runner, self._record = runner, record
-        self._used: WeakSet[Prepared] = (
-            WeakSet()
-        )  # their first pass makes keys and values, which are no part of a graph
+        self._used: WeakSet[Prepared] = WeakSet()  # the first pass makes keys and values, which no graph may own
         self._recorded: WeakKeyDictionary[Prepared, dict[tuple[Hashable, ...], Recorded]] = WeakKeyDictionary()
         self._fits = True
 
@@ -78,16 +77,16 @@ class _GraphedPass:
         self,
         dit: WanDiT,
         latents: Tensor,
-        condition: Tensor | None,
+        channels: Tensor | None,
         timesteps: Tensor,
         prepared: Prepared,
         skip_blocks: frozenset[int],
         frame_sizes: FrameSizes | None,
     ) -> Tensor:
-        def work(latents: Tensor, condition: Tensor | None, timesteps: Tensor) -> Tensor:
-            return self._runner(dit, latents, condition, timesteps, prepared, skip_blocks, frame_sizes)
+        def work(latents: Tensor, channels: Tensor | None, timesteps: Tensor) -> Tensor:
+            return self._runner(dit, latents, channels, timesteps, prepared, skip_blocks, frame_sizes)
 
-        inputs = latents, condition, timesteps
+        inputs = latents, channels, timesteps
         first = prepared not in self._used
         self._used.add(prepared)
         if first or torch.is_grad_enabled() or not self._fits or _tokens(latents, frame_sizes) > _MOST_TOKENS:
@@ -117,9 +116,10 @@ class GraphedGradients:
     def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The losses [B], and the gradients of their sum times `factor`, a scalar. The next call may write over both.
 
-        inputs: of `loss`, tensors and constants; among them `latents` [B, 16, F, H, W].
+        inputs: of `loss`, tensors, tuples of them and constants; among them `latents` [B, 16, F, H, W].
         """
-        work, tensors = partial(self._work, list(inputs)), [factor, *inputs.values()]
+        leaves, structure = tree_flatten(inputs)
+        work, tensors = partial(self._work, structure), [factor, *leaves]
         size = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor for tensor in tensors)
         tokens = _tokens(inputs["latents"], inputs.get("frame_sizes"))
         wanted = self._fits and size in self._known and tokens <= _MOST_TOKENS
@@ -146,8 +146,8 @@ class GraphedGradients:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _work(self, names: list[str], factor: Tensor, *tensors: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
-        losses = self._loss(**dict(zip(names, tensors, strict=True)))
+    def _work(self, structure: TreeSpec, factor: Tensor, *leaves: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
+        losses = self._loss(**tree_unflatten(leaves, structure))
         gradients = torch.autograd.grad(losses.sum() * factor, self.parameters, allow_unused=True)
         return losses.detach(), gradients
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from utils.cli import option
 from utils.errors import ConfigError, suggest
+from utils.options import option
 from wan.fused.dit import can_fuse, fuse_
 from wan.fused.graphs import graph_passes_
 from wan.memory.block_swap import swap_blocks_
