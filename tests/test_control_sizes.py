@@ -22,12 +22,12 @@ from dataset.loader import TrainingSet, load_batch
 from dataset.sources import find_all_items
 from demo.tiny_models import FILES
 from tests import test_end_to_end
+from tests.dit_cases import denoised
 from tests.test_end_to_end import ENCODERS, I2V, cache, cached_cat, dataset_toml, encoded, from_lines, generate, train
 from tests.test_explain import rows
 from tests.test_reasoning import Alone
 from utils.errors import ConfigError
 from wan.frames.sizes import ControlSizes
-from wan.generation.pipeline import denoise
 from wan.generation.prompt_lines import parse_line
 from wan.generation.recipe import read as read_recipe
 from wan.generation.request import Request, SamplingConfig
@@ -148,7 +148,7 @@ def test_the_noise_of_the_target_is_the_same_whatever_the_controls(name):
             settings = SamplingConfig(exact_size=True, reasoning_frames=frames)
             request = Request.resolve(prompt, TASKS["i2v-14B"], settings)
             (once,) = test_end_to_end.pipeline().encode([request])
-            results.append(denoise(Alone(), once, torch.device("cpu")))
+            results.append(denoised(Alone(), once))
             assert results[-1].shape == (16, 1, 6, 6)
     assert all(torch.equal(result, results[0]) for result in results)
 

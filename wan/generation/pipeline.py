@@ -2,8 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +27,13 @@ from wan.frames.encode import (
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import pad_to
 from wan.generation import sampling
+from wan.generation.experts import Experts
 from wan.generation.guidance import GuidanceConfig
+from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
-from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.dit import StepCache, pad_text
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
@@ -41,7 +42,6 @@ log = logging.getLogger(__name__)
 
 
 _PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
-_ROOM_FOR_THE_NEXT = 24 << 30  # bytes: umT5-XXL (11 GB) and the activations of any stage
 
 
 @dataclass(frozen=True)
@@ -55,68 +55,30 @@ class Encoded:
     condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order; reasoning frames included
 
 
-class Resident:
-    """A model that is loaded on first use and sits on the device only while it is used.
-
-    Afterwards it is dropped, or, when it is `wanted_again`, parked in host memory unless the device has plenty left.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        load: Callable[[torch.device], nn.Module],
-        device: torch.device,
-        stopwatch: Stopwatch,
-        wanted_again: bool,
-    ) -> None:
-        self._stage, self._stopwatch = f"loading {name}", stopwatch
-        self._load, self._device, self._wanted_again = load, device, wanted_again
-        self._module: nn.Module | None = None
-
-    def forget(self) -> None:
-        """Drop the module: the next use loads it anew."""
-        self._module = None
-
-    @contextmanager
-    def on_device(self) -> Iterator[nn.Module]:
-        """The module on the device, for the length of the block."""
-        with self._stopwatch.stage(self._stage):
-            module = self._load(self._device) if self._module is None else self._module.to(self._device)
-        try:
-            yield module
-        finally:
-            self._module = module if self._wanted_again else None
-            del module
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-                if self._module is not None and torch.cuda.mem_get_info(self._device)[0] < _ROOM_FOR_THE_NEXT:
-                    self._module.to("cpu")
-                    torch.cuda.empty_cache()
-
-
 class Pipeline:
-    """The encoders and the decoder of a run; each is loaded once. The DiT is handed to `denoise` by its owner.
+    """The encoders and the decoder of a run. The DiTs are handed to `denoise` by their owner.
 
-    `wanted_again` keeps T5 and CLIP in host memory after encoding, for runs that do not know all prompts beforehand.
+    after_use: what becomes of T5 and CLIP; runs that do not know all prompts beforehand keep them. The VAE is kept.
     Results are kept by what they were made from, so equal prompts and images are encoded once.
     """
 
     def __init__(
-        self, vae: VAEConfig, t5: T5Config, clip: CLIPConfig, device: torch.device, wanted_again: bool = False
+        self,
+        vae: VAEConfig,
+        t5: T5Config,
+        clip: CLIPConfig,
+        device: torch.device,
+        after_use: AfterUse = AfterUse.DROP,
     ) -> None:
         self.device, self.stopwatch = device, Stopwatch()
-        self._vae = self.loaded_on_demand("VAE", vae.load, wanted_again=True)
-        self._t5 = self.loaded_on_demand("T5", self._load_t5, wanted_again)
-        self._clip = self.loaded_on_demand("CLIP", clip.load, wanted_again)
+        self._vae = OnDemand("VAE", vae.load, device, self.stopwatch, AfterUse.KEEP)
+        self._t5 = OnDemand("T5", self._load_t5, device, self.stopwatch, after_use)
+        self._clip = OnDemand("CLIP", clip.load, device, self.stopwatch, after_use)
         self._t5_config, self._tokenizer = t5, None
         self._texts: dict[str, Tensor] = {}
         self._features: dict[tuple, Tensor] = {}
         self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
-
-    def loaded_on_demand(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
-        """A model on the pipeline's device, whose loading its stopwatch times."""
-        return Resident(name, load, self.device, self.stopwatch, wanted_again)
 
     def _load_t5(self, device: torch.device) -> nn.Module:
         model, self._tokenizer = self._t5_config.load(device)
@@ -191,7 +153,7 @@ class Pipeline:
 
 @torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors
 def denoise(
-    dit: WanDiT,
+    experts: Experts,
     encoded: Encoded,
     device: torch.device,
     label: str = "denoising",
@@ -217,10 +179,17 @@ def denoise(
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
     timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
     sigmas = schedule.sigmas.tolist()
-    caches = defaultdict(StepCache)
+    expert = experts.at(float(schedule.timesteps[0]))
+    experts.use(expert)  # loads before the progress bar starts
+    caches: dict[tuple[tuple[str, ...], bool], StepCache] = defaultdict(StepCache)
 
-    def velocity(x: Tensor, _timestep: Tensor, step: int) -> Tensor:
+    def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        nonlocal expert
         whole = reasoning.count == 0 or step < request.reasoning_steps
+        if (due := experts.at(float(timestep))) is not expert:
+            expert = due
+            caches.clear()
+        dit = experts.use(expert)
 
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
@@ -233,7 +202,8 @@ def denoise(
             text = torch.cat([texts[name] for name in names])
             return dit(latents, conditions, times, text, images, indices, skip_blocks, **kept)
 
-        result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
+        scale = expert.guidance if guided_steps[step] else 1.0
+        result = _guided(run, scale, step, request.steps, guidance)
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
         if request.pin_controls:
@@ -247,20 +217,20 @@ def denoise(
     return condition_module.pick_target(request.layout, latents[:, own], own_sizes).cpu()
 
 
-def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
+def _guided(run: Callable[..., Tensor], scale: float, step: int, steps: int, guidance: GuidanceConfig) -> Tensor:
     """The velocity [16, F, H, W] of a step, of one to three that `run` gives by the names of their texts."""
-    if not guided:
+    if scale == 1:
         return run("prompt")[0]
-    skips_layers = guidance.skips_layers(step, request.steps)
+    skips_layers = guidance.skips_layers(step, steps)
     if skips_layers:
         skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
     if skips_layers and guidance.slg_mode == "uncond":
-        return sampling.guided(run("prompt")[0], skipped, request.guidance)
+        return sampling.guided(run("prompt")[0], skipped, scale)
     if guidance.separate_passes:
         conditional, unconditional = run("prompt")[0], run("negative")[0]
     else:
         conditional, unconditional = run("prompt", "negative")
-    result = sampling.guided(conditional, unconditional, request.guidance)
+    result = sampling.guided(conditional, unconditional, scale)
     return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError, suggest
+from wan.nets.spec import TRAINING_TIMESTEPS
 
 SOLVERS = ("unipc", "dpm++", "vanilla")
-_TRAIN_STEPS = 1000
 # UniPC starts just below pure noise, at the first noise level of the training grid, which is kept in float32
 # (official Wan2.1, utils/fm_solvers_unipc.py: sigma_max).
 _UNIPC_START = float(np.float32(0.999))
@@ -49,12 +49,12 @@ def schedule(solver: str, steps: int, shift: float) -> Schedule:
         raise ConfigError(f"--flow_shift {shift}: must be above 0; 1 leaves the steps evenly spaced")
     if solver == "vanilla":
         sigmas = shifted(torch.linspace(1, 0, steps + 1), shift)
-        timesteps = sigmas[:-1] * _TRAIN_STEPS
+        timesteps = sigmas[:-1] * TRAINING_TIMESTEPS
     else:
         # float64 up to the truncation: which side of a whole number 1000 * sigma falls on depends on the rounding.
         start = _UNIPC_START if solver == "unipc" else 1.0
         levels = torch.from_numpy(shifted(np.linspace(start, 0, steps + 1), shift))
-        sigmas, timesteps = levels.float(), (levels[:-1] * _TRAIN_STEPS).trunc().float()
+        sigmas, timesteps = levels.float(), (levels[:-1] * TRAINING_TIMESTEPS).trunc().float()
     if not (sigmas.diff() < 0).all():
         raise ConfigError(f"--flow_shift {shift}: too large to keep {steps} noise levels apart; try 5")
     return Schedule(sigmas, timesteps)

@@ -13,6 +13,7 @@ from torch import nn
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import written_whole
+from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.prompt_lines import Prompt, read_file
 from wan.generation.request import Request, SamplingConfig
@@ -112,7 +113,8 @@ class Sampler:
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
         watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
-        latents = denoise(dit, encoded, self._pipeline.device, f"sample {number}", watch=watch)
+        experts = Experts.one(dit, encoded.request.guidance)
+        latents = denoise(experts, encoded, self._pipeline.device, f"sample {number}", watch=watch)
         if not self._writes:
             return []
         image = self._pipeline.decode(latents)
