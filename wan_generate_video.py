@@ -16,7 +16,7 @@ from wan.generation.experts import DiTFiles, ModelOnDemand
 from wan.generation.explain import forward_tokens
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.on_demand import AfterUse
-from wan.generation.options import MergedModelConfig, PromptConfig
+from wan.generation.options import MergedModelConfig, PromptConfig, write_merged_model
 from wan.generation.outputs import OutputConfig, read_latent, result_stem, save_image
 from wan.generation.pipeline import Pipeline
 from wan.generation.preview import PreviewConfig
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if explaining and (merged.save_merged_model or args.latent_path or args.interactive):
         raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
     if merged.save_merged_model is not None:
-        merged.write(dit, lora)
+        write_merged_model(merged.save_merged_model, dit, lora)
         return
     prompts, sampling, guidance, output, sweep, preview = (cli.build(section, args) for section in _OPTIONS)
     output.log_substitute()

@@ -18,7 +18,7 @@ from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.reasoning import ReasoningFrames
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.pipeline import Encoded, initial_noise
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import GENERATION, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
@@ -97,7 +97,7 @@ def test_without_room_or_controls_there_is_one_line():
         SamplingConfig(reasoning_frames=-1)
     with pytest.raises(ConfigError, match="--reasoning_steps 0: must be at least 1"):
         SamplingConfig(reasoning_steps=0)
-    prompt = parse_line(LINE.format("").replace("target_index=7", "target_index=1"), "line 1", training=False)
+    prompt = parse_line(LINE.format("").replace("target_index=7", "target_index=1"), "line 1", GENERATION)
     with pytest.raises(ConfigError, match=r"line 1: --reasoning_frames 2: .* 0 free time indices"):
         Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(reasoning_frames=2))
 
@@ -154,7 +154,7 @@ def test_the_noise_of_the_target_does_not_depend_on_them():
 
 
 def resolved(layout: str = "", steps: int = 4, **settings: object) -> Request:
-    prompt = parse_line(f"{LINE.format(layout)} --s {steps}", "line", training=False)
+    prompt = parse_line(f"{LINE.format(layout)} --s {steps}", "line", GENERATION)
     return Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(**settings))
 
 

@@ -23,15 +23,22 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 Section = TypeVar("Section")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[str] | None = None, **argparse_keywords):
-    """A dataclass field that is also a flag `--<field name>`.
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    choices: Sequence[str] | None = None,
+    flag: str | None = None,
+    **argparse_keywords: Any,
+) -> Any:
+    """A dataclass field that is also a flag `--<field name>`, or `--<flag>` where that is given.
 
     The annotation gives the type: `str`, `int`, `float`, `Path`, `bool` (a switch), `X | None` (optional) or
     `tuple[X, ...]` (any number of values after the flag). Without a default the flag is required. Further keywords
     (`nargs`, `metavar`) go to argparse.
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "argparse": argparse_keywords}
+        default=default, metadata={"help": help, "choices": choices, "flag": flag, "argparse": argparse_keywords}
     )
 
 
@@ -132,13 +139,18 @@ def add_fields(parser: argparse.ArgumentParser, *sections: type) -> None:
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):
             if "help" in field.metadata:
-                group.add_argument(f"--{field.name}", **_argparse_keywords(field, hints[field.name]))
+                group.add_argument(f"--{flag_name(field)}", **_argparse_keywords(field, hints[field.name]))
 
 
 def build(section: type[Section], args: argparse.Namespace) -> Section:
     """The dataclass filled from parsed arguments. Raises ConfigError when the class refuses the values."""
-    names = [field.name for field in dataclasses.fields(section) if "help" in field.metadata]
-    return section(**{name: getattr(args, name) for name in names})
+    flags = {field.name: flag_name(field) for field in dataclasses.fields(section) if "help" in field.metadata}
+    return section(**{name: getattr(args, flag) for name, flag in flags.items()})
+
+
+def flag_name(field: dataclasses.Field[Any]) -> str:
+    """The flag of a field made by `option`, without hyphens."""
+    return field.metadata["flag"] or field.name
 
 
 def refuse(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
@@ -206,7 +218,8 @@ def settings(*sections: Any) -> dict[str, Any]:
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
             if "help" in field.metadata and value not in (None, ()):
-                found[field.name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+                plain = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+                found[flag_name(field)] = plain
     return found
 
 
@@ -245,7 +258,7 @@ def _tokens(flag: str, action: argparse.Action, value: Any, place: str) -> list[
 def _argparse_keywords(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%")}
     required = field.default is dataclasses.MISSING
-    kind, many = _value_type(hint)
+    kind, many = value_type(hint)
     if kind is bool:
         return keywords | {"action": "store_true"}
     keywords |= {"type": kind, "choices": field.metadata["choices"], "required": required}
@@ -258,7 +271,7 @@ def _argparse_keywords(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     return keywords | field.metadata["argparse"]
 
 
-def _value_type(hint: Any) -> tuple[type, bool]:
+def value_type(hint: Any) -> tuple[type, bool]:
     """`int | None` -> (int, False); `tuple[Path, ...]` -> (Path, True)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))

@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
+from wan.generation.prompt import FLAGS
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
 from wan.generation.request import Request
@@ -82,18 +83,13 @@ def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, st
 
 def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:
     """How an image was made. Besides the recipe there is what musubi-tuner writes, or would."""
+    options = request.options
     return {
-        "seeds": str(request.seed),
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        **{option.latent: str(options[flag]) for flag, option in FLAGS.items() if option.latent},
         "height": str(request.height),
         "width": str(request.width),
         "video_length": "1",
-        "infer_steps": str(request.steps),
-        "guidance_scale": str(request.guidance),
-        "flow_shift": str(request.shift),
         "task": task,
-        "one_frame_inference": str(request.layout),
         "loras": ", ".join(loras).encode(errors="replace").decode(),  # names of files may be no Unicode
         RECIPE_KEY: str(recipe),
     }

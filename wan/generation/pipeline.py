@@ -2,13 +2,14 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.images import from_pixels, open_image, open_masked, to_levels
@@ -38,8 +39,11 @@ from wan.nets.spec import VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+log = logging.getLogger(__name__)
+FileVersion = tuple[str, int, int]  # path, time of the last change, size
 
 _PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
 
@@ -74,13 +78,14 @@ class Pipeline:
         self._vae = OnDemand("VAE", vae.load, device, self.stopwatch, AfterUse.KEEP)
         self._t5 = OnDemand("T5", self._load_t5, device, self.stopwatch, after_use)
         self._clip = OnDemand("CLIP", clip.load, device, self.stopwatch, after_use)
-        self._t5_config, self._tokenizer = t5, None
+        self._t5_config = t5
+        self._tokenizer: PreTrainedTokenizerBase  # comes with T5
         self._texts: dict[str, Tensor] = {}
-        self._features: dict[tuple, Tensor] = {}
-        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
+        self._features: dict[FileVersion, Tensor] = {}
+        self._conditions: dict[Hashable, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
 
-    def _load_t5(self, device: torch.device) -> nn.Module:
+    def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
         model, self._tokenizer = self._t5_config.load(device)
         return model
 
@@ -115,10 +120,10 @@ class Pipeline:
 
     @torch.inference_mode()
     def _encode_texts(self, texts: set[str]) -> None:
-        texts = sorted(texts - self._texts.keys())
-        if texts:
+        missing = sorted(texts - self._texts.keys())
+        if missing:
             with self._t5.on_device() as t5:
-                for text in tqdm(texts, desc="encoding texts", unit="text", disable=len(texts) < 2):
+                for text in tqdm(missing, desc="encoding texts", unit="text", disable=len(missing) < 2):
                     self._texts[text] = encode_text(t5, self._tokenizer, [text], self.device)[0].float().cpu()
 
     @torch.inference_mode()
@@ -290,7 +295,7 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
     return condition, condition[:, [layout.target_slot] * reasoning.count]
 
 
-def _condition_key(request: Request) -> tuple:
+def _condition_key(request: Request) -> Hashable:
     """What the condition depends on, apart from time indices: see `relayout`."""
     controls = tuple(map(_version, request.controls))
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
@@ -302,7 +307,7 @@ def _size(request: Request) -> tuple[int, int]:
     return request.width, request.height
 
 
-def _version(path: Path) -> tuple[str, int, int]:
+def _version(path: Path) -> FileVersion:
     """What tells one state of a file from another within a run."""
     status = path.stat()
     return str(path.resolve()), status.st_mtime_ns, status.st_size

@@ -20,6 +20,7 @@ from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
+from wan.generation.prompt import FLAGS
 from wan.generation.request import SamplingConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig
@@ -34,16 +35,12 @@ _SECTIONS = (
     *(DiTConfig, VAEConfig, T5Config, CLIPConfig, AttentionConfig, LoRAConfig),
     *(GenerationMemoryConfig, SamplingConfig, GuidanceConfig),
 )
-_OF_A_REQUEST = (
-    *("prompt", "negative_prompt", "one_frame_inference", "control_image_path", "image_path", "end_image_path"),
-    *("control_image_mask_path", "video_size", "infer_steps", "flow_shift", "guidance_scale", "seed"),
-)
 # A file from anywhere may set these and nothing else; above all no option that writes.
 _OPTIONS = frozenset(
-    [*(field.name for section in _SECTIONS for field in fields(section)), *_OF_A_REQUEST, "latent_path"]
+    [*(field.name for section in _SECTIONS for field in fields(section)), *FLAGS, "video_size", "latent_path"]
 )
 _MODELS = ("dit", "vae", "t5", "t5_tokenizer", "clip")
-_IMAGES = ("control_image_path", "control_image_mask_path", "image_path", "end_image_path")
+_IMAGES = tuple(flag for flag, option in FLAGS.items() if option.is_image)
 _FILES = (*_MODELS, "lora_weight", *_IMAGES, "latent_path")
 _WAYS = ("prompt", "latent_path", "from_file", "interactive")
 

@@ -5,7 +5,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.cli import option
 from utils.errors import ConfigError
@@ -15,13 +15,14 @@ from wan.frames import layout as one_frame
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.reasoning import ReasoningFrames
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
-from wan.generation.prompt_lines import Prompt
+from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.sampling import SOLVERS, schedule
 from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
 from wan.nets.tokens import FrameSizes
 
 log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class SamplingConfig(LayoutConfig):
     def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
         """For samples like what is trained: in this layout, with controls of these sizes unless flags ask for any."""
         resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
-        own = {} if self.control_sizes else {"control_resolution": resolution, "no_resize_control": sizes.no_resize}
-        return replace(self, one_frame_layout=layout, **own)
+        if self.control_sizes:
+            return replace(self, one_frame_layout=layout)
+        return replace(self, one_frame_layout=layout, control_resolution=resolution, no_resize_control=sizes.no_resize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class Request:
             raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
         control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
-        usual = trained.size if trained.size and prompt.one_frame.strip() == "auto" else (256, 256)
+        usual = trained.size if trained.size and prompt.wants_trained_layout else (256, 256)
         asked = (prompt.width or usual[0], prompt.height or usual[1])
         if sampling.exact_size:
             width, height = map(floor16, asked)
@@ -142,14 +144,11 @@ class Request:
             width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
         fits = tuple(_fit(path, layout, (width, height)) for path in controls)
 
-        def given(value, default):
-            return default if value is None else value
-
-        steps = given(prompt.sample_steps, task.steps)
-        shift = given(prompt.discrete_flow_shift, task.default_shift(*asked))
-        guidance = float(given(prompt.cfg_scale, task.guidance_scale))
-        seed = given(prompt.seed, random.SystemRandom().randrange(1 << 32))
-        texts = prompt.prompt or "", given(prompt.negative_prompt, task.negative_prompt)
+        steps = _given(prompt.sample_steps, task.steps)
+        shift = _given(prompt.discrete_flow_shift, task.default_shift(*asked))
+        guidance = float(_given(prompt.cfg_scale, task.guidance_scale))
+        seed = _given(prompt.seed, random.SystemRandom().randrange(1 << 32))
+        texts = prompt.prompt or "", _given(prompt.negative_prompt, task.negative_prompt)
         _check_values(guidance, seed, texts)
         schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
         ReasoningFrames(layout, sampling.reasoning_frames)  # so does this
@@ -172,7 +171,7 @@ class Request:
             cpu_noise=sampling.cpu_noise,
             pin_controls=sampling.pin_controls,
             reasoning_frames=sampling.reasoning_frames,
-            reasoning_steps=given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
+            reasoning_steps=_given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
         )
 
     @property
@@ -182,18 +181,11 @@ class Request:
         A start or end image that is taken from the controls anyway is left out.
         """
         width, height = self.asked
-        options = {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "one_frame_inference": str(self.layout),
+        options = {flag: _as_flag(getattr(self, option.request)) for flag, option in FLAGS.items() if option.request}
+        options |= {
             "one_frame_layout": one_frame.LAYOUTS[self.layout.causal],
-            "control_image_path": [str(path) for path in self.controls],
             "video_size": [height, width],
-            "infer_steps": self.steps,
-            "flow_shift": self.shift,
-            "guidance_scale": self.guidance,
             "sample_solver": self.solver,
-            "seed": self.seed,
         }
         if self.reasoning_frames:
             options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
@@ -204,6 +196,17 @@ class Request:
             if not usual or path != self.controls[usual[i]]:
                 options[name] = str(path)
         return options
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _as_flag(value: Any) -> Any:
+    """A value as JSON and the command line can have it."""
+    if isinstance(value, tuple):
+        return [str(part) for part in value]
+    return str(value) if isinstance(value, OneFrameLayout) else value
 
 
 def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
@@ -225,7 +228,7 @@ def _controls(
         raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
     try:
         name, sizes = sampling.one_frame_layout, sampling.control_sizes
-        if prompt.one_frame.strip() == "auto":
+        if prompt.wants_trained_layout:
             if trained is None:
                 raise ConfigError("no LoRA file names the indices that it was trained at; give them")
             causal = one_frame.is_causal(name) if name else trained.causal
@@ -273,10 +276,10 @@ def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, .
         raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
     fallback = condition.clip_controls(layout, count) if controls else []
     images = []
-    for i, (name, path) in enumerate(zip(("start image", "end image"), given, strict=False)):
-        if path is None:
-            path = controls[fallback[i]]
+    for i, (name, asked) in enumerate(zip(("start image", "end image"), given, strict=False)):
+        path = controls[fallback[i]] if asked is None else Path(asked)
+        if asked is None:
             log.info("%s: no %s given; CLIP sees the control image %s", prompt.place, name, path)
-        check_image(Path(path), name)
-        images.append(Path(path))
+        check_image(path, name)
+        images.append(path)
     return tuple(images)

@@ -94,7 +94,7 @@ class Generation:
         """Write the files of a picture, and return it if a grid will want it. _NotANumberError if there is none."""
         stem = result_stem(picture.request.seed) + picture.suffix
         rough = self.output.save_path / f"{stem}_preview.png"
-        watch = view and partial(view.save_each, self.preview.preview, rough)
+        watch = partial(view.save_each, self.preview.preview, rough) if view and self.preview.preview else None
         with self.pipeline.stopwatch.stage("denoising"):
             latents = denoise(self._experts(picture), encoded, self.pipeline.device, label, self.guidance, watch)
         if not latents.isfinite().all():
@@ -108,7 +108,7 @@ class Generation:
         chosen = {name: getattr(self.plan.memory, name) for name in self.plan.memory.chosen_by_plan}
         recipe = None if output.no_metadata else self.recipe.adding(picture.options | chosen)
         if output.wants_latent:
-            metadata = recipe and latent_metadata(picture.request, self.task, self.loras, recipe)
+            metadata = None if recipe is None else latent_metadata(picture.request, self.task, self.loras, recipe)
             save_latent(output.save_path, stem, latents, metadata)
         if not output.wants_image:
             return None

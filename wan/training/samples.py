@@ -15,7 +15,8 @@ from utils.errors import ConfigError
 from utils.files import written_whole
 from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
-from wan.generation.prompt_lines import Prompt, read_file
+from wan.generation.prompt import Prompt
+from wan.generation.prompt_lines import TRAINING, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TaskSpec
 
@@ -48,7 +49,7 @@ class SampleConfig:
         """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
         if self.sample_prompts is None:
             return []
-        prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
+        prompts = read_file(self.sample_prompts, "--sample_prompts", TRAINING)
         return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
 
     def due_after_step(self, step: int) -> bool:
