@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from utils.images import STEP
+from utils.options import Section, option
 from wan.files.load import save_dit
-from wan.generation.prompt import FLAGS, OPTIONS, Prompt
+from wan.generation.prompt import OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptConfig(Prompt):
+class PromptConfig(Section, Prompt):
     """what to generate"""
 
     recipe: Path | None = option(
@@ -35,10 +35,15 @@ class PromptConfig(Prompt):
     interactive: bool = option(False, help="read prompt lines from the terminal")
     latent_path: tuple[Path, ...] = option((), help="decode latent files instead of generating")
     video_size: tuple[int, ...] | None = option(
-        None, help="height and width, see --exact_size; default 256 256, or with auto that of the LoRA", nargs=2
+        None,
+        help="height and width, see --exact_size; default 256 256, or with auto that of the LoRA",
+        minimum=STEP,
+        rule=f"each side needs {STEP} pixels",
+        nargs=2,
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ways = ("prompt", "from_file", "interactive", "latent_path")
         chosen = [f"--{name}" for name in ways if getattr(self, name) not in (None, False, ())]
         if not chosen:
@@ -47,11 +52,6 @@ class PromptConfig(Prompt):
             )
         if len(chosen) > 1 and chosen != ["--prompt", "--from_file"]:
             raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one")
-        for flag, declared in FLAGS.items():
-            value = getattr(self, declared.key)
-            declared.check(value, f"--{flag} {value}")
-        if self.video_size is not None and min(self.video_size) < STEP:
-            raise ConfigError(f"--video_size {' '.join(map(str, self.video_size))}: each side needs {STEP} pixels")
 
     @property
     def base(self) -> Prompt:

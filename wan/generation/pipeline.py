@@ -34,6 +34,7 @@ from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache, pad_text
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.t5 import encode_text
@@ -205,7 +206,7 @@ def denoise(
                 tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, conditions, times, text, images, indices, skip_blocks, **kept)
+            return dit(latents, Conditioning(conditions, images), times, text, indices, skip_blocks, **kept)
 
         scale = expert.guidance if guided_steps[step] else 1.0
         result = _guided(run, scale, step, request.steps, guidance)

@@ -13,6 +13,7 @@ from typing import Any
 from utils import cli
 from utils.errors import ConfigError
 from utils.images import STEP
+from utils.options import option
 from wan.nets.spec import TRAINING_TIMESTEPS
 
 _DECLARATION = "prompt option"  # key in the metadata of a field
@@ -52,7 +53,10 @@ def _option(
 ) -> Any:
     """A field of `Prompt`, see `PromptOption`. help: of the flag."""
     names = {"letters": letters, "flag": flag, "bounds": bounds, "sweep": sweep, "request": request, "latent": latent}
-    field = cli.option(None, help=help, flag=flag) if flag is not None and help is not None else dataclasses.field()
+    field: dataclasses.Field[Any] = dataclasses.field()
+    if flag is not None and help is not None:
+        minimum, maximum = bounds or (None, None)
+        field = option(None, help=help, flag=flag, minimum=minimum, maximum=maximum)
     declaration = {_DECLARATION: names | {"is_image": is_image}}
     return dataclasses.field(default=None, metadata={**field.metadata, **declaration})
 

@@ -23,7 +23,7 @@ from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, 
 from utils.cli import Stopped
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.tables import start_table
+from utils.text import table
 from wan.lora.files import write_lora
 from wan.lora.network import LoRANetwork
 from wan.memory.sharding import load_optimizer_state, mapped, optimizer_state
@@ -141,24 +141,23 @@ class Trainer:
         job, run, options = self.job, self.options.run, self.options
         summary, spec = job.network.summary(), job.dit.spec
         memory = expected_memory(job.dit, job.network, spec, job.training_set.buckets, options.memory)
-        return start_table(
-            [
-                ("task", f"{job.task.name}, {spec.num_layers} blocks of width {spec.dim}"),
-                *dataset_rows(job.training_set),
-                ("network", str(summary)),
-                (
-                    "precision",
-                    f"DiT {dtype_name(job.dit.dtype)}, LoRA float32, saved as {dtype_name(options.save.dtype)}",
-                ),
-                ("steps", f"{self.total_steps} in {self.epochs} epochs of {self.steps_per_epoch}"),
-                (
-                    "batches per step",
-                    f"{run.gradient_accumulation_steps} in {self.accelerator.num_processes} processes",
-                ),
-                ("seed", str(self.seed)),
-                ("expected memory", memory),
-            ]
-        )
+        rows = [
+            ("task", f"{job.task.name}, {spec.num_layers} blocks of width {spec.dim}"),
+            *dataset_rows(job.training_set),
+            ("network", str(summary)),
+            (
+                "precision",
+                f"DiT {dtype_name(job.dit.dtype)}, LoRA float32, saved as {dtype_name(options.save.dtype)}",
+            ),
+            ("steps", f"{self.total_steps} in {self.epochs} epochs of {self.steps_per_epoch}"),
+            (
+                "batches per step",
+                f"{run.gradient_accumulation_steps} in {self.accelerator.num_processes} processes",
+            ),
+            ("seed", str(self.seed)),
+            ("expected memory", memory),
+        ]
+        return "\n".join(table(rows))
 
     # --- the data of an epoch
 

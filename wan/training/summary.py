@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
 from utils.dtypes import dtype_name
-from utils.tables import start_table
+from utils.text import table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
@@ -69,7 +69,7 @@ def explain_training(
         ("expected time", time_text(epoch * total / steps)),
         ("expected memory", expected_memory(held, network, dit.spec, training_set.buckets, memory)),
     ]
-    return [*lines, start_table(rows)]
+    return [*lines, *table(rows)]
 
 
 def _cached_frames(item: TrainingItem) -> list[TableFrame]:
