@@ -17,6 +17,7 @@ from wan.generation.pipeline import Encoded, denoise, initial_noise
 from wan.generation.sampling import SOLVERS
 from wan.models.memory_options import MemoryConfig
 from wan.models.plan import Plan
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT, pad_text
 
 BOUNDARY, LOW_SCALE, HIGH_SCALE = 0.9, 3.0, 4.5
@@ -29,9 +30,9 @@ class Noting:
         self.dit, self.timesteps, self.used = random_dit(), [], []
         self.dit.head.head.bias.data += change
 
-    def __call__(self, latents, condition, timesteps, *rest, **more):
+    def __call__(self, latents, conditioning, timesteps, *rest, **more):
         self.timesteps.append(float(timesteps[0]))
-        return self.dit(latents, condition, timesteps, *rest, **more)
+        return self.dit(latents, conditioning, timesteps, *rest, **more)
 
     def use(self, multipliers):
         self.used.append(multipliers)
@@ -76,8 +77,8 @@ def velocity_of(dit: Noting, scale: float, item: Encoded):
 
     def velocity(x, timestep, _step):
         def run(text):
-            inputs = x[None], item.condition[None], timestep[None], pad_text([text]), item.image[None]
-            return dit.dit(*inputs, torch.tensor([[0, 1]]))[0]
+            conditioning = Conditioning(item.condition[None], item.image[None])
+            return dit.dit(x[None], conditioning, timestep[None], pad_text([text]), torch.tensor([[0, 1]]))[0]
 
         return run(item.negative) + scale * (run(item.text) - run(item.negative))
 
