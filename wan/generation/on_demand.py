@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class AfterUse(Enum):
-    """What becomes of a model that is not used at the moment."""
+    """Fate of a model after each use."""
 
     DROP = "freed; the next use loads it anew"
     KEEP = "kept in host memory, or on the device if that has plenty of room"
@@ -40,7 +40,7 @@ class OnDemand(Generic[Model]):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the model is in memory: on the device, or waiting for its next use."""
+        """True when the model is in memory: on the device, or waiting for its next use."""
         return self._model is not None
 
     def use(self) -> Model:

@@ -80,7 +80,7 @@ class PromptConfig(Section, Prompt):
 
 
 @dataclass(frozen=True)
-class MergedModelConfig:
+class MergedModelConfig(Section):
     """merging"""
 
     save_merged_model: Path | None = option(
@@ -88,6 +88,7 @@ class MergedModelConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         path = self.save_merged_model
         if path is not None and path.suffix != ".safetensors":
             raise ConfigError(f"--save_merged_model {path}: must end in .safetensors")

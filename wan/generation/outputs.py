@@ -15,7 +15,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
-from utils.options import option
+from utils.options import Section, option
 from wan.generation.prompt import FLAGS
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
@@ -27,7 +27,7 @@ _VIDEO_TYPES = {"video": "images", "both": "latent_images"}
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Section):
     """output"""
 
     save_path: Path = option(help="folder for the results")
@@ -40,7 +40,7 @@ class OutputConfig:
 
     @property
     def kinds(self) -> str:
-        """`output_type` after stills have taken the place of videos."""
+        """`output_type` with stills in place of videos."""
         return _VIDEO_TYPES.get(self.output_type, self.output_type)
 
     @property
@@ -52,13 +52,13 @@ class OutputConfig:
         return "latent" in self.kinds
 
     def log_substitute(self) -> None:
-        """Say that there are no videos, where one was asked for."""
+        """Log that stills are written where videos were asked for."""
         if self.output_type in _VIDEO_TYPES:
             log.info("--output_type %s: videos are not supported; a PNG is written", self.output_type)
 
 
 def result_stem(seed: int) -> str:
-    """`<time>_<seed>`, what the names of all files of one image begin with."""
+    """`<time>_<seed>`: the start of the names of all files of one image."""
     return f"{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}_{seed}"
 
 
@@ -82,7 +82,7 @@ def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, st
 
 
 def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:
-    """How an image was made. Besides the recipe there is what musubi-tuner writes, or would."""
+    """Metadata of a latent file: the recipe, and the keys that musubi-tuner writes or would write."""
     options = request.options
     return {
         **{option.latent: str(options[flag]) for flag, option in FLAGS.items() if option.latent},

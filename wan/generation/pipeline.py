@@ -44,14 +44,14 @@ if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 log = logging.getLogger(__name__)
-FileVersion = tuple[str, int, int]  # path, time of the last change, size
+FileVersion = tuple[str, int, int]  # see `_version`
 
 _PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A request and what the networks make of its texts and images; tensors are float32 on the CPU."""
+    """A request with its texts and images encoded; tensors are float32 on the CPU."""
 
     request: Request
     text: Tensor  # [L, D]
@@ -110,7 +110,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
-        """What shows latents roughly: fitted on synthetic pictures and on control images of the requests."""
+        """A `LatentPreview`, fitted on synthetic pictures and on control images of the requests."""
         sizes = {path: _size(request) for request in requests for path in request.controls}
         pixels = synthetic_images()
         for path, size in [*sizes.items()][:_PREVIEW_CONTROLS]:
@@ -309,6 +309,6 @@ def _size(request: Request) -> tuple[int, int]:
 
 
 def _version(path: Path) -> FileVersion:
-    """What tells one state of a file from another within a run."""
+    """Identity of a file's content within a run: resolved path, time of change in ns, size in bytes."""
     status = path.stat()
     return str(path.resolve()), status.st_mtime_ns, status.st_size

@@ -139,7 +139,7 @@ class Prompt:
 
     @property
     def wants_trained_layout(self) -> bool:
-        """Whether the time indices are to be those of the LoRA."""
+        """True when the time indices are to be those that the LoRA was trained at (`auto`)."""
         return (self.one_frame or "").strip() == "auto"
 
     def over(self, base: "Prompt") -> "Prompt":

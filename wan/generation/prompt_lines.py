@@ -19,7 +19,7 @@ _UNSUPPORTED = {"cn": "control videos belong to Fun-Control models, which are no
 
 @dataclass(frozen=True)
 class Dialect:
-    """Where the prompts of musubi-tuner's programs differ from each other."""
+    """Rules of prompts in which the programs of musubi-tuner differ."""
 
     keys: Mapping[str, str] = field(default_factory=dict)  # letters in prompt lines -> key, where it is another one
     negative_seed_is_random: bool = False

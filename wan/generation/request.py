@@ -1,4 +1,4 @@
-"""What one image is made from: prompts, flags and the task's defaults become a checked `Request`."""
+"""Prompts, flags and the task's defaults become checked requests, one per image."""
 
 import logging
 import math
@@ -40,9 +40,13 @@ class SamplingConfig(LayoutConfig):
         False, help="control images keep their size, those above --control_resolution, if given, excepted"
     )
     reasoning_frames: int = option(
-        0, help="frames between control and target that are denoised along in the first steps and then dropped"
+        0,
+        help="frames between control and target that are denoised along in the first steps and then dropped",
+        minimum=0,
     )
-    reasoning_steps: int | None = option(None, help="the steps that they take part in; default: a fifth of all")
+    reasoning_steps: int | None = option(
+        None, help="the steps that they take part in; default: a fifth of all", minimum=1
+    )
     pin_controls: bool = option(
         False,
         help="in each step the control frames are their own images with the step's noise, not what the model makes",
@@ -52,20 +56,17 @@ class SamplingConfig(LayoutConfig):
     )
 
     def __post_init__(self) -> None:
-        _ = self.control_sizes
-        if self.reasoning_frames < 0:
-            raise ConfigError(f"--reasoning_frames {self.reasoning_frames}: must be at least 0")
-        if self.reasoning_steps is not None and self.reasoning_steps < 1:
-            raise ConfigError(f"--reasoning_steps {self.reasoning_steps}: must be at least 1")
+        super().__post_init__()
+        _ = self.control_sizes  # refuses a text that is no resolution
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """What sizes control images get, where the prompt doesn't say."""
+        """Sizes that control images get where the prompt doesn't say."""
         resolution = parse_resolution(self.control_resolution) if self.control_resolution else None
         return ControlSizes(resolution, self.no_resize_control)
 
     def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
-        """For samples like what is trained: in this layout, with controls of these sizes unless flags ask for any."""
+        """Settings of training samples: the layout and control sizes of the training data, unless flags give sizes."""
         resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
         if self.control_sizes:
             return replace(self, one_frame_layout=layout)
@@ -98,7 +99,7 @@ class Request:
 
     @property
     def reasoning(self) -> ReasoningFrames:
-        """Where the reasoning frames sit. ConfigError when there is no room."""
+        """Time indices of the reasoning frames. ConfigError when there is no room."""
         return ReasoningFrames(self.layout, self.reasoning_frames)
 
     @property
@@ -109,7 +110,7 @@ class Request:
 
     @property
     def frame_sizes(self) -> FrameSizes | None:
-        """Those of the layout's own frames."""
+        """Latent (height, width) of the layout's own frames, in time order; None when all are of one size."""
         return self.layout.frame_sizes(self.sizes)
 
     @classmethod

@@ -117,7 +117,7 @@ class Generation:
         return image
 
     def _save_grids(self, pictures: Sequence[SweepImage], images: Sequence[Image.Image | None]) -> None:
-        """One per prompt. Without a recipe: a recipe makes one picture."""
+        """Write one grid per prompt, if there are axes. A grid has no recipe: a recipe makes one picture."""
         for start in range(0, len(pictures), self.sweep.size) if self.sweep.axes else ():
             stem = f"{result_stem(pictures[start].request.seed)}_sweep"
             save_image(self.output.save_path, stem, self.sweep.draw(images[start : start + self.sweep.size]), None)

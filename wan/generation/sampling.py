@@ -24,7 +24,7 @@ _UNIPC_START = float(np.float32(0.999))
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels a run visits, and what the network is told at each of them."""
+    """Noise levels that a run visits, and the timestep that the network gets at each of them."""
 
     sigmas: Tensor  # [steps + 1] float32, falling to exactly 0
     timesteps: Tensor  # [steps] float32 in 0..1000; whole numbers for unipc and dpm++, as in the official code
@@ -107,7 +107,7 @@ class _Euler:
 
 
 class _Multistep:
-    """What the two exponential integrators share: log-SNRs, and the images predicted so far."""
+    """Base of the two exponential integrators: log-SNRs, and the images predicted so far."""
 
     def __init__(self, sigmas: list[float]) -> None:
         self.sigmas = sigmas

@@ -12,7 +12,7 @@ from PIL import Image
 
 from utils import cli
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 from wan.frames import layout
 from wan.generation.grid import draw_grid
 from wan.generation.prompt import OPTIONS, Prompt
@@ -61,7 +61,7 @@ class Axis:
 
     @property
     def target(self) -> str:
-        """What the key sets: two names of one setting have the same."""
+        """Setting that the key stands for, the same for two names of one setting."""
         option = _OF_PROMPTS.get(self.key)
         return option.key if option else _OF_SAMPLING.get(self.key, self.key)
 
@@ -82,12 +82,12 @@ class SweepImage:
 
     @property
     def suffix(self) -> str:
-        """What file names say of it: `_key-value` for each axis."""
+        """End of the file names: `_key-value` for each axis."""
         return "".join(f"_{label.replace('=', '-').replace(';', '+')}" for label in self.labels)
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Section):
     """comparing settings"""
 
     sweep: tuple[str, ...] = option(
@@ -99,6 +99,7 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         targets = [axis.target for axis in self.axes]
         for axis in self.axes:
             if targets.count(axis.target) > 1:
