@@ -20,6 +20,7 @@ from wan.generation.prompt import FLAGS
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
 from wan.generation.request import Request
+from wan.nets.spec import LATENT_CHANNELS
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,10 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
         ) from None
     except Exception:  # torch.load raises many kinds for damaged files and for pickles with code
         raise ConfigError(f"--latent_path {path}: is no latent file; give one that generation wrote") from None
-    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != 16:
-        raise ConfigError(f"--latent_path {path}: holds no latents of 16 channels; give a file that generation wrote")
+    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != LATENT_CHANNELS:
+        raise ConfigError(
+            f"--latent_path {path}: holds no latents of {LATENT_CHANNELS} channels; give a file that generation wrote"
+        )
     latents = latents.reshape(latents.shape[-4:])
     if latents.shape[1] != 1 and not causal:
         raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")

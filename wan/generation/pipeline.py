@@ -36,7 +36,7 @@ from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
 from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache, pad_text
-from wan.nets.spec import VAE_STRIDE
+from wan.nets.spec import LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
 
@@ -87,6 +87,7 @@ class Pipeline:
         self._blanks: dict[tuple[int, int], Tensor] = {}
 
     def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
+        model: UMT5EncoderModel
         model, self._tokenizer = self._t5_config.load(device)
         return model
 
@@ -172,8 +173,9 @@ def denoise(
     """
     request, guidance = encoded.request, guidance or GuidanceConfig()
     reasoning, condition = request.reasoning, encoded.condition[None].to(device)
-    texts = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
-    texts = dict(zip(texts, pad_text([*texts.values()]).to(device).split(1), strict=True))
+    given = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
+    rows = pad_text([*given.values()]).to(device)
+    texts = {name: rows[number, None] for number, name in enumerate(given)}
     image = encoded.image[None].to(device)
     frame_indices = torch.tensor([reasoning.frame_indices], device=device)
     own = torch.tensor(reasoning.own_slots, device=device)
@@ -200,13 +202,14 @@ def denoise(
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
             frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
-            kept = {"cache": caches[names, whole], "frame_sizes": sizes if whole else own_sizes}
-            inputs = frames[0][None], frames[1], timesteps[step, None]
+            single = frames[0][None], frames[1], timesteps[step, None], image, frames[2]
             latents, conditions, times, images, indices = (
-                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
+                tensor.expand(len(names), *tensor.shape[1:]) for tensor in single
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, Conditioning(conditions, images), times, text, indices, skip_blocks, **kept)
+            inputs = latents, Conditioning(conditions, images), times, text, indices, skip_blocks
+            found: Tensor = dit(*inputs, cache=caches[names, whole], frame_sizes=sizes if whole else own_sizes)
+            return found
 
         scale = expert.guidance if guided_steps[step] else 1.0
         result = _guided(run, scale, step, request.steps, guidance)
@@ -244,9 +247,11 @@ def _noise(request: Request, device: torch.device) -> Tensor:
     """[16, F, H, W] of all frames, reasoning frames included. That of the target depends on no other frame."""
     layout, reasoning, sizes = request.layout, request.reasoning, request.frame_sizes
     frames, height, width = len(layout.order), request.height // VAE_STRIDE, request.width // VAE_STRIDE
-    noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count)
+    noise = initial_noise(
+        (LATENT_CHANNELS, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count
+    )
     if sizes is not None:
-        shape = 16, frames, *(max(sides) for sides in zip(*sizes, strict=True))
+        shape = LATENT_CHANNELS, frames, *(max(sides) for sides in zip(*sizes, strict=True))
         of_controls = initial_noise(shape, address_seed(request.seed, "controls"), device, request.cpu_noise)
         controls = [slot for slot in range(frames) if slot != layout.target_slot]
         noise = pad_to(noise, *shape[2:])
@@ -284,12 +289,14 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
         video = condition_module.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
         latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
         own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
-        return condition_module.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
+        return condition_module.causal_condition(layout, own), torch.cat(
+            [torch.zeros_like(added[:MASK_CHANNELS]), added]
+        )
     controls, masks = [], []
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
         image, coverage = open_masked(path, "control image", mask)
         controls.append(encode_images(vae, frame_levels(image, fit.bucket, fit.crop_only)[None])[0])
-        masks.append(coverage and latent_mask(coverage, fit.bucket, fit.crop_only))
+        masks.append(None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only))
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
     condition = condition_module.stack_condition(layout, controls, blanks[size], masks).float().cpu()
