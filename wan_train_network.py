@@ -10,7 +10,7 @@ from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.training.optimizers import OptimizerConfig
-from wan.training.options import MetadataConfig, RunConfig, SaveConfig, TrainingOptions
+from wan.training.options import MetadataConfig, RunConfig, SaveConfig, TrainingModels, TrainingOptions
 from wan.training.samples import SampleConfig
 from wan.training.timestep_plot import TimestepPlotConfig
 from wan.training.timesteps import NoiseConfig
@@ -37,17 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     files = cli.build(ReleaseConfig, args)
     models = [files.fill(cli.build(section, args)) for section in _MODELS]
-    dit, vae = models[:2]
-    options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS), dit=dit.dit, vae=vae.vae)
+    options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS))
 
     from wan.training import run  # late: it imports accelerate, which --help does not need
 
     if args.show_timesteps:
         run.show_timesteps(options, args.show_timesteps)
     elif args.explain:
-        run.explain(run.TrainingModels(*models), options)
+        run.explain(TrainingModels(*models), options)
     else:
-        run.run(run.TrainingModels(*models), options)
+        run.run(TrainingModels(*models), options)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from utils.errors import ConfigError
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
+from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.training.cadence import Every
 from wan.training.optimizers import OptimizerConfig
 from wan.training.samples import SampleConfig
 from wan.training.timesteps import NoiseConfig
@@ -77,6 +80,10 @@ class RunConfig:
             raise ConfigError(f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, e.g. 1-8")
         return range(int(low), int(high) + 1)
 
+    def batches_per_step(self, num_processes: int) -> int:
+        """Batches of one optimizer step, over all processes."""
+        return self.gradient_accumulation_steps * num_processes
+
     @property
     def precision(self) -> str:
         """`bf16`, `fp16` or `no`: the flag, else what `accelerate launch` was given."""
@@ -85,15 +92,15 @@ class RunConfig:
             raise ConfigError(f"mixed precision '{chosen}' of accelerate is not supported; use --mixed_precision bf16")
         return chosen
 
-    def compute_dtype(self, dit_dtype: str | None) -> torch.dtype | None:
-        """The dtype of the DiT's weights, which is what it computes in; None is the checkpoint's own."""
+    def compute_dtype(self, dit: DiTConfig) -> torch.dtype:
+        """The dtype of the DiT's weights, which is what it computes in: that of the flags, else that of the file."""
         dtype = _COMPUTE_DTYPES[self.precision]
-        if dit_dtype is not None and dtype not in (None, parse_dtype(dit_dtype)):
+        if dit.dit_dtype is not None and dtype not in (None, parse_dtype(dit.dit_dtype)):
             raise ConfigError(
-                f"--dit_dtype {dit_dtype} contradicts --mixed_precision {self.precision}: the DiT computes "
+                f"--dit_dtype {dit.dit_dtype} contradicts --mixed_precision {self.precision}: the DiT computes "
                 "in the dtype of its weights; give one of the two"
             )
-        return dtype
+        return dtype or dit.dtype
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,23 @@ class SaveConfig:
             raise ConfigError(f"--output_name {self.output_name}: must be a file stem without folders")
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
             raise ConfigError(f"--save_precision {self.save_precision}: use float32, bf16 or fp16")
+
+    @property
+    def every(self) -> Every:
+        """When LoRA files are saved, and states with them."""
+        return Every(self.save_every_n_steps, self.save_every_n_epochs)
+
+    @property
+    def keep_steps_of_states(self) -> int | None:
+        """For how many steps states stay; None: for ever."""
+        last = self.save_last_n_steps_state
+        return self.save_last_n_steps if last is None else last
+
+    @property
+    def keep_epochs_of_states(self) -> int | None:
+        """For how many savings after an epoch states stay; None: for ever."""
+        last = self.save_last_n_epochs_state
+        return self.save_last_n_epochs if last is None else last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,8 +198,20 @@ class MetadataConfig:
 
 
 @dataclass(frozen=True)
+class TrainingModels:
+    """The model files of a run, and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionSwitches
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
-    """All sections of a run, and the model files that its metadata names."""
+    """The sections of a run that are not about its model files."""
 
     run: RunConfig
     network: NetworkConfig
@@ -189,5 +225,3 @@ class TrainingOptions:
     validation: ValidationConfig
     tracking: TrackingConfig
     metadata: MetadataConfig
-    dit: Path | None = None
-    vae: Path | None = None

@@ -1,8 +1,9 @@
 """A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
 
 import logging
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -14,31 +15,19 @@ from utils.files import require_writable_dir, written_whole
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
-from wan.models.device import DeviceConfig
-from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.models.options import DiTConfig
 from wan.models.plan import Plan, Room, plan_t5, plan_training
 from wan.models.tasks import TaskSpec
 from wan.training import loop, start
-from wan.training.options import TrainingOptions
+from wan.training.job import TrainingJob
+from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.samples import Sampler
 from wan.training.state import State, remove_leftovers
-from wan.training.summary import explain_training as explained
+from wan.training.summary import explain_training
 from wan.training.timestep_plot import show
 from wan.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingModels:
-    """The model files of a run, and where they run."""
-
-    dit: DiTConfig
-    vae: VAEConfig
-    t5: T5Config
-    clip: CLIPConfig
-    device: DeviceConfig
-    attention: AttentionSwitches
 
 
 def run(models: TrainingModels, options: TrainingOptions) -> None:
@@ -65,6 +54,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         for field in fields(section)
         if "help" in field.metadata
     }
+    session_id = random.SystemRandom().getrandbits(32)
     plan = _plan(models.dit, options, training_set, weights, accelerator.device)
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
@@ -75,7 +65,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
             dit, network = start.load_trainable(
                 models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
             )
-            job = loop.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
+            job = TrainingJob(session_id, task, models, options, datasets, training_set, dit, network, sampler, tracker)
             loop.Trainer(accelerator, job, state).run()
 
         _train_within(plan, train, options, state, accelerator)
@@ -113,7 +103,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     weights = start.network_start(models.dit, options.network, state)
     options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
     if accelerator.is_main_process:
-        lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
+        lines = explain_training(options, models.dit, task, training_set, weights, accelerator.num_processes)
         print(*lines, sep="\n")
 
 
@@ -129,7 +119,7 @@ def _check(
 ) -> tuple[TaskSpec, list[Request]]:
     """The task and the sample requests; headers of all files that will be needed have been looked at."""
     task = models.dit.check()
-    options.run.compute_dtype(models.dit.dit_dtype)
+    options.run.compute_dtype(models.dit)
     options.tracking.check()
     sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
     requests = options.samples.requests(task, sampling)
@@ -154,8 +144,7 @@ def _plan(
     """The one choice that there is, or with --memory auto those that fit."""
     if options.memory.memory == "manual":
         return Plan.of(options.memory)
-    dtype = options.run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
-    room = Room.on(device)
+    dtype, room = options.run.compute_dtype(dit), Room.on(device)
     plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
     log.info("memory: %s", plan)
     return plan

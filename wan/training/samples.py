@@ -17,6 +17,7 @@ from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.prompt_lines import Prompt, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TaskSpec
+from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,10 @@ class SampleConfig:
         prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
         return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether samples are wanted after this optimizer step (counted from 1)."""
-        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether samples are wanted after this epoch (counted from 1)."""
-        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
+    @property
+    def every(self) -> Every:
+        """When samples are drawn."""
+        return Every(self.sample_every_n_steps, self.sample_every_n_epochs)
 
 
 class Sampler:

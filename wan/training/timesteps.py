@@ -73,7 +73,7 @@ class NoiseConfig:
         for name in ("logit_mean", "mode_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"--{name} {getattr(self, name)}: must be a finite number")
-        low, high = self.min_timestep or 0, _STEPS if self.max_timestep is None else self.max_timestep
+        low, high = self.limits
         if not 0 <= low < high <= _STEPS:
             raise ConfigError(f"--min_timestep {low} --max_timestep {high}: use 0 <= min < max <= {_STEPS}")
         if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
@@ -85,9 +85,15 @@ class NoiseConfig:
             )
 
     @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest noise level times 1000."""
+        return self.min_timestep or 0, _STEPS if self.max_timestep is None else self.max_timestep
+
+    @property
     def range(self) -> tuple[float, float]:
         """Lowest and highest noise level, in 0..1."""
-        return (self.min_timestep or 0) / _STEPS, (_STEPS if self.max_timestep is None else self.max_timestep) / _STEPS
+        low, high = self.limits
+        return low / _STEPS, high / _STEPS
 
 
 def sample_noise_levels(

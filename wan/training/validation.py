@@ -12,6 +12,7 @@ from dataset.loader import BatchItems, TrainingBatch, ValidationSet, load_batch
 from utils.cli import option
 from utils.errors import ConfigError
 from utils.randomness import seeded
+from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,10 @@ class ValidationConfig:
         """The centres of equal parts of 0..1: 0.1, 0.3, 0.5, 0.7, 0.9."""
         return tuple((2 * i + 1) / (2 * self.validation_levels) for i in range(self.validation_levels))
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether to validate after this optimizer step (counted from 1)."""
-        return self.validate_every_n_steps is not None and step % self.validate_every_n_steps == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether to validate after this epoch (counted from 1)."""
-        return self.validate_every_n_epochs is not None and epoch % self.validate_every_n_epochs == 0
+    @property
+    def every(self) -> Every:
+        """When the run validates, besides once before its first step."""
+        return Every(self.validate_every_n_steps, self.validate_every_n_epochs)
 
     def check(self, validation_set: ValidationSet) -> None:
         """Raise ConfigError when there is nothing to validate with; warn when items are held back for nothing."""
