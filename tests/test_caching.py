@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from dataset import cache
-from tests.helpers import TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, rel_l2
 from utils.errors import ConfigError
 from utils.images import open_image, resize_to_fill, to_pixels
 from wan.caching import run as caching
@@ -80,11 +80,9 @@ def made(tmp_path_factory) -> Models:
     return found
 
 
-@pytest.fixture(params=["made", pytest.param("tiny", marks=needs_shared)])
-def either(request, made) -> Models:
-    if request.param == "made":
-        return made
-    return Models(TINY / "tiny_vae.pth", TINY / "tiny_clip.pth", TINY / "tiny_t5_enc.pth", TINY / "tokenizer")
+@pytest.fixture(params=["made", "tiny"])
+def either(request, made, tiny) -> Models:
+    return made if request.param == "made" else Models(*(tiny[kind] for kind in ("vae", "clip", "t5", "tokenizer")))
 
 
 def paint(path, seed, size):
@@ -209,9 +207,8 @@ def test_clip_sees_the_whole_image(made):
     assert torch.equal(cropped, encode_clip(clip, [part])[0])
 
 
-@needs_shared
-def test_the_blank_frame_is_the_recorded_one():
-    vae = load.load_vae(TINY / "tiny_vae.pth", torch.float32, "cpu")
+def test_the_blank_frame_is_the_recorded_one(tiny):
+    vae = load.load_vae(tiny["vae"], torch.float32, "cpu")
     assert rel_l2(encode_blank(vae, 96, 64), golden("vae")["black_latent_64x96"]) < 1e-5
 
 

@@ -4,18 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
-import wan_cache_latents
 import wan_generate_video
 from dataset.cache import LatentSettings, latent_stale_reason, list_latent_caches, read_latent_cache, write_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from demo.recordings import given_frames, video_mask
-from tests import test_end_to_end
-from tests.test_end_to_end import CPU, ENCODERS, FLF2V, I2V, cache, dataset_toml, encoded, generate, pipeline, train
+from tests.project import (
+    CPU,
+    FLF2V,
+    I2V,
+    MODELS,
+    cache,
+    cache_latents,
+    dataset_toml,
+    encoded,
+    generate,
+    pipeline,
+    pixels,
+    train,
+)
 from utils.errors import ConfigError
 from utils.images import from_pixels, open_image
 from utils.randomness import seeded
@@ -26,7 +36,7 @@ from wan.frames.layout import OneFrameLayout, layout_from_toml, parse
 from wan.lora.trained_for import layout_from_metadata
 from wan.nets.vae import WanVAE
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 I2V_LAYOUT = OneFrameLayout((0,), 1, causal=True)
 FLF2V_LAYOUT = OneFrameLayout((0, 2), 1, causal=True)
 CAUSAL = 'fp_1f_layout = "causal"'
@@ -100,7 +110,7 @@ def test_the_target_is_decoded_after_the_frames_before_it():
 
 def test_the_picture_is_the_last_one_of_the_decoded_video():
     latents = torch.randn(16, 2, 4, 4)
-    vae = load_vae(Path(ENCODERS["vae"]), torch.float32, CPU)
+    vae = load_vae(Path(MODELS["vae"]), torch.float32, CPU)
     picture = pipeline().decode(latents)
     assert picture.tobytes() == from_pixels(vae.decode(latents[None])[0, :, 4]).tobytes()
 
@@ -136,18 +146,13 @@ def configs():
     """Dataset files with caches of both kinds, by name; made once."""
     indices = "fp_1f_clean_indices = [0{}]\nfp_1f_target_index = 1\n" + CAUSAL
     made = {
-        "still": dataset_toml("still", "target", "start", indices.format("")),
+        "still": dataset_toml("still", keys=indices.format("")),
         "moving": dataset_toml("moving", "middle", "ends", indices.format(", 2")),
     }
     for name, path in made.items():
         if not Path("cache", name).exists():
             cache(path)
     return made
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def with_layout(line: str) -> str:
@@ -170,7 +175,7 @@ def test_training_and_generation_see_the_same_condition(configs, name, line, tas
 
 
 def test_the_cached_latents_are_those_of_the_video(configs):
-    vae = load_vae(Path(ENCODERS["vae"]), torch.float32, CPU)
+    vae = load_vae(Path(MODELS["vae"]), torch.float32, CPU)
     path = next(path for path in list_latent_caches(Path("cache/moving")) if path.name.startswith("cat_"))
     start, end, middle = (
         frame_pixels(open_image(name, "image"), (48, 48))
@@ -181,11 +186,10 @@ def test_the_cached_latents_are_those_of_the_video(configs):
 
 
 def test_the_flag_stands_in_for_the_dataset_key_and_the_key_wins(configs):
-    plain = dataset_toml("flag", "target", "start", "")
-    own = dataset_toml("own", "target", "start", 'fp_1f_layout = "independent"')
-    files = ["--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame", "--device", "cpu"]
+    plain = dataset_toml("flag")
+    own = dataset_toml("own", keys='fp_1f_layout = "independent"')
     for config in (plain, own):
-        wan_cache_latents.main(["--dataset_config", config, *files, "--one_frame_layout", "causal"])
+        cache_latents(config, "--one_frame_layout", "causal")
     for path in list_latent_caches(Path("cache/flag")):
         flag, key = read_latent_cache(path), read_latent_cache(Path("cache/still") / path.name)
         assert torch.equal(flag.condition, key.condition) and flag.layout == key.layout == I2V_LAYOUT
@@ -217,7 +221,7 @@ def test_saved_latents_are_decoded_to_the_same_picture():
     picture, latent = generate(
         "i2v", "out_causal", *control, "--output_type", "latent_images", "--one_frame_inference", indices
     )
-    decode = ["--vae", ENCODERS["vae"], "--device", "cpu", "--save_path", "out_decoded", "--output_type", "images"]
+    decode = ["--vae", MODELS["vae"], "--device", "cpu", "--save_path", "out_decoded", "--output_type", "images"]
     wan_generate_video.main([*decode, "--latent_path", str(latent)])
     assert pixels(next(Path("out_decoded").iterdir())) == pixels(picture)
 
@@ -236,7 +240,7 @@ def test_samples_are_made_in_the_layout_that_is_trained(configs):
     ("config", "flags"), [("pairs", ["--one_frame_layout", "causal"]), ("still_independent", [])], ids=["flag", "key"]
 )
 def test_caches_of_the_other_layout_are_refused_in_one_line(configs, config, flags):
-    dataset_toml("still_independent", "target", "start", "", cache="still")
+    dataset_toml("still_independent", cache="cache/still")
     with pytest.raises(
         ConfigError, match=r"fp_1f_layout or --one_frame_layout.* wan_cache_latents\.py again"
     ) as caught:
@@ -247,7 +251,7 @@ def test_caches_of_the_other_layout_are_refused_in_one_line(configs, config, fla
 def test_indices_may_change_as_long_as_the_order_stays(configs):
     for indices, fits in (("[3, 9]", True), ("[2, 0]", False)):
         keys = f"fp_1f_clean_indices = {indices}\nfp_1f_target_index = {5 if fits else 1}\n{CAUSAL}"
-        path = dataset_toml("order", "middle", "ends", keys, cache="moving")
+        path = dataset_toml("order", "middle", "ends", keys, cache="cache/moving")
         if fits:
             assert TrainingSet(read_config(path), seed=0).layouts == [OneFrameLayout((3, 9), 5, causal=True)]
         else:

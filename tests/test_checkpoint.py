@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import MANIFESTS, TINY, needs_shared
+from tests.helpers import manifest
 from utils.errors import ConfigError
 from wan.files import load as checkpoint
 from wan.files import tokenizer as tokenizer_module
@@ -375,8 +375,7 @@ def test_an_unreachable_hub_is_one_line_that_says_what_to_download(monkeypatch):
 
 def open_manifest(name: str, change: dict[str, TensorInfo | None] | None = None):
     """Stands in for open_checkpoint: the names and shapes of a published file, without weights."""
-    listed = json.loads((MANIFESTS / f"{name}.json").read_text(encoding="utf-8"))
-    tensors = {key: TensorInfo(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in listed.items()}
+    tensors = {key: TensorInfo(shape, dtype) for key, (shape, dtype) in manifest(name).items()}
     tensors = {key: info for key, info in (tensors | (change or {})).items() if info is not None}
 
     def reader(info: TensorInfo):
@@ -401,7 +400,6 @@ PUBLISHED = [  # manifest, loader, parameters of the module, a tensor it needs
 ]
 
 
-@needs_shared
 @pytest.mark.parametrize(("name", "load", "parameters", "one_tensor"), PUBLISHED)
 def test_the_published_file_fills_the_whole_module_and_nothing_is_left_over(
     name, load, parameters, one_tensor, monkeypatch
@@ -419,7 +417,6 @@ def test_the_published_file_fills_the_whole_module_and_nothing_is_left_over(
         assert words in one_line_error(load, "file", torch.bfloat16, "meta")
 
 
-@needs_shared
 def test_the_published_files_tell_their_dimensions(monkeypatch):
     expected = {"dit_i2v-14B": ("i2v", 5120, 40, 1280), "dit_flf2v-14B": ("flf2v", 5120, 40, 1280)}
     expected |= {"dit_t2v-14B": ("t2v", 5120, 40, None), "dit_t2v-1.3B": ("t2v", 1536, 30, None)}
@@ -435,20 +432,17 @@ def test_the_published_files_tell_their_dimensions(monkeypatch):
         assert inspect("file") == width
 
 
-@needs_shared
 def test_a_wan22_checkpoint_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(checkpoint, "open_checkpoint", open_manifest("dit_i2v-A14B"))
     assert "Wan2.2" in one_line_error(checkpoint.inspect_dit, "file")
 
 
-@needs_shared
-def test_the_small_files_in_the_official_layouts_load():
-    for name, model_type in (("i2v", "i2v"), ("flf2v", "flf2v")):
-        path = TINY / f"tiny_dit_{name}.safetensors"
-        assert checkpoint.inspect_dit(path).model_type == model_type
-        assert_holds(checkpoint.load_dit(path, None, "cpu"), load_file(path))
-    stored = torch.load(TINY / "tiny_vae.pth", weights_only=True)
-    assert checkpoint.inspect_vae(TINY / "tiny_vae.pth") == 8
-    assert_holds(checkpoint.load_vae(TINY / "tiny_vae.pth", torch.float32, "cpu"), stored)
-    assert checkpoint.inspect_t5(TINY / "tiny_t5_enc.pth") == 64
-    assert checkpoint.inspect_clip(TINY / "tiny_clip.pth") == 160
+def test_the_small_files_in_the_official_layouts_load(tiny):
+    for kind in ("i2v", "flf2v"):
+        assert checkpoint.inspect_dit(tiny[kind]).model_type == kind
+        assert_holds(checkpoint.load_dit(tiny[kind], None, "cpu"), load_file(tiny[kind]))
+    stored = torch.load(tiny["vae"], weights_only=True)
+    assert checkpoint.inspect_vae(tiny["vae"]) == 8
+    assert_holds(checkpoint.load_vae(tiny["vae"], torch.float32, "cpu"), stored)
+    assert checkpoint.inspect_t5(tiny["t5"]) == 64
+    assert checkpoint.inspect_clip(tiny["clip"]) == 160

@@ -1,11 +1,10 @@
 """Which model a checkpoint is, and the task defaults, against the manifests of the published files and the spec."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from tests.helpers import MANIFESTS, needs_shared
+from tests.helpers import manifest_shapes
 from utils.errors import ConfigError
 from wan.models.tasks import TASKS, UNSUPPORTED_TASKS, resolve_task
 from wan.nets.spec import DiTSpec
@@ -22,11 +21,6 @@ FLF2V_SHAPES = I2V_SHAPES | {"img_emb.emb_pos": (1, 514, 48)}
 T2V, I2V, FLF2V = (DiTSpec.from_shapes(shapes) for shapes in (T2V_SHAPES, I2V_SHAPES, FLF2V_SHAPES))
 
 
-def manifest_shapes(name):
-    entries = json.loads((MANIFESTS / f"{name}.json").read_text())
-    return {key: tuple(shape) for key, (shape, _dtype) in entries.items()}
-
-
 def test_a_spec_holds_what_the_shapes_say():
     assert DiTSpec("t2v", 256, 512, num_layers=11, in_dim=16, text_dim=32, freq_dim=64) == T2V
     assert replace(T2V, model_type="i2v", in_dim=36, image_dim=48) == I2V
@@ -34,7 +28,6 @@ def test_a_spec_holds_what_the_shapes_say():
     assert T2V.num_heads == 2
 
 
-@needs_shared
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -50,7 +43,6 @@ def test_published_checkpoints_are_recognised_as_their_task(name, expected):
     assert resolve_task(None, spec).name == name
 
 
-@needs_shared
 def test_the_published_wan22_i2v_checkpoint_is_refused():
     with pytest.raises(ConfigError, match=r"Wan2\.2 A14B image-to-video"):
         DiTSpec.from_shapes(manifest_shapes("dit_i2v-A14B"))

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import wan_cache_latents
 import wan_dataset
 import wan_generate_video
 from dataset.cache import latent_source_reason, list_latent_caches, read_header, read_latent_cache
@@ -20,9 +19,21 @@ from dataset.check import check
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from dataset.sources import find_all_items
-from demo.tiny_models import FILES
-from tests import test_end_to_end
-from tests.test_end_to_end import ENCODERS, I2V, cache, cached_cat, dataset_toml, encoded, from_lines, generate, train
+from tests.project import (
+    I2V,
+    MODELS,
+    cache,
+    cache_latents,
+    cached_cat,
+    dataset_toml,
+    encoded,
+    from_lines,
+    generate,
+    model_flags,
+    pipeline,
+    run_flags,
+    train,
+)
 from tests.test_explain import rows
 from tests.test_reasoning import Alone
 from utils.errors import ConfigError
@@ -33,7 +44,7 @@ from wan.generation.recipe import read as read_recipe
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TASKS
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 INDICES = "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1\n"
 KEYS = {  # name -> keys of the dataset; the control images are 320 x 213 and 320 x 320
     "smaller": "control_resolution = 32",
@@ -55,7 +66,7 @@ def name(request):
 
 
 def made(name: str) -> str:
-    config = dataset_toml(f"own_{name}", "target", "start", INDICES + KEYS[name])
+    config = dataset_toml(f"own_{name}", keys=INDICES + KEYS[name])
     if not Path(f"cache/own_{name}").exists():
         cache(config)
     return config
@@ -91,7 +102,7 @@ def test_without_the_keys_caches_hold_nothing_new():
 
 
 def test_sizes_that_turn_out_equal_are_as_good_as_none():
-    cache(dataset_toml("same", "target", "start", INDICES + "control_resolution = 48"))
+    cache(dataset_toml("same", keys=INDICES + "control_resolution = 48"))
     (path,) = (path for path in list_latent_caches(Path("cache/same")) if path.name.startswith("brick"))  # a square
     with safe_open(path, "pt") as file:
         assert "one_frame_sizes" not in file.metadata()
@@ -147,7 +158,7 @@ def test_the_noise_of_the_target_is_the_same_whatever_the_controls(name):
             prompt = parse_line(words, "test", training=True)
             settings = SamplingConfig(exact_size=True, reasoning_frames=frames)
             request = Request.resolve(prompt, TASKS["i2v-14B"], settings)
-            (once,) = test_end_to_end.pipeline().encode([request])
+            (once,) = pipeline().encode([request])
             results.append(denoise(Alone(), once, torch.device("cpu")))
             assert results[-1].shape == (16, 1, 6, 6)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -191,9 +202,8 @@ def test_caches_are_made_again_when_a_key_changes_and_training_refuses_them_unti
             assert reason == "control_resolution or no_resize_control changed"
         with pytest.raises(ConfigError, match=r"do not serve .*; give the same control_resolution and no_resize_contr"):
             TrainingSet(read_config(config), seed=0)
-    files = ["--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame", "--device", "cpu", "--skip_existing"]
     config.write_text(before.replace(KEYS["smaller"], "control_resolution = 64"))
-    wan_cache_latents.main(["--dataset_config", str(config), *files])
+    cache_latents(str(config), "--skip_existing")
     assert read_header(paths["brick"]).sizes == ((64, 64), (48, 48))
     TrainingSet(read_config(config), seed=0)
     shutil.rmtree("cache/own_smaller")
@@ -201,7 +211,7 @@ def test_caches_are_made_again_when_a_key_changes_and_training_refuses_them_unti
 
 def test_older_names_of_the_keys_are_translated(caplog):
     text = INDICES + "qwen_image_edit_control_resolution = 32\nflux_kontext_no_resize_control = true"
-    config = dataset_toml("older", "target", "start", text)
+    config = dataset_toml("older", keys=text)
     assert read_config(config).control_sizes == ControlSizes((32, 32), True)
     assert "is called control_resolution now" in caplog.text
 
@@ -222,7 +232,7 @@ def test_older_names_of_the_keys_are_translated(caplog):
 )
 def test_wrong_keys_are_one_line(keys, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
-        read_config(dataset_toml("wrong", "target", "start", INDICES + keys))
+        read_config(dataset_toml("wrong", keys=INDICES + keys))
     assert "\n" not in str(caught.value) and str(caught.value).startswith("wrong.toml: ")
 
 
@@ -263,20 +273,12 @@ def test_tables_tell_the_size_and_the_tokens_of_each_frame(name, capsys):
     config = made(name)
     width, height = SIZES[name]
     size, tokens = f"{width}x{height}", width * height // 256
-    files = ["--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame", "--device", "cpu"]
     capsys.readouterr()
-    wan_cache_latents.main(["--dataset_config", config, *files, "--explain"])
+    cache_latents(config, "--explain")
     control, target, *_ = rows(capsys.readouterr().out)
     first = [int(side) for side in control[4].rpartition(" ")[2].split("x")]
     assert int(control[-1]) == first[0] * first[1] // 256 and target[4].endswith("48x48") and target[-1] == "9"
-    generation = [
-        "--dit",
-        f"models/{FILES['i2v']}",
-        *test_end_to_end.encoder_flags(),
-        "--save_path",
-        "out",
-        "--explain",
-    ]
+    generation = [*model_flags("i2v"), *run_flags(), "--save_path", "out", "--explain"]
     Path("one.txt").write_text(line(name))
     wan_generate_video.main([*generation, "--from_file", "one.txt", "--exact_size"])
     text = capsys.readouterr().out
@@ -291,7 +293,7 @@ def test_sheets_and_checks_show_controls_in_their_own_size(name):
     config = made(name)
     Path("sheet.png").unlink(missing_ok=True)
     wan_dataset.main(
-        ["sheet", "--dataset_config", config, "--output", "sheet.html", "--vae", ENCODERS["vae"], "--device", "cpu"]
+        ["sheet", "--dataset_config", config, "--output", "sheet.html", "--vae", MODELS["vae"], "--device", "cpu"]
     )
     shown = "control 0 at index 0, {}x{}".format(*SIZES[name])
     assert Path("sheet.png").is_file() and shown in Path("sheet.html").read_text(encoding="utf-8")

@@ -14,52 +14,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import dataset.cache
-from demo.tiny_models import write_models
 from tests.option_runs import SCRIPTS, words
-from tests.photos import write_pairs
+from tests.project import cache, dataset_toml
 from utils import cli
 from wan.training.state import load_state
 from wan.training.tracking import Tracker, TrackingConfig
 
 ROOT = Path(__file__).parents[1]
-TOML = """
-[general]
-resolution = [32, 32]
-caption_extension = ".txt"
-[[datasets]]
-image_directory = "data/target"
-control_directory = "data/start"
-cache_directory = "{}"
-"""
 CACHING = ("wan_cache_latents", "wan_cache_text_encoder_outputs")
 FILES_OF = dict(zip(CACHING, ("*_wan.safetensors", "*_wan_te.safetensors"), strict=True))
+pytestmark = pytest.mark.usefixtures("copied_workspace")
 SAVES = "--save_state --save_every_n_steps 1 --max_train_steps 3"
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    """Tiny models, and the caches of three items."""
-    folder = tmp_path_factory.mktemp("full")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["astronaut", "cat", "coffee"])
-        write_models(Path("models"))
-        Path("data.toml").write_text(TOML.format("cache"))
-        Path("small.toml").write_text(TOML.format("small"))
+def project(new_project):
+    """The caches of three items."""
+    with new_project("astronaut", "cat", "coffee") as folder:
+        dataset_toml("data", cache="cache", size=(32, 32), batch_size=1)
+        dataset_toml("small", cache="small", size=(32, 32), batch_size=1)
         Path("a.txt").write_text(
             "a cat --ci data/start/cat.png --of control_index=0,target_index=1 --w 32 --h 32 --s 1 --d 7"
         )
-        for script in CACHING:
-            SCRIPTS[script].main(words(script, "--dataset_config data.toml"))
+        cache("data.toml")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(template, tmp_path, monkeypatch):
-    """A copy of it, for one test."""
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
 
 
 def run(script: str, arguments: str, monkeypatch) -> int:

@@ -1,7 +1,5 @@
 """The DiT against diffusers, exact answers and the reference, in float32; and what it promises in bfloat16."""
 
-import json
-
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -10,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.dit_cases import all_rows
-from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, manifest_shapes, rel_l2
 from wan.nets.attention import sdpa
 from wan.nets.dit import StepCache, WanDiT, pad_text
 from wan.nets.spec import DiTSpec
@@ -281,19 +279,16 @@ def test_sdpa_is_softmax_attention():
     assert_close(sdpa(q, k, v), torch.einsum("bnlm,bmnd->blnd", weights, v))
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B"])
 def test_names_and_shapes_are_those_of_the_published_checkpoint(name):
-    published = {
-        key: tuple(shape) for key, (shape, _) in json.loads((MANIFESTS / f"dit_{name}.json").read_text()).items()
-    }
+    published = manifest_shapes(f"dit_{name}")
     with torch.device("meta"):
         model = WanDiT(DiTSpec.from_shapes(published))
     assert {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()} == published
 
 
-def tiny_dit(name):
-    state = {key: tensor.float() for key, tensor in load_file(TINY / f"tiny_dit_{name}.safetensors").items()}
+def load_in_float32(path):
+    state = {key: tensor.float() for key, tensor in load_file(path).items()}
     with torch.device("meta"):
         model = WanDiT(DiTSpec.from_shapes({key: tuple(tensor.shape) for key, tensor in state.items()}))
     model.load_state_dict(state, strict=True, assign=True)
@@ -313,7 +308,6 @@ def golden_inputs(reference, items, indices):
     }
 
 
-@needs_shared
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "file", "cases", "batch"),
@@ -327,8 +321,8 @@ def golden_inputs(reference, items, indices):
         ),
     ],
 )
-def test_outputs_match_the_reference(kind, file, cases, batch):
-    model, reference = tiny_dit(kind), golden(file)
+def test_outputs_match_the_reference(tiny, kind, file, cases, batch):
+    model, reference = load_in_float32(tiny[kind]), golden(file)
     for name, indices in cases.items():
         out = model(**golden_inputs(reference, [0], [indices]))
         assert rel_l2(out[0], reference[f"out0_f_{name}"]) < 1e-5
@@ -337,10 +331,9 @@ def test_outputs_match_the_reference(kind, file, cases, batch):
         assert rel_l2(out[i], reference[f"batch_out{i}_f_{name}"]) < 1e-5
 
 
-@needs_shared
 @torch.no_grad()
-def test_intermediate_values_match_the_reference():
-    model, reference = tiny_dit("i2v"), golden("dit_i2v")
+def test_intermediate_values_match_the_reference(tiny):
+    model, reference = load_in_float32(tiny["i2v"]), golden("dit_i2v")
     stages = {
         name: getattr(model, name) for name in ("patch_embedding", "time_embedding", "time_projection", "img_emb")
     }

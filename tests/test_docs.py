@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataset import config, problems
-from demo.tiny_models import FILES, write_models
-from tests.helpers import GOLDEN, TINY
+from demo.tiny_models import FILES
 from tests.photos import PHOTOS, photo, write_pairs
 from tests.test_options import FLAGS
+from tests.tiny_checkpoints import write_tiny_checkpoints
 from utils.errors import ConfigError
 from wan.generation import prompt_lines, recipe
 from wan.lora.files import read_lora
@@ -42,8 +42,6 @@ ENGLISH = "".join(text for name, text in PAGES.items() if name not in JAPANESE.v
 
 # A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
 _BLOCK = re.compile(r"(?:^`(?P<name>[\w.]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_SHARED_NAMES = {"i2v": "tiny_dit_i2v.safetensors", "flf2v": "tiny_dit_flf2v.safetensors", "vae": "tiny_vae.pth"}
-_SHARED_NAMES |= {"t5": "tiny_t5_enc.pth", "clip": "tiny_clip.pth", "tokenizer": "tokenizer"}
 
 
 def blocks(text: str, kind: str) -> list[str]:
@@ -231,18 +229,12 @@ def test_photographs_are_the_same_each_time(tmp_path):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A checkout with the documented models and images in it: the tiny reference checkpoints, or random ones."""
+    """A checkout with the documented models and images in it, the former those of the recordings."""
     folder = tmp_path_factory.mktemp("checkout")
     for source in (*ROOT.glob("wan_*.py"), ROOT / "wan", ROOT / "dataset", ROOT / "utils"):
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, folder / source.name)
-    if GOLDEN.is_dir():
-        (folder / "models").mkdir()
-        for kind, name in _SHARED_NAMES.items():
-            copy = shutil.copytree if (TINY / name).is_dir() else shutil.copy
-            copy(TINY / name, folder / "models" / FILES[kind])
-    else:
-        write_models(folder / "models")
+    write_tiny_checkpoints(folder / "models")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_pairs(Path("data"))
@@ -296,7 +288,7 @@ def test_the_commands_of_the_guide_run_as_they_stand(workplace):
     for name, modules, samples in (("my-lora", 12 * 3, 2), ("my-flf2v-lora", 12 * 2, 1)):
         for suffix in ("", "-step00000030"):
             lora = read_lora(workplace / "output" / f"{name}{suffix}.safetensors", "--lora_weight")
-            assert not GOLDEN.is_dir() or len(lora.modules) == modules
+            assert len(lora.modules) == modules
         assert count(f"output/sample/{name}_*.png") == 2 * samples  # before and after
     for folder, pictures in {
         **{"results": 1, "results_batch": 2, "results_latent": 1, "results_decoded": 1},

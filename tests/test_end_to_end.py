@@ -11,120 +11,32 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import wan.generation.run
-import wan_cache_latents
-import wan_cache_text_encoder_outputs
 import wan_generate_video
-import wan_train_network
 from dataset.cache import read_latent_cache
-from dataset.config import read_config
-from dataset.loader import TrainingSet, clip_for, load_batch
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from dataset.loader import clip_for
+from tests.project import (
+    FLF2V,
+    I2V,
+    MODELS,
+    cache,
+    cached_cat,
+    dataset_toml,
+    encoded,
+    from_lines,
+    generate,
+    model_flags,
+    run_flags,
+    train,
+)
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
-from wan.generation.pipeline import Pipeline
 from wan.generation.prompt_lines import parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.lora.trained_for import TrainedFor
-from wan.models.options import CLIPConfig, LoRAConfig, T5Config, VAEConfig
+from wan.models.options import LoRAConfig
 from wan.models.tasks import TASKS
 
-CPU = torch.device("cpu")
-ENCODERS = {kind: f"models/{FILES[kind]}" for kind in ("vae", "clip", "t5")}
-SIZE = "--w 48 --h 48"
-I2V = f"a cat in the evening light --ci data/start/cat.png --of control_index=0,target_index=1 {SIZE} --s 2 --d 7"
-FLF2V = (
-    "the frame between --ci data/ends/cat_0.png --ci data/ends/cat_1.png --of control_index=0;2,target_index=1 "
-    f"{SIZE} --s 2 --d 7"
-)
-
-
-def dataset_toml(name: str, images: str, controls: str, keys: str, cache: str | None = None) -> str:
-    Path(f"{name}.toml").write_text(
-        '[general]\nresolution = [48, 48]\ncaption_extension = ".txt"\nbatch_size = 2\n'
-        f'[[datasets]]\nimage_directory = "data/{images}"\ncontrol_directory = "data/{controls}"\n'
-        f'cache_directory = "cache/{cache or name}"\n{keys}\n'
-    )
-    return f"{name}.toml"
-
-
-def cache(config: str) -> None:
-    common = ["--dataset_config", config, "--device", "cpu"]
-    wan_cache_latents.main([*common, "--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame"])
-    tokenizer = ["--t5_tokenizer", f"models/{FILES['tokenizer']}"]
-    wan_cache_text_encoder_outputs.main([*common, "--t5", ENCODERS["t5"], *tokenizer])
-
-
-def encoder_flags() -> list[str]:
-    flags = [part for kind, path in ENCODERS.items() for part in (f"--{kind}", path)]
-    return [*flags, "--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu", "--dit_dtype", "float32"]
-
-
-def train(model: str, config: str, name: str, *flags: str) -> Path:
-    wan_train_network.main(
-        [
-            *("--dit", f"models/{FILES[model]}", "--dataset_config", config, *encoder_flags()),
-            *("--task", f"{model}-14B", "--network_dim", "2", "--learning_rate", "1e-2", "--seed", "5"),
-            *("--max_data_loader_n_workers", "0", "--max_train_steps", "2"),
-            *("--output_dir", "output", "--output_name", name, *flags),
-        ]
-    )
-    return Path(f"output/{name}.safetensors")
-
-
-def generate(model: str, folder: str, *flags: str) -> list[Path]:
-    """The files that one run wrote."""
-    shutil.rmtree(folder, ignore_errors=True)
-    wan_generate_video.main(["--dit", f"models/{FILES[model]}", *encoder_flags(), "--save_path", folder, *flags])
-    return sorted(Path(folder).iterdir())
-
-
-def from_lines(model: str, folder: str, *lines: str, flags: tuple[str, ...] = ()) -> list[bytes]:
-    """The images of a prompt file, in its order, without recipes: equal pictures are equal bytes."""
-    Path("lines.txt").write_text("\n".join(lines), encoding="utf-8")
-    flags = ("--from_file", "lines.txt", "--no_metadata", *flags)
-    return [path.read_bytes() for path in generate(model, folder, *flags)]
-
-
-@pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["astronaut", "brick", "cat", "coffee"])
-        write_models(Path("models"))
-        cache(dataset_toml("pairs", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1"))
-        cache(dataset_toml("middle", "middle", "ends", "fp_1f_clean_indices = [0, 2]\nfp_1f_target_index = 1"))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
-    return _folder
-
-
-def pipeline() -> Pipeline:
-    return Pipeline(
-        VAEConfig(vae=Path(ENCODERS["vae"])),
-        T5Config(t5=Path(ENCODERS["t5"]), t5_tokenizer=Path(f"models/{FILES['tokenizer']}")),
-        CLIPConfig(clip=Path(ENCODERS["clip"])),
-        CPU,
-    )
-
-
-def encoded(line: str, task: str):
-    request = Request.resolve(parse_line(line, "test", training=True), TASKS[task], SamplingConfig(exact_size=True))
-    return pipeline().encode([request])[0]
-
-
-def cached_cat(config: str):
-    """A training batch with the photograph of the cat, and the row that it is in."""
-    for plan in TrainingSet(read_config(config), seed=0).epoch_batches(1):
-        for row, item in enumerate(plan.items):
-            if "/cat_" in item.key:
-                return load_batch(plan), row
-    raise AssertionError("no cat")
+pytestmark = pytest.mark.usefixtures("workspace")
 
 
 @pytest.mark.parametrize(("name", "line", "task"), [("pairs", I2V, "i2v-14B"), ("middle", FLF2V, "flf2v-14B")])
@@ -138,7 +50,7 @@ def test_the_conditioning_from_the_cache_equals_the_one_from_files(name, line, t
 
 def test_changing_the_indices_alone_needs_no_new_caches_and_gives_what_generation_sees():
     """Indices alone changed in the TOML: no new caches, the frames are laid out again."""
-    config = dataset_toml("far", "target", "start", "fp_1f_clean_indices = [4]\nfp_1f_target_index = 0", cache="pairs")
+    config = dataset_toml("far", keys="fp_1f_clean_indices = [4]\nfp_1f_target_index = 0", cache="cache/pairs")
     batch, row = cached_cat(config)
     once = encoded(I2V.replace("control_index=0,target_index=1", "control_index=4,target_index=0"), "i2v-14B")
     assert torch.equal(batch.condition[row], once.condition)
@@ -259,7 +171,7 @@ def test_a_merged_model_generates_what_model_and_lora_do():
     lora = str(train("i2v", "pairs.toml", "to-merge"))
     wan_generate_video.main(
         [
-            *("--dit", f"models/{FILES['i2v']}", *encoder_flags(), "--save_path", "out", "--lora_weight", lora),
+            *(*model_flags("i2v"), *run_flags(), "--save_path", "out", "--lora_weight", lora),
             *("--save_merged_model", "models/merged.safetensors"),
         ]
     )
@@ -277,13 +189,12 @@ def test_a_merged_model_generates_what_model_and_lora_do():
 def test_a_release_folder_serves_for_paths_that_are_left_out():
     Path("release").mkdir()
     for kind in ("vae", "t5", "clip"):
-        shutil.copy(ENCODERS[kind], "release")
+        shutil.copy(MODELS[kind], "release")
     Path("lines.txt").write_text(I2V, encoding="utf-8")
     shutil.rmtree("out", ignore_errors=True)
     wan_generate_video.main(
         [
-            *("--ckpt_dir", "release", "--dit", f"models/{FILES['i2v']}"),
-            *("--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu", "--dit_dtype", "float32"),
+            *("--ckpt_dir", "release", *model_flags("i2v", "tokenizer"), "--device", "cpu", "--dit_dtype", "float32"),
             *("--save_path", "out", "--from_file", "lines.txt", "--no_metadata"),
         ]
     )
@@ -307,9 +218,7 @@ def test_a_list_of_files_trains_the_same_lora_as_the_folders(model, folder_confi
 
 
 def test_auto_takes_the_indices_of_the_lora_and_others_are_warned_about(caplog):
-    config = dataset_toml(
-        "three", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 3", cache="pairs"
-    )
+    config = dataset_toml("three", keys="fp_1f_clean_indices = [0]\nfp_1f_target_index = 3", cache="cache/pairs")
     flags = ("--lora_weight", str(train("i2v", config, "three")))
     lines = [I2V.replace("control_index=0,target_index=1", text) for text in ("auto", "control_index=0,target_index=3")]
     auto, explicit = from_lines("i2v", "out", *lines, flags=flags)
@@ -336,7 +245,7 @@ def test_auto_takes_the_size_of_the_lora_where_none_is_given():
 def test_a_lora_file_names_its_task_and_indices():
     from safetensors import safe_open
 
-    config = dataset_toml("nine", "target", "start", "fp_1f_clean_indices = [0]\nfp_1f_target_index = 9", cache="pairs")
+    config = dataset_toml("nine", keys="fp_1f_clean_indices = [0]\nfp_1f_target_index = 9", cache="cache/pairs")
     honoured = train("i2v", config, "nine")
     legacy = train("i2v", config, "nine-legacy", "--one_frame_legacy_indices")
     near = train("i2v", "pairs.toml", "near")

@@ -13,8 +13,7 @@ import wan_cache_text_encoder_outputs
 import wan_generate_video
 import wan_train_network
 from dataset.loader import BucketCount
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import MODELS, dataset_toml
 from utils.errors import ConfigError
 from wan.files import load
 from wan.frames import table
@@ -25,15 +24,6 @@ from wan.models.estimate import expected_memory
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
 from wan.nets.spec import DiTSpec
 
-TOML = """
-[[datasets]]
-resolution = [64, 48]
-batch_size = 2
-caption_extension = ".txt"
-image_directory = "data/target"
-control_directory = "data/start"
-cache_directory = "cache"
-"""
 SCRIPTS = {
     "latents": (wan_cache_latents, "--dataset_config data.toml --one_frame --vae {vae} --clip {clip}"),
     "texts": (wan_cache_text_encoder_outputs, "--dataset_config data.toml --t5 {t5} --t5_tokenizer {tokenizer}"),
@@ -55,14 +45,10 @@ GIB = 2**30
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def project(new_project):
     """Two pairs, one with a mask of a half, and their caches."""
-    folder = tmp_path_factory.mktemp("explain")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat", "coffee"])
-        write_models(Path("models"))
-        Path("data.toml").write_text(TOML)
+    with new_project("cat", "coffee") as folder:
+        dataset_toml("data", cache="cache", size=(64, 48))
         half = Image.new("L", Image.open("data/start/cat.png").size)
         half.paste(255, (0, 0, half.width // 2, half.height))
         half.save("mask.png")
@@ -74,14 +60,12 @@ def workspace(tmp_path_factory):
 
 def run(name: str, more: str = "") -> None:
     script, arguments = SCRIPTS[name]
-    models = {kind: f"models/{file}" for kind, file in FILES.items()}
-    script.main(f"{arguments.format(**models)} --device cpu {more}".split())
+    script.main(f"{arguments.format(**MODELS)} --device cpu {more}".split())
 
 
 @pytest.fixture
 def explained(workspace, monkeypatch, capsys):
     """name, more options -> what is printed; loading any model or making any other file would fail."""
-    monkeypatch.chdir(workspace)
 
     def refuse(*_, **__):
         raise AssertionError("weights were loaded")
@@ -146,14 +130,12 @@ def test_generation_tells_of_reasoning_frames_and_what_they_cost(explained):
 
 
 @pytest.mark.parametrize("more", ["--latent_path a.safetensors", "--interactive", "--save_merged_model m.safetensors"])
-def test_there_is_nothing_to_explain_without_prompts(workspace, monkeypatch, more):
-    monkeypatch.chdir(workspace)
+def test_there_is_nothing_to_explain_without_prompts(workspace, more):
     with pytest.raises(ConfigError, match="--explain needs --prompt"):
         wan_generate_video.main(["--explain", *more.split(), "--save_path", "out"])
 
 
-def test_mistakes_are_told_instead_of_explained(workspace, monkeypatch):
-    monkeypatch.chdir(workspace)
+def test_mistakes_are_told_instead_of_explained(workspace):
     with pytest.raises(ConfigError, match="must be at least 0"):
         run("training", "--explain --blocks_to_swap -1")
     with pytest.raises(ConfigError, match="is no"):

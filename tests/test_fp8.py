@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from tests.dit_cases import CPU, SPEC, lora_gradients, random_dit, velocity, with_lora
-from tests.helpers import TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, rel_l2
 from wan.files.load import dit_dtype, load_dit, load_t5
 from wan.lora.module import add_delta
 from wan.memory.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, quantize_rows, use_fp8_
@@ -222,11 +222,10 @@ def test_an_fp8_file_keeps_its_numbers_in_a_cast(tmp_path):
     assert loaded["head.head.weight"].dtype == torch.bfloat16
 
 
-@needs_shared
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_reference_output_is_met_within_the_error_of_fp8(kind):
+def test_the_reference_output_is_met_within_the_error_of_fp8(tiny, kind):
     case = golden("dit_i2v")
-    model = load_dit(TINY / "tiny_dit_i2v.safetensors", torch.float32, CPU, fp8=kind)
+    model = load_dit(tiny["i2v"], torch.float32, CPU, fp8=kind)
     text = pad_text([case["context0"]])
     with torch.inference_mode():
         out = model(

@@ -19,8 +19,7 @@ import wan_cache_text_encoder_outputs
 import wan_generate_video
 import wan_lora
 import wan_train_network
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import I2V_KINDS, MODELS, model_flags
 from utils import cli
 from wan.generation import recipe
 
@@ -104,31 +103,11 @@ def test_the_search_notices_lost_files_and_code_that_ran(given, change):
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scripts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_models(Path("models"))
-        write_pairs(Path("data"), ["cat"])
-    return folder
+def project(new_project):
+    with new_project("cat") as folder:
+        return folder
 
 
-@pytest.fixture
-def scripts(_folder, tmp_path, monkeypatch):
-    shutil.copytree(_folder, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-
-
-def models(folder: str = "models") -> dict[str, str]:
-    return {kind: f"{folder}/{name}" for kind, name in FILES.items()}
-
-
-def flags(kinds: tuple[str, ...], folder: str = "models") -> list[str]:
-    names = {"i2v": "--dit", "tokenizer": "--t5_tokenizer"}
-    return [part for kind in kinds for part in (names.get(kind, f"--{kind}"), models(folder)[kind])]
-
-
-ALL = ("i2v", "vae", "t5", "clip", "tokenizer")
 PICTURE = [
     *("--prompt", "a", "--control_image_path", "data/start/cat.png", "--video_size", "32", "32", "--infer_steps", "1"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--guidance_scale", "1", "--device", "cpu"),
@@ -179,18 +158,18 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("damage", BAD_FILES)
 @pytest.mark.parametrize("kind", ["i2v", "vae", "t5", "clip", "lora", "latent"])
-def test_a_damaged_model_file_is_one_line(kind, damage, scripts, monkeypatch, capsys):
-    argv = [*flags(ALL), *PICTURE]
+def test_a_damaged_model_file_is_one_line(kind, damage, copied_workspace, monkeypatch, capsys):
+    argv = [*model_flags(*I2V_KINDS), *PICTURE]
     if kind == "latent":
         path = Path("latent.safetensors")
         save_file({"latent": torch.zeros(16, 1, 4, 4)}, path)
-        argv = [*flags(("vae",)), "--latent_path", str(path), "--save_path", "out", "--device", "cpu"]
+        argv = [*model_flags("vae"), "--latent_path", str(path), "--save_path", "out", "--device", "cpu"]
     elif kind == "lora":
         path, name = Path("lora.safetensors"), "lora_unet_blocks_0_self_attn_q"
         save_file({f"{name}.lora_down.weight": torch.ones(2, 256), f"{name}.lora_up.weight": torch.ones(256, 2)}, path)
         argv += ["--lora_weight", str(path)]
     else:
-        path = Path(models()[kind])
+        path = Path(MODELS[kind])
     path.write_bytes(BAD_FILES[damage](path.read_bytes()))
     flag = {"i2v": "--dit", "lora": "--lora_weight", "latent": "--latent_path"}.get(kind, f"--{kind}")
     line = outcome(wan_generate_video.main, argv, monkeypatch, capsys)
@@ -198,14 +177,14 @@ def test_a_damaged_model_file_is_one_line(kind, damage, scripts, monkeypatch, ca
     assert not list(Path("out").glob("*"))
 
 
-def test_numbers_that_are_none_give_a_line_and_no_picture(scripts, monkeypatch, capsys):
+def test_numbers_that_are_none_give_a_line_and_no_picture(copied_workspace, monkeypatch, capsys):
     for kind, nothing in (("i2v", torch.nan), ("vae", torch.inf)):
-        path = Path(models()[kind])
+        path = Path(MODELS[kind])
         before = path.read_bytes()
         tensors = load_file(path) if kind == "i2v" else torch.load(path, weights_only=True)
         spoilt = {name: tensor * nothing for name, tensor in tensors.items()}
         save_file(spoilt, path) if kind == "i2v" else torch.save(spoilt, path)
-        line = outcome(wan_generate_video.main, [*flags(ALL), *PICTURE], monkeypatch, capsys)
+        line = outcome(wan_generate_video.main, [*model_flags(*I2V_KINDS), *PICTURE], monkeypatch, capsys)
         assert "no numbers (NaN)" in line and not list(Path("out").glob("*"))
         path.write_bytes(before)
 
@@ -214,21 +193,21 @@ def test_numbers_that_are_none_give_a_line_and_no_picture(scripts, monkeypatch, 
     ("size", "words"),
     [((20_000, 20_000), "decompression bomb"), ((1 << 31, 1), "cannot be read"), ((20_000, 1), "a side below 16")],
 )
-def test_a_huge_control_image_is_one_line(size, words, scripts, monkeypatch, capsys):
+def test_a_huge_control_image_is_one_line(size, words, copied_workspace, monkeypatch, capsys):
     Path("data/start/cat.png").write_bytes(png_of_size(*size))
-    assert words in outcome(wan_generate_video.main, [*flags(ALL), *PICTURE], monkeypatch, capsys)
+    assert words in outcome(wan_generate_video.main, [*model_flags(*I2V_KINDS), *PICTURE], monkeypatch, capsys)
 
 
-def test_a_control_image_of_one_pixel_is_enlarged(scripts, monkeypatch, capsys):
+def test_a_control_image_of_one_pixel_is_enlarged(copied_workspace, monkeypatch, capsys):
     Image.new("RGB", (1, 1), "red").save("data/start/cat.png")
-    assert outcome(wan_generate_video.main, [*flags(ALL), *PICTURE], monkeypatch, capsys) == ""
+    assert outcome(wan_generate_video.main, [*model_flags(*I2V_KINDS), *PICTURE], monkeypatch, capsys) == ""
     assert len(list(Path("out").iterdir())) == 1
 
 
-def test_a_prompt_of_a_million_characters_is_drawn_and_repeated(scripts, monkeypatch, capsys):
+def test_a_prompt_of_a_million_characters_is_drawn_and_repeated(copied_workspace, monkeypatch, capsys):
     text = "猫 cat " * 170_000
     Path("p.txt").write_text(text, encoding="utf-8")
-    argv = [*flags(ALL), *PICTURE[2:], "--from_file", "p.txt"]
+    argv = [*model_flags(*I2V_KINDS), *PICTURE[2:], "--from_file", "p.txt"]
     assert outcome(wan_generate_video.main, argv, monkeypatch, capsys) == ""
     (path,) = Path("out").iterdir()
     assert recipe.read(path).options["prompt"] == text.strip()
@@ -239,7 +218,7 @@ def test_a_prompt_of_a_million_characters_is_drawn_and_repeated(scripts, monkeyp
     assert len(line) < 3000 and "control_index=..." in line
 
 
-def test_names_with_blanks_quotes_and_any_letters_work_in_every_script(scripts, monkeypatch, capsys):
+def test_names_with_blanks_quotes_and_any_letters_work_in_every_script(copied_workspace, monkeypatch, capsys):
     for folder in ("models", "data"):
         Path(ODD).mkdir(exist_ok=True)
         shutil.move(folder, f"{ODD}/{folder}")
@@ -260,12 +239,13 @@ def test_names_with_blanks_quotes_and_any_letters_work_in_every_script(scripts, 
     folder = f"{ODD}/models"
     common = ["--dataset_config", f"{ODD}/data.toml", "--device", "cpu"]
     steps = [
-        (wan_cache_latents, [*common, *flags(("vae", "clip"), folder), "--one_frame"]),
-        (wan_cache_text_encoder_outputs, [*common, *flags(("t5", "tokenizer"), folder)]),
+        (wan_cache_latents, [*common, *model_flags("vae", "clip", folder=folder), "--one_frame"]),
+        (wan_cache_text_encoder_outputs, [*common, *model_flags("t5", "tokenizer", folder=folder)]),
         (
             wan_train_network,
             [
-                *(*common, *flags(ALL, folder), "--output_dir", f"{ODD}/output", "--output_name", "mein 'LoRA' 🐈"),
+                *(*common, *model_flags(*I2V_KINDS, folder=folder)),
+                *("--output_dir", f"{ODD}/output", "--output_name", "mein 'LoRA' 🐈"),
                 *("--max_train_steps", "1", "--max_data_loader_n_workers", "0", "--sample_at_first"),
                 *("--sample_prompts", f"{ODD}/p.txt", "--network_dim", "2", "--save_state"),
             ],
@@ -284,7 +264,7 @@ def test_names_with_blanks_quotes_and_any_letters_work_in_every_script(scripts, 
             wan_generate_video,
             [
                 *(
-                    *flags(ALL, folder),
+                    *model_flags(*I2V_KINDS, folder=folder),
                     "--lora_weight",
                     f"{ODD}/comfy 'LoRA'.safetensors",
                     "--from_file",

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, golden_path, rel_l2
 from tests.lora_models import config, merged_copy, toy, trained
 from utils.errors import ConfigError
 from wan.files.dit_names import lora_name
@@ -22,13 +22,12 @@ from wan.nets.spec import DiTSpec
 from wan.training.timesteps import add_noise, velocity_target
 
 
-@needs_shared
 @pytest.mark.parametrize(("prefix", "indices"), [("", [0, 1]), ("f_0_8_", [0, 8])])
-def test_a_training_step_gives_the_recorded_loss_and_gradients(prefix, indices):
+def test_a_training_step_gives_the_recorded_loss_and_gradients(tiny, prefix, indices):
     step = golden("training_step")
-    model = load_dit(TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu")
+    model = load_dit(tiny["i2v"], torch.float32, "cpu")
     network = inject_lora_(model, config(4, 2.0))
-    network.load_file(read_lora(GOLDEN / "lora_musubi_format.safetensors"))
+    network.load_file(read_lora(golden_path("lora_musubi_format.safetensors")))
     model.train()
     noisy = add_noise(step["latents"], step["noise"], step["t"] / 1000 - 1e-3)
     assert rel_l2(noisy, step["noisy"]) < 1e-6

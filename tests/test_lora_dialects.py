@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from tests.dit_cases import SPEC, all_rows, arguments, random_dit, velocity
-from tests.helpers import MANIFESTS, needs_shared, rel_l2
+from tests.helpers import manifest, rel_l2
 from tests.test_dit import DIFFUSERS_NAMES
 from utils.errors import ConfigError
 from wan.files.dit_names import diffusers_name, dotted_name, lora_name
@@ -146,10 +146,9 @@ def test_every_module_with_weights_has_its_name_here_and_in_diffusers(kind):
             assert dotted_name(lora_name(diffusers_name(parent))) == parent
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["t2v-1.3B", "t2v-14B", "i2v-14B", "flf2v-14B"])
 def test_every_module_of_a_published_checkpoint_is_known(name):
-    assert_all_names_known(json.loads((MANIFESTS / f"dit_{name}.json").read_text()))
+    assert_all_names_known(manifest(f"dit_{name}"))
 
 
 def assert_all_names_known(names):

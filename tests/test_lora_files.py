@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, golden_path, rel_l2
 from tests.lora_models import config, shapes_of, toy, trained
 from utils.errors import ConfigError
 from wan.files.dit_names import lora_name
@@ -21,15 +21,12 @@ from wan.lora.network import inject_lora_, save_lora
 from wan.nets.dit import pad_text
 
 
-@needs_shared
 @pytest.mark.parametrize("multiplier", [1, 0.6])
-def test_a_merged_file_gives_the_recorded_output(multiplier):
+def test_a_merged_file_gives_the_recorded_output(tiny, multiplier):
     case = golden("dit_i2v")
-    shapes = {name: tensor.shape for name, tensor in load_file(TINY / "tiny_dit_i2v.safetensors").items()}
-    merger = Merger([(read_lora(GOLDEN / "lora_musubi_format.safetensors"), multiplier)], shapes)
-    model = load_dit(
-        TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu", merge=lambda n, w: merger(n, w.float())
-    ).eval()
+    shapes = {name: tensor.shape for name, tensor in load_file(tiny["i2v"]).items()}
+    merger = Merger([(read_lora(golden_path("lora_musubi_format.safetensors")), multiplier)], shapes)
+    model = load_dit(tiny["i2v"], torch.float32, "cpu", merge=lambda n, w: merger(n, w.float())).eval()
     with torch.no_grad():
         out = model(
             case["x0"][None],

@@ -13,13 +13,12 @@ from safetensors import safe_open
 from dataset.cache import list_latent_caches, read_header, read_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, clip_for, load_batch
-from tests import test_end_to_end
-from tests.test_end_to_end import ENCODERS, cache, encoded, generate, train, wan_cache_latents
+from tests.project import cache, cache_latents, encoded, generate, train
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
 from wan.models.tasks import TASKS
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 STARTS = [f"data/start/{name}.png" for name in ("cat", "coffee", "brick", "astronaut")]
 LINES = {  # stem of the target -> its own indices
     "cat": {"control_index": [0, 2], "target_index": 1},
@@ -118,8 +117,7 @@ def test_indices_of_an_item_are_those_it_was_cached_with(config):
 def test_skip_existing_encodes_items_whose_own_indices_changed(config):
     write_list("many", {"coffee": {"control_index": [0, 4, 2], "target_index": 1}, "brick": {}})
     before = {path.name: path.stat().st_mtime_ns for path in list_latent_caches(Path("cache/many"))}
-    files = ["--vae", ENCODERS["vae"], "--clip", ENCODERS["clip"], "--one_frame", "--device", "cpu"]
-    wan_cache_latents.main(["--dataset_config", config, *files, "--skip_existing"])
+    cache_latents(config, "--skip_existing")
     after = {path.name: path.stat().st_mtime_ns for path in list_latent_caches(Path("cache/many"))}
     assert sorted(name.split("_")[0] for name in after if after[name] != before[name]) == ["brick", "coffee"]
     shutil.rmtree("cache/many")

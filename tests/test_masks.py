@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,7 @@ import dataset.cache
 from dataset.cache import LatentSettings, latent_stale_reason, list_latent_caches, read_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
-from tests import test_end_to_end
-from tests.test_end_to_end import FLF2V, I2V, cache, dataset_toml, encoded, generate, train
+from tests.project import FLF2V, I2V, cache, cache_latents, dataset_toml, encoded, generate, pipeline, train
 from utils.errors import ConfigError
 from utils.images import open_image, open_masked
 from wan.frames.condition import loss_weights, stack_condition
@@ -24,10 +24,11 @@ from wan.frames.encode import latent_mask
 from wan.frames.layout import OneFrameLayout
 from wan.generation.prompt_lines import parse_line
 from wan.generation.request import Request, SamplingConfig
+from wan.models.options import VAEConfig
 from wan.models.tasks import TASKS
 from wan.training.loss import flow_matching_loss
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 WHERE = 'target_mask_directory = "data/where"\n'
 EDIT = "fp_1f_clean_indices = [0]\nfp_1f_target_index = 1"
 
@@ -172,13 +173,8 @@ def test_masks_reach_the_cache_and_items_without_one_keep_every_bit(masked):
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_generation_makes_the_condition_that_is_cached(masked, monkeypatch, dtype):
     if dtype == "bf16":
-        load = test_end_to_end.VAEConfig
-        monkeypatch.setattr(test_end_to_end, "VAEConfig", lambda vae: load(vae=vae, vae_dtype="bf16"))
-        config = dataset_toml("masked_bf16", "target", "faces", EDIT)
-        flags = ["--vae", test_end_to_end.ENCODERS["vae"], "--clip", test_end_to_end.ENCODERS["clip"], "--one_frame"]
-        test_end_to_end.wan_cache_latents.main(
-            ["--dataset_config", config, *flags, "--device", "cpu", "--vae_dtype", "bf16"]
-        )
+        monkeypatch.setattr("tests.project.VAEConfig", partial(VAEConfig, vae_dtype="bf16"))
+        cache_latents(dataset_toml("masked_bf16", "target", "faces", EDIT), "--vae_dtype", "bf16")
     line = I2V.replace("--ci data/start/cat.png", "--ci data/faces/cat.png --cim data/faces/cat_mask.png")
     item = cached("masked" if dtype == "float32" else "masked_bf16", "cat")
     assert torch.equal(encoded(line, "i2v-14B").condition, item.condition.float())
@@ -273,7 +269,7 @@ def test_the_same_images_with_another_mask_are_encoded_anew():
         Request.resolve(parse_line(line, "test", training=True), TASKS["i2v-14B"], SamplingConfig(exact_size=True))
         for line in lines
     ]
-    together = test_end_to_end.pipeline().encode(resolved)
+    together = pipeline().encode(resolved)
     for line, one in zip(lines, together, strict=True):
         assert torch.equal(one.condition, encoded(line, "i2v-14B").condition)
     assert not torch.equal(together[0].condition, together[1].condition)

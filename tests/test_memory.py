@@ -15,10 +15,9 @@ from torch._dynamo.testing import CompileCounter
 
 import wan.models.memory_options
 import wan_generate_video
-from demo.tiny_models import FILES, write_models
 from tests.dit_cases import CPU, DEVICES, SPEC, arguments, lora_gradients, random_dit, velocity, with_lora
 from tests.helpers import rel_l2
-from tests.photos import write_pairs
+from tests.project import ENCODERS, model_flags
 from utils.errors import ConfigError
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
@@ -267,20 +266,15 @@ def test_recomputing_keeps_the_inputs_of_blocks_only(trainable):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("generate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
-        write_pairs(Path("data"), ["cat"])
-        write_models(Path("models"))
-    return path
+def project(new_project):
+    with new_project("cat") as folder:
+        return folder
 
 
 def picture(name, *flags):
-    encoders = [part for kind in ("vae", "t5", "clip") for part in (f"--{kind}", f"models/{FILES[kind]}")]
     wan_generate_video.main(
         [
-            *("--dit", f"models/{FILES['i2v']}", *encoders, "--t5_tokenizer", f"models/{FILES['tokenizer']}"),
+            *(*model_flags("i2v"), *ENCODERS),
             *("--prompt", "a cat", "--control_image_path", "data/start/cat.png", "--seed", "7", "--infer_steps", "2"),
             *("--one_frame_inference", "control_index=0,target_index=1", "--video_size", "48", "48"),
             *("--device", "cpu", "--dit_dtype", "float32", "--output_type", "latent", "--save_path", name, *flags),
@@ -290,8 +284,7 @@ def picture(name, *flags):
     return path
 
 
-def test_generation_takes_the_options(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_generation_takes_the_options(workspace):
     latent = {
         name: load_file(picture(name, *flags))["latent"]
         for name, flags in {

@@ -17,8 +17,7 @@ import wan.generation.run
 import wan.training.run
 import wan_generate_video
 from dataset.loader import BucketCount
-from tests import test_end_to_end
-from tests.test_end_to_end import from_lines, generate, train
+from tests.project import MODELS, from_lines, generate, train
 from tests.test_preview import FLAGS
 from utils.errors import ConfigError
 from wan.lora.options import NetworkConfig
@@ -30,7 +29,7 @@ from wan.models.plan import Choice, Plan, Room, plan_generation, plan_t5, plan_t
 from wan.nets.spec import DiTSpec
 from wan.training.step import TrainingStep
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 GB = 1e9
 DIT_14B = types.SimpleNamespace(
     spec=DiTSpec("i2v", 5120, 13824, 40, 36, 4096, 1280), stored_dtype=torch.bfloat16, dtype=torch.bfloat16
@@ -245,7 +244,7 @@ def test_the_recipe_names_what_was_chosen(monkeypatch):
 
 @pytest.fixture
 def room_for_less_than_t5(monkeypatch):
-    t5 = T5Config(Path(test_end_to_end.ENCODERS["t5"]))
+    t5 = T5Config(Path(MODELS["t5"]))
     bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.t5, weights_only=True).values())
     assert t5.size(torch.device("cpu")) == bytes_in_float32
     monkeypatch.setattr(Room, "on", lambda device: Room(bytes_in_float32 - 1, math.inf))
@@ -253,7 +252,7 @@ def room_for_less_than_t5(monkeypatch):
 
 
 def test_t5_stays_as_it_is_where_it_fits(room_for_less_than_t5):
-    config, cpu = T5Config(Path(test_end_to_end.ENCODERS["t5"])), torch.device("cpu")
+    config, cpu = T5Config(Path(MODELS["t5"])), torch.device("cpu")
     assert plan_t5(config, cpu, Room(room_for_less_than_t5, 0)) == config
     assert plan_t5(config, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(config, fp8_t5=True)
     assert replace(config, t5_dtype="bf16").size(cpu) == room_for_less_than_t5 // 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from demo.tiny_models import FILES, write_models
 from tests.option_runs import SCRIPTS, run, words
-from tests.photos import write_pairs
+from tests.project import dataset_toml
 from tests.test_options import visible
 from utils import cli
 from utils.errors import ConfigError
@@ -23,18 +23,6 @@ from wan.training.timesteps import NoiseConfig
 
 # --- A case: what is given beside the base arguments, then the option's value, and where to look (keys of `run`).
 
-TOML = """
-[general]
-resolution = [32, 32]
-caption_extension = ".txt"
-batch_size = {batch_size}
-[[datasets]]
-image_directory = "data/target"
-control_directory = "data/start"
-cache_directory = "{cache}"
-fp_1f_clean_indices = [0]
-fp_1f_target_index = {target}
-"""
 PROMPT = "a {} --ci data/start/cat.png --of control_index=0,target_index=1 --w 48 --h 32 --s 3 --d 7"
 SAMPLES = "--sample_prompts a.txt --sample_at_first"
 EPOCHS = "--gradient_accumulation_steps 2 --max_train_epochs 3 --save_every_n_epochs 1"
@@ -256,18 +244,15 @@ class SummaryWriter:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
+def runs(new_project):
     """The folder that runs start in, and what runs there have shown so far.
 
     In it: two sets of models, caches of two items, a trained LoRA with its states, and stand-ins for the packages of
     the logs.
     """
-    folder = tmp_path_factory.mktemp("options")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat", "coffee"])
-        for seed, models in enumerate(("models", "more")):
-            write_models(Path(models), seed)
+    with new_project("cat", "coffee") as folder:
+        write_models(Path("more"), 1)
+        for models in ("models", "more"):
             dit = Path(models, FILES["i2v"])
             save_file({name: tensor.float() for name, tensor in load_file(dit).items()}, dit)
         tokenizer = Path("more/tokenizer/tokenizer.json")
@@ -276,7 +261,8 @@ def workspace(tmp_path_factory):
             *(("data", 1, "cache", 1), ("far", 1, "cache", 7)),
             *(("fill", 2, "output_cache", 1), ("other", 2, "output_other", 1)),
         ):
-            Path(f"{name}.toml").write_text(TOML.format(batch_size=size, cache=cache, target=target))
+            keys = f"fp_1f_clean_indices = [0]\nfp_1f_target_index = {target}"
+            dataset_toml(name, keys=keys, cache=cache, size=(32, 32), batch_size=size)
         Path("more.toml").write_text("network_alpha = 4")
         Path("wandb.toml").write_text('[wandb]\ntags = ["cats"]')
         Path("a.txt").write_text(PROMPT.format("cat"))
@@ -293,9 +279,9 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture
-def seen(workspace, monkeypatch):
+def seen(runs, monkeypatch):
     """(script, arguments) -> what a run with them shows, each run once."""
-    folder, known = workspace
+    folder, known = runs
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder / "site")
     tensorboard = types.ModuleType("torch.utils.tensorboard")

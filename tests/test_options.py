@@ -1,7 +1,7 @@
 """Every flag of musubi-tuner is known to each script: as an option, or refused or ignored with a reason."""
 
 import argparse
-import re
+import json
 
 import pytest
 
@@ -9,7 +9,7 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
 import wan_train_network
-from tests.helpers import SHARED
+from tests.helpers import RECORDINGS
 from utils import cli
 
 SCRIPTS = {
@@ -107,17 +107,11 @@ def test_a_script_has_the_options_of_the_table_and_no_others(script):
         assert all(len(action.const.split()) >= 4 for action in actions)  # a reason
 
 
-@pytest.mark.skipif(not (SHARED / "spec/cli.md").is_file(), reason="the spec is not beside this checkout")
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_table_holds_every_flag_of_the_spec_and_tier_1_works(script):
-    section = re.search(
-        rf"^## \d {script}\.py$(.*?)^## ", (SHARED / "spec/cli.md").read_text(encoding="utf-8"), re.M | re.S
-    )[1]
-    found = {}
-    for cells in (line.split("|") for line in section.splitlines() if line.startswith("| `--")):
-        found |= dict.fromkeys(re.findall(r"--(\w+)", cells[1]), int(cells[-2]))
-    assert set(found) == set(names(script, "works", "refused", "ignored"))
-    assert {name for name, tier in found.items() if tier == 1} <= set(names(script, "works"))
+def test_the_table_holds_every_flag_of_the_reference_and_those_of_one_frame_work(script):
+    recorded = json.loads((RECORDINGS / "musubi_tuner_flags.json").read_text(encoding="utf-8"))[script]
+    assert sorted(recorded["one_frame"] + recorded["other"]) == sorted(names(script, "works", "refused", "ignored"))
+    assert set(recorded["one_frame"]) <= set(names(script, "works"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

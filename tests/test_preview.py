@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import wan.generation.run
-from tests import test_end_to_end
 from tests.dit_cases import CPU
-from tests.test_end_to_end import I2V, generate, train
+from tests.project import I2V, generate, pipeline, train
 from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
 from wan.generation import sampling
@@ -22,7 +21,7 @@ from wan.generation.pipeline import Pipeline, denoise, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
 from wan.nets.dit import pad_text
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = [
     *("--control_image_path", "data/start/cat.png", "--prompt", "a", "--seed", "3", "--infer_steps", "4"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--video_size", "32", "48"),
@@ -175,7 +174,7 @@ def test_a_picture_that_fails_leaves_its_preview(monkeypatch):
 def test_the_fit_sees_the_control_images(monkeypatch):
     seen = []
     monkeypatch.setattr(LatentPreview, "fit", lambda pixels, latents: seen.append((pixels, latents)))
-    line: Pipeline = test_end_to_end.pipeline()
+    line: Pipeline = pipeline()
     request = resolved()
     line.fit_preview([request, request])
     ((pixels, latents),) = seen

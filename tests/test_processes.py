@@ -17,12 +17,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import wan_cache_latents
-import wan_cache_text_encoder_outputs
 import wan_train_network
-from demo.tiny_models import FILES, write_models
 from tests.helpers import rel_l2
-from tests.photos import write_pairs
+from tests.project import ENCODERS, LATENT_MODELS, TEXT_MODELS, cache_latents, cache_texts, dataset_toml, model_flags
 from tests.two_processes import ROOT, SECONDS, finish, run_jobs, start
 from utils.errors import ConfigError
 from wan.models import device
@@ -30,10 +27,9 @@ from wan.models.device import DeviceConfig
 from wan.training import start as training_start
 from wan.training.state import load_state
 
+pytestmark = pytest.mark.usefixtures("workspace")
 PHOTOS = ["astronaut", "brick", "cat", "coffee"]
-ENCODERS = [part for kind in ("vae", "clip") for part in (f"--{kind}", f"models/{FILES[kind]}")]
-TEXT_ENCODER = ["--t5", f"models/{FILES['t5']}", "--t5_tokenizer", f"models/{FILES['tokenizer']}"]
-SAMPLES = [*ENCODERS, *TEXT_ENCODER, "--sample_prompts", "prompts.txt", "--sample_at_first"]
+SAMPLES = [*ENCODERS, "--sample_prompts", "prompts.txt", "--sample_at_first"]
 # Steps of four items and all that needs several processes to agree.
 EVERYTHING = [
     *("--gradient_accumulation_steps", "2", "--scale_weight_norms", "0.01", "--save_state", "--save_every_n_steps"),
@@ -44,24 +40,20 @@ EVERYTHING = [
 
 def dataset(name: str, batch_size: int, cache: str = "cache") -> None:
     """12 items after repetition."""
-    Path(f"{name}.toml").write_text(
-        f'[general]\nresolution = [32, 32]\ncaption_extension = ".txt"\nbatch_size = {batch_size}\n[[datasets]]\n'
-        'image_directory = "data/target"\ncontrol_directory = "data/start"\nnum_repeats = 3\n'
-        f'cache_directory = "{cache}"\n'
-    )
+    dataset_toml(name, keys="num_repeats = 3", cache=cache, size=(32, 32), batch_size=batch_size)
 
 
 def caching(name: str, *flags: str) -> list[tuple[str, list[str]]]:
     common = ["--dataset_config", f"{name}.toml", "--device", "cpu", *flags]
     return [
-        ("wan_cache_latents", [*common, *ENCODERS, "--one_frame"]),
-        ("wan_cache_text_encoder_outputs", [*common, *TEXT_ENCODER]),
+        ("wan_cache_latents", [*common, *LATENT_MODELS, "--one_frame"]),
+        ("wan_cache_text_encoder_outputs", [*common, *TEXT_MODELS]),
     ]
 
 
 def arguments(output: str, *flags: str, steps: int, data: str = "one") -> list[str]:
     return [
-        *("--dit", f"models/{FILES['i2v']}", "--dit_dtype", "float32", "--device", "cpu"),
+        *(*model_flags("i2v"), "--dit_dtype", "float32", "--device", "cpu"),
         *("--dataset_config", f"{data}.toml", "--network_dim", "2", "--learning_rate", "1e-3"),
         *("--lr_scheduler", "cosine", "--timestep_sampling", "sigmoid", "--num_timestep_buckets", "4"),
         *("--seed", "5", "--max_train_steps", str(steps), "--max_data_loader_n_workers", "0"),
@@ -117,35 +109,22 @@ def pictures(output: str, when: str) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), PHOTOS)
-        write_models(Path("models"))
+def project(new_project):
+    with new_project(*PHOTOS) as folder:
         size = "--w 32 --h 32 --s 2 --d 7 --of control_index=0,target_index=1"
         Path("prompts.txt").write_text("\n".join(f"a picture --ci data/start/{name}.png {size}" for name in PHOTOS[:3]))
         dataset("one", 1)
         dataset("two", 2)
-        (_, latents), (_, texts) = caching("two")
-        wan_cache_latents.main(latents)
-        wan_cache_text_encoder_outputs.main(texts)
-        yield folder
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
+        cache_latents("two.toml")
+        cache_texts("two.toml")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def ddp(_folder):
+def ddp(project):
     """The folder after all that two processes do with a copy of the model in each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(_folder)
+        patch.chdir(project)
         dataset("shared", 2, cache="shared")
         Path("shared").mkdir()
         dataset("repaired", 2, cache="repaired")
@@ -166,7 +145,7 @@ def ddp(_folder):
                 training_job("ddp_resumed", *EVERYTHING, "--resume", "ddp_all/run-step00000002-state", steps=5),
             ]
         )
-    return _folder
+    return project
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests import test_end_to_end
 from tests.dit_cases import CPU, SPEC, random_dit
-from tests.test_end_to_end import ENCODERS, generate, pipeline
+from tests.project import MODELS, generate, pipeline
 from utils.errors import ConfigError
 from utils.images import open_image
 from wan.files.load import load_vae
@@ -25,7 +24,7 @@ from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
 from wan.nets.dit import pad_text
 
-_folder, workspace = test_end_to_end._folder, test_end_to_end.workspace  # fixtures
+pytestmark = pytest.mark.usefixtures("workspace")
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"
 
 
@@ -172,7 +171,7 @@ def test_causal_frames_are_grey_ones_of_one_video():
     start = frame_pixels(open_image("data/start/cat.png", "test"), (request.width, request.height))
     video = torch.zeros(3, 1 + 4 * 4, *start.shape[1:])
     video[:, 0] = start
-    vae = load_vae(ENCODERS["vae"], torch.float32, CPU)
+    vae = load_vae(MODELS["vae"], torch.float32, CPU)
     assert torch.equal(condition[4:], encode_video(vae, video))
     assert (condition[:4, 0] == 1).all() and not condition[:4, 1:].any()
     plain = pipeline().encode([resolved(",layout=causal")])[0].condition

@@ -15,18 +15,13 @@ from safetensors.torch import save_file
 
 import wan.files.load
 import wan_generate_video
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import I2V_KINDS, MODELS, model_flags, pixels
 from utils.errors import ConfigError
 from wan import __version__
 from wan.generation import recipe
 
 ODD = "Bilder 'ünd' 画像 🐈"  # a folder
-MODELS = {kind: f"models/{FILES[kind]}" for kind in ("i2v", "vae", "t5", "clip", "tokenizer")}
-COMMON = [
-    *("--dit", MODELS["i2v"], "--vae", MODELS["vae"], "--t5", MODELS["t5"], "--clip", MODELS["clip"]),
-    *("--t5_tokenizer", MODELS["tokenizer"], "--device", "cpu"),
-]
+COMMON = [*model_flags(*I2V_KINDS), "--device", "cpu"]
 BASE = [
     *("--control_image_path", f"{ODD}/cat.png", "--one_frame_inference", "control_index=0,target_index=1"),
     *("--video_size", "48", "64", "--infer_steps", "2"),
@@ -36,13 +31,9 @@ LORA = ["--lora_weight", f"{ODD}/my lora.safetensors", "--lora_multiplier", "0.5
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat", "coffee"])
+def project(new_project):
+    with new_project("cat", "coffee") as folder:
         shutil.copytree("data/start", ODD)
-        write_models(Path("models"))
         name = "lora_unet_blocks_0_self_attn_q"
         torch.manual_seed(0)
         lora = {f"{name}.lora_down.weight": torch.randn(2, 256), f"{name}.lora_up.weight": torch.randn(256, 2)}
@@ -51,11 +42,9 @@ def _folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
+def nothing_made(workspace):
     for path in ("out", "again"):
         shutil.rmtree(path, ignore_errors=True)
-    return _folder
 
 
 def generate(folder: str, *flags: str) -> list[Path]:
@@ -68,11 +57,6 @@ def repeated(path: Path, *flags: str) -> Path:
     shutil.rmtree("again", ignore_errors=True)
     (made,) = generate("again", "--recipe", str(path), "--device", "cpu", *flags)
     return made
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def content(path: Path) -> tuple[list[float], dict[str, str]]:
@@ -143,7 +127,7 @@ def test_a_recipe_holds_no_time_and_no_place_of_the_result():
     found = json.loads(str(recipe.read(path)))
     assert found.keys() == {"options", "files", "made_by"} and "out" not in found["options"].values()
     assert found["made_by"] == {"wan-one-frame": __version__, "torch": torch.__version__, "device": "cpu"}
-    assert found["files"].keys() == {*MODELS.values(), f"{ODD}/cat.png"}
+    assert found["files"].keys() == {*(MODELS[kind] for kind in I2V_KINDS), f"{ODD}/cat.png"}
     assert all(len(value) == 16 for value in found["files"].values())
 
 
@@ -182,7 +166,7 @@ def test_a_file_that_is_gone_is_named_and_a_model_can_come_from_a_release_folder
         assert "--vae is missing" in one_line(path) and f"--vae {MODELS['vae']} is not there any more" in caplog.text
         assert pixels(repeated(path, "--ckpt_dir", "moved")) == pixels(path)
     finally:
-        shutil.move(Path("moved") / FILES["vae"], "models")
+        shutil.move(Path("moved") / Path(MODELS["vae"]).name, "models")
     shutil.move(f"{ODD}/cat.png", "moved")
     try:
         assert "its --control_image_path" in one_line(path)
@@ -254,8 +238,3 @@ def test_every_option_is_in_recipes_or_makes_no_difference_to_a_picture():
     actions = wan_generate_video.build_parser()._actions
     options = {action.dest for action in actions if action.help != argparse.SUPPRESS and action.dest != "help"}
     assert options - elsewhere == recipe._OPTIONS
-
-
-def test_the_version_is_that_of_the_project():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'\nversion = "{__version__}"\n' in text

@@ -13,11 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import wan_cache_latents
-import wan_cache_text_encoder_outputs
 import wan_train_network
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import cache, dataset_toml, model_flags
 from tests.test_graphs import Rerun
 from utils.cli import Stopped
 from utils.errors import ConfigError
@@ -28,43 +25,20 @@ from wan.training.state import load_state
 from wan.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
-TOML = """
-[general]
-resolution = [32, 32]
-caption_extension = ".txt"
-batch_size = 2
-[[datasets]]
-image_directory = "data/target"
-control_directory = "data/start"
-cache_directory = "cache"
-num_repeats = 3
-"""  # 5 photographs, 15 items, 8 batches
+pytestmark = pytest.mark.usefixtures("workspace")
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["astronaut", "brick", "cat", "coffee", "coins"])
-        write_models(Path("models"))
-        Path("data.toml").write_text(TOML)
-        common = ["--dataset_config", "data.toml", "--device", "cpu"]
-        encoders = ["--vae", f"models/{FILES['vae']}", "--clip", f"models/{FILES['clip']}"]
-        wan_cache_latents.main([*common, *encoders, "--one_frame"])
-        tokenizer = ["--t5_tokenizer", f"models/{FILES['tokenizer']}"]
-        wan_cache_text_encoder_outputs.main([*common, "--t5", f"models/{FILES['t5']}", *tokenizer])
+def project(new_project):
+    """5 photographs, 15 items, 8 batches."""
+    with new_project("astronaut", "brick", "cat", "coffee", "coins") as folder:
+        cache(dataset_toml("data", keys="num_repeats = 3", cache="cache", size=(32, 32)))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
 
 
 def arguments(output: str, *flags: str, steps: int = 40) -> list[str]:
     return [
-        *("--dit", f"models/{FILES['i2v']}", "--dit_dtype", "float32", "--device", "cpu"),
+        *(*model_flags("i2v"), "--dit_dtype", "float32", "--device", "cpu"),
         *("--dataset_config", "data.toml", "--network_dim", "2", "--network_dropout", "0.1", "--learning_rate", "1e-3"),
         *("--lr_scheduler", "cosine", "--timestep_sampling", "sigmoid", "--num_timestep_buckets", "4"),
         *("--seed", "5", "--max_train_steps", str(steps), "--max_data_loader_n_workers", "0"),

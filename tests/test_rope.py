@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import golden, needs_shared, rel_l2
+from tests.helpers import golden, rel_l2
 from wan.nets.rope import apply_rope, grid_positions, rope_angles
 
 
@@ -55,7 +55,6 @@ def test_position_zero_changes_nothing_and_the_dtype_stays():
     assert torch.equal(rotate(x, torch.zeros(1, 2, 3, dtype=torch.long)), x)
 
 
-@needs_shared
 @pytest.mark.parametrize(
     ("name", "times", "height", "width"),
     [("natural_2_2_3", [0, 1], 2, 3), ("0_8_2_2_3", [0, 8], 2, 3), ("0_5_10_3_2_2", [0, 5, 10], 2, 2)],
@@ -67,7 +66,6 @@ def test_factors_match_the_reference(name, times, height, width):
     assert rel_l2(angles.sin(), reference[f"{name}_imag"][:, 0]) < 1e-12
 
 
-@needs_shared
 def test_angles_match_the_tables_of_the_reference():
     reference = golden("rope")
     for name, rows in (("first64", torch.arange(64)), ("rows", torch.tensor([100, 500, 1023]))):
@@ -76,7 +74,6 @@ def test_angles_match_the_tables_of_the_reference():
         assert rel_l2(angles.sin(), reference[f"table_imag_{name}"]) < 1e-12
 
 
-@needs_shared
 def test_rotated_values_match_the_reference():
     reference = golden("rope")
     positions = grid_positions(torch.tensor([[0, 8]]), 2, 3)

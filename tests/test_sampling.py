@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch.testing import assert_close
 
-from tests.helpers import golden, needs_shared, rel_l2
+from tests.helpers import golden, rel_l2
 from utils.errors import ConfigError
 from wan.generation.sampling import SOLVERS, Schedule, guided, sample, schedule, shifted
 
@@ -16,7 +16,6 @@ def curved(x, timestep, step):
     return torch.sin(1.3 * x + 2 * s) + 0.25 * x - 0.4 * torch.cos(3 * s)
 
 
-@needs_shared
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_schedules_equal_the_recorded_ones_bit_for_bit(solver):
     recorded = golden("samplers")
@@ -27,7 +26,6 @@ def test_schedules_equal_the_recorded_ones_bit_for_bit(solver):
             assert torch.equal(ours.timesteps, recorded[f"{name}_timesteps"].float()), name
 
 
-@needs_shared
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize(("steps", "shift"), [(4, 3), (10, 5), (20, 5), (20, 7)])
 def test_solvers_follow_the_recorded_trajectories(solver, steps, shift):

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 import wan.files.load
 import wan.generation.sweep
 import wan_generate_video
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import ENCODERS, model_flags, pixels
 from utils.errors import ConfigError
 from wan.files.formats import Checkpoint
 from wan.frames import layout
@@ -24,8 +23,7 @@ from wan.models.memory_options import GenerationMemoryConfig
 from wan.models.plan import Choice, Plan, Room
 
 FLAGS = [
-    *(word for kind in ("vae", "t5", "clip") for word in (f"--{kind}", f"models/{FILES[kind]}")),
-    *("--dit", f"models/{FILES['i2v']}", "--t5_tokenizer", f"models/{FILES['tokenizer']}", "--device", "cpu"),
+    *(*model_flags("i2v"), *ENCODERS, "--device", "cpu"),
     *("--prompt", "a cat", "--control_image_path", "data/start/cat.png", "--guidance_scale", "1"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--video_size", "32", "48", "--infer_steps", "2"),
 ]
@@ -34,12 +32,8 @@ LABEL = 14  # pixels, at least, that labels take
 
 
 @pytest.fixture(scope="module")
-def _folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat"])
-        write_models(Path("models"))
+def project(new_project):
+    with new_project("cat") as folder:
         torch.manual_seed(0)
         for file in "ab":
             name = f"lora_unet_blocks_0_self_attn_{'q' if file == 'a' else 'v'}"
@@ -49,8 +43,7 @@ def _folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def workspace(_folder, monkeypatch):
-    monkeypatch.chdir(_folder)
+def nothing_made(workspace):
     for path in ("out", "alone", "again"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -58,11 +51,6 @@ def workspace(_folder, monkeypatch):
 def generate(folder: str, *flags: str) -> list[Path]:
     wan_generate_video.main(["--save_path", folder, *FLAGS, *flags])
     return sorted(Path(folder).iterdir())
-
-
-def pixels(path: Path) -> bytes:
-    with Image.open(path) as image:
-        return image.tobytes()
 
 
 def test_each_picture_is_the_one_that_its_values_make_alone_and_its_recipe_repeats_it():

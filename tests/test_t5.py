@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tests.helpers import GOLDEN, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, golden_path, rel_l2
 from utils.errors import ConfigError
 from wan.files.load import load_t5
 from wan.files.tokenizer import load_tokenizer
@@ -133,13 +133,12 @@ def test_prompts_are_repaired_unescaped_and_single_spaced(text, cleaned):
     assert clean_prompt(text) == cleaned
 
 
-@needs_shared
-def test_recorded_prompts_give_the_recorded_tokens_and_embeddings():
+def test_recorded_prompts_give_the_recorded_tokens_and_embeddings(tiny):
     expected = golden("t5")
-    prompts = json.loads((GOLDEN / "t5_prompts.json").read_text(encoding="utf-8"))[:3]
+    prompts = json.loads(golden_path("t5_prompts.json").read_text(encoding="utf-8"))[:3]
     cases = [*zip("012", prompts, strict=True), ("_empty", "")]
-    tokenizer = load_tokenizer(TINY / "tokenizer")
-    model = load_t5(TINY / "tiny_t5_enc.pth", torch.float32, "cpu")
+    tokenizer = load_tokenizer(tiny["tokenizer"])
+    model = load_t5(tiny["t5"], torch.float32, "cpu")
     embeddings = encode_text(model, tokenizer, [prompt for _, prompt in cases], "cpu")
     for (name, prompt), embedding in zip(cases, embeddings, strict=True):
         tokens = tokenizer(clean_prompt(prompt), padding="max_length", truncation=True, max_length=TEXT_LENGTH)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import golden, needs_shared
+from tests.helpers import golden
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
 from wan.training.timesteps import (
@@ -44,7 +44,6 @@ RECORDED = {
 }
 
 
-@needs_shared
 @pytest.mark.parametrize("case", RECORDED)
 def test_levels_at_given_quantiles_equal_the_recorded_ones(case):
     """The reference tells its network 1000 * t + 1; the mixing shows its t."""
@@ -56,7 +55,6 @@ def test_levels_at_given_quantiles_equal_the_recorded_ones(case):
         assert_close(noisy, recorded[f"{case}_noisy"], atol=3e-6, rtol=0)
 
 
-@needs_shared
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
 def test_sigma_mode_equals_the_reference_for_the_same_draws(scheme):
     """The reference draws from the global generator, for logit_normal a normal number: here its quantile."""
@@ -66,7 +64,6 @@ def test_sigma_mode_equals_the_reference_for_the_same_draws(scheme):
     assert_close(network_timestep(t), golden("train_timesteps")[f"sigma_{scheme}_timesteps"], atol=1e-3, rtol=0)
 
 
-@needs_shared
 @pytest.mark.parametrize("case", ["uniform", "sigmoid", "shift3", "logsnr"])
 def test_drawn_levels_are_distributed_like_the_reference_draws(case):
     expected = golden("train_timesteps")[f"hist50_{case}"]
@@ -76,7 +73,6 @@ def test_drawn_levels_are_distributed_like_the_reference_draws(case):
     assert ((drawn - expected).abs() <= 6 * (drawn + expected + 1).sqrt()).all()
 
 
-@needs_shared
 @pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
 def test_loss_weights_equal_the_recorded_ones(scheme):
     recorded = golden("train_timesteps")

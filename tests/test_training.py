@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import TINY, needs_shared, rel_l2
+from tests.helpers import rel_l2
 from utils.randomness import seeded
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
@@ -81,9 +81,8 @@ def test_a_fixed_pair_noise_and_timestep_can_be_learned(base):
     assert losses[-1] < losses[0] / 5, losses[::50]
 
 
-@needs_shared
-def test_a_fixed_pair_can_be_learned_by_the_tiny_checkpoint():
-    dit = load_dit(TINY / "tiny_dit_i2v.safetensors", torch.float32, "cpu").train()
+def test_a_fixed_pair_can_be_learned_by_the_tiny_checkpoint(tiny):
+    dit = load_dit(tiny["i2v"], torch.float32, "cpu").train()
     network = inject_lora_(dit, NetworkConfig(network_dim=16, network_alpha=16), generator=seeded("weights"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     tensors, losses = inputs(), []

@@ -1,6 +1,5 @@
 """The VAE against diffusers, exact answers and the reference, in float32."""
 
-import json
 import re
 
 import pytest
@@ -9,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from torch.testing import assert_close
 
-from tests.helpers import MANIFESTS, TINY, golden, needs_shared, rel_l2
+from tests.helpers import golden, manifest_shapes, rel_l2
 from utils.errors import ConfigError
 from wan.nets.vae import VAE_MEAN, VAE_STD, CausalConv3d, WanVAE, vae_base_dim
 
@@ -166,24 +165,22 @@ def test_the_base_dim_is_read_from_the_shapes_and_other_files_are_refused():
             vae_base_dim(other)
 
 
-@needs_shared
 def test_names_and_shapes_are_those_of_the_published_checkpoint():
-    published = {key: tuple(shape) for key, (shape, _) in json.loads((MANIFESTS / "vae.json").read_text()).items()}
+    published = manifest_shapes("vae")
     with torch.device("meta"):
         vae = WanVAE(vae_base_dim(published))
     assert {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()} == published
 
 
 @pytest.fixture(scope="module")
-def tiny_vae():
-    state = torch.load(TINY / "tiny_vae.pth", weights_only=True)
+def tiny_vae(tiny):
+    state = torch.load(tiny["vae"], weights_only=True)
     with torch.device("meta"):
         vae = WanVAE(vae_base_dim({key: tuple(tensor.shape) for key, tensor in state.items()}))
     vae.load_state_dict(state, strict=True, assign=True)
     return vae.eval()
 
 
-@needs_shared
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["image", "video"])
 def test_latents_match_the_reference(tiny_vae, name):
@@ -191,13 +188,11 @@ def test_latents_match_the_reference(tiny_vae, name):
     assert rel_l2(tiny_vae.encode(reference[name][None])[0], reference[f"{name}_latent"]) < 1e-5
 
 
-@needs_shared
 @torch.no_grad()
 def test_the_latent_of_zeros_matches_the_reference(tiny_vae):
     assert rel_l2(tiny_vae.encode(torch.zeros(1, 3, 1, 64, 96))[0], golden("vae")["black_latent_64x96"]) < 1e-5
 
 
-@needs_shared
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["z1", "image_latent", "z2", "video_latent"])
 def test_pixels_match_the_reference(tiny_vae, name):

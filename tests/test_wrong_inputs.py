@@ -13,45 +13,21 @@ import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_generate_video
 import wan_train_network
-from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
+from tests.project import ENCODERS, LATENT_MODELS, MODELS, TEXT_MODELS, dataset_toml, model_flags
 from utils import cli
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 
-M = {kind: f"models/{name}" for kind, name in FILES.items()}
-TOML = """
-[general]
-resolution = [48, 48]
-caption_extension = ".txt"
-[[datasets]]
-image_directory = "data/target"
-control_directory = "data/start"
-cache_directory = "cache"
-fp_1f_clean_indices = [0]
-fp_1f_target_index = 1
-"""
-CACHE = ["--dataset_config", "data.toml", "--vae", M["vae"], "--clip", M["clip"], "--one_frame", "--device", "cpu"]
-TEXT = ["--dataset_config", "data.toml", "--t5", M["t5"], "--t5_tokenizer", M["tokenizer"], "--device", "cpu"]
-ENCODERS = [
-    "--vae",
-    M["vae"],
-    "--clip",
-    M["clip"],
-    "--t5",
-    M["t5"],
-    "--t5_tokenizer",
-    M["tokenizer"],
-    "--device",
-    "cpu",
-]
+CACHE = ["--dataset_config", "data.toml", *LATENT_MODELS, "--one_frame", "--device", "cpu"]
+TEXT = ["--dataset_config", "data.toml", *TEXT_MODELS, "--device", "cpu"]
 TRAIN = [
-    *("--dit", M["i2v"], "--task", "i2v-14B", "--dataset_config", "data.toml", *ENCODERS),
+    *(*model_flags("i2v"), *ENCODERS, "--device", "cpu", "--task", "i2v-14B", "--dataset_config", "data.toml"),
     *("--output_dir", "output", "--output_name", "x", "--sample_prompts", "prompts.txt", "--seed", "1"),
 ]
 CONTROL = ["--control_image_path", "data/start/cat.png"]
 GENERATE = [
-    *("--dit", M["i2v"], *ENCODERS, "--prompt", "a cat", *CONTROL, "--image_path", "data/start/cat.png"),
+    *(*model_flags("i2v"), *ENCODERS, "--device", "cpu", "--prompt", "a cat"),
+    *(*CONTROL, "--image_path", "data/start/cat.png"),
     *("--one_frame_inference", "control_index=0,target_index=1", "--save_path", "out", "--video_size", "48", "48"),
 ]
 SCRIPTS = {
@@ -64,13 +40,9 @@ NO_CACHES = "no caches made"
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory):
+def project(new_project):
     """Everything right, caches included; each case gets a copy and breaks one thing."""
-    folder = tmp_path_factory.mktemp("right")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write_pairs(Path("data"), ["cat", "coffee"])
-        write_models(Path("models"))
+    with new_project("cat", "coffee") as folder:
         spec = DiTSpec("t2v", dim=128, ffn_dim=128, num_layers=1, in_dim=16, text_dim=64)
         torch.manual_seed(0)
         save_file(WanDiT(spec).state_dict(), "models/t2v.safetensors")
@@ -81,7 +53,7 @@ def template(tmp_path_factory):
         save_file(
             lora | {"lora_unet_blocks_0_self_attn_q.lora_up.weight": torch.zeros(64, 2)}, "models/lora.safetensors"
         )
-        Path("data.toml").write_text(TOML)
+        dataset_toml("data", keys="fp_1f_clean_indices = [0]\nfp_1f_target_index = 1", cache="cache", batch_size=1)
         Path("prompts.txt").write_text("a --ci data/start/cat.png --of control_index=0,target_index=1 --w 48 --h 48\n")
         wan_cache_latents.main(CACHE)
         wan_cache_text_encoder_outputs.main(TEXT)
@@ -138,14 +110,14 @@ CASES = [
     ("cache", flags("--dataset_config", "none.toml"), ["none.toml", "does not exist"]),
     ("cache", flags("--vae", "models/none.pth"), ["--vae", "models/none.pth", "does not exist"]),
     ("cache", flags("--clip", "models"), ["--clip", "folder"]),
-    ("cache", flags("--vae", M["t5"]), ["--vae", "no Wan2.1 VAE"]),
+    ("cache", flags("--vae", MODELS["t5"]), ["--vae", "no Wan2.1 VAE"]),
     ("cache", flags("--batch_size", "none"), ["--batch_size", "none"]),
     ("cache", flags("--batch_size", "0"), ["--batch_size 0"]),
     ("cache", flags("--vae_dtype", "bf61"), ["--vae_dtype", "bf61", "did you mean 'bf16'"]),
     ("cache", flags("--device", "quantum"), ["--device", "quantum"]),
     ("cache", flags("--debug_mode", "image"), ["--debug_mode", "not supported"]),
     ("cache", flags("--skip_exsting"), ["--skip_exsting", "did you mean '--skip_existing'"]),
-    ("cache", truncate(M["clip"]), ["--clip", "damaged"]),
+    ("cache", truncate(MODELS["clip"]), ["--clip", "damaged"]),
     ("cache", write("data.toml", "[general\n"), ["data.toml"]),
     ("cache", edit("data.toml", "resolution", "resolutoin"), ["resolutoin", "did you mean 'resolution'"]),
     ("cache", edit("data.toml", "[48, 48]", '"48"'), ["resolution", "48"]),
@@ -171,13 +143,13 @@ CASES = [
     ("cache", lambda: [path.unlink() for path in Path("data/target").iterdir()], ["data/target", "no"]),
     ("text", flags("--t5", "models/none.pth"), ["--t5", "does not exist"]),
     ("text", flags("--t5_tokenizer", "models"), ["--t5_tokenizer models", "tokenizer.json"]),
-    ("text", flags("--t5", M["clip"]), ["--t5", "no umT5 encoder"]),
+    ("text", flags("--t5", MODELS["clip"]), ["--t5", "no umT5 encoder"]),
     ("train", flags("--dit", "models/t2v.safetensors"), ["--task i2v-14B", "t2v model"]),
     ("train", flags("--task", "flf2v-14B"), ["--task flf2v-14B", "i2v model"]),
     ("train", flags("--task", "i2v-A14B"), ["--task i2v-A14B", "Wan2.2"]),
     ("train", flags("--task", "i2v-15B"), ["--task i2v-15B", "i2v-14B"]),
-    ("train", truncate(M["i2v"]), ["--dit", "damaged"]),
-    ("train", drop_tensor(M["i2v"], "blocks.1.norm3.bias"), ["--dit", "1 missing", "blocks.1.norm3.bias"]),
+    ("train", truncate(MODELS["i2v"]), ["--dit", "damaged"]),
+    ("train", drop_tensor(MODELS["i2v"], "blocks.1.norm3.bias"), ["--dit", "1 missing", "blocks.1.norm3.bias"]),
     ("train", flags("--learning_rate", "-1"), ["--learning_rate -1"]),
     ("train", flags("--max_train_steps", "0"), ["--max_train_steps 0"]),
     ("train", flags("--network_module", "networks.lora"), ["--network_module networks.lora", "did you mean"]),
@@ -257,10 +229,10 @@ CASES = [
     ("generate", flags("--dit", "models/t2v.safetensors"), ["text-to-video", "i2v-14B"]),
     ("generate", flags("--ckpt_dir", "data"), ["--ckpt_dir data", "holds no file"]),
     ("generate", flags("--save_merged_model", "merged.pth"), ["--save_merged_model merged.pth", ".safetensors"]),
-    ("generate", flags("--latent_path", M["vae"]), ["--latent_path"]),
+    ("generate", flags("--latent_path", MODELS["vae"]), ["--latent_path"]),
     ("generate", flags("--recipe", "none.png"), ["--recipe none.png", "does not exist"]),
     ("generate", flags("--recipe", "data/start/cat.png"), ["--recipe data/start/cat.png", "holds no recipe"]),
-    ("generate", flags("--recipe", M["i2v"]), ["--recipe", "holds no recipe"]),
+    ("generate", flags("--recipe", MODELS["i2v"]), ["--recipe", "holds no recipe"]),
     ("generate", flags("--seed", "99999999999999999999"), ["seed 99999999999999999999", "digits"]),
     ("generate", flags("--guidance_scale", "nan"), ["guidance scale nan"]),
     ("generate", flags("--prompt", "a \udcff"), ["character 2 of the prompt"]),
@@ -272,10 +244,8 @@ CASES = [
 
 @pytest.mark.parametrize(("script", "mistake", "words"), CASES, ids=lambda value: str(value)[:60])
 def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
-    template, tmp_path, monkeypatch, capsys, script, mistake, words
+    copied_workspace, monkeypatch, capsys, script, mistake, words
 ):
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     for name in ("load_dit", "load_vae", "load_t5", "load_clip"):
         monkeypatch.setattr(wan.files.load, name, lambda *_args, **_more: pytest.fail("weights were loaded"))
     main, argv = SCRIPTS[script]
@@ -283,7 +253,7 @@ def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
         mistake()
     elif "--latent_path" in mistake or "--interactive" in mistake:
         argv = [part for part in argv if part not in ("--prompt", "a cat")]
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in copied_workspace.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as exit_, monkeypatch.context() as patch:
         patch.setattr("sys.argv", ["script", *argv, *(mistake if isinstance(mistake, list) else [])])
         cli.run(main)
@@ -293,10 +263,8 @@ def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
     assert "Traceback" not in lines[0] and not [path for path in before if not path.exists()]
 
 
-def test_the_template_of_the_table_is_right(template, tmp_path, monkeypatch):
+def test_the_project_of_the_table_is_right(copied_workspace):
     """Each script runs on it: what the cases report comes from their one mistake."""
-    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     wan_cache_latents.main(CACHE)
     wan_cache_text_encoder_outputs.main(TEXT)
     wan_train_network.main([*TRAIN, "--max_train_steps", "1", "--max_data_loader_n_workers", "0"])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
+from wan.nets.spec import TIME_STRIDE
 from wan.nets.tokens import FrameSizes
-from wan.nets.vae import TIME_STRIDE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which Wan2.1 model a checkpoint is, read from its keys and shapes, and the defaults of each task."""
+"""Constants of the Wan2.1 networks, and the dimensions of a DiT, read from the names and shapes of a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +8,13 @@ from utils.errors import ConfigError
 
 TEXT_LENGTH = 512  # text tokens the DiT sees, padding included
 CLIP_TOKENS = 257  # tokens of one CLIP image: the class token and 16 x 16 patches
+LATENT_CHANNELS = 16  # of the VAE, and of what the DiT predicts
 VAE_STRIDE = 8  # pixels per latent pixel, each side
+TIME_STRIDE = 4  # video frames per latent frame, but for the first, which holds one
+MASK_CHANNELS = TIME_STRIDE  # of a condition, in front of its latents: one per video frame of a latent frame, 1 = given
 PATCH = (1, 2, 2)  # latent frames, rows and columns per token
 HEAD_DIM = 128  # in every published Wan model
+TRAINING_TIMESTEPS = 1000  # noise levels of Wan's training: the DiT is told 1000 times the noise level
 
 ModelType = Literal["t2v", "i2v", "flf2v"]
 CLIP_IMAGES: dict[ModelType, int] = {"t2v": 0, "i2v": 1, "flf2v": 2}
@@ -24,10 +28,10 @@ class DiTSpec:
     dim: int
     ffn_dim: int
     num_layers: int
-    in_dim: int  # 16 noisy latent channels; i2v and flf2v add 4 mask and 16 conditioning channels
+    in_dim: int  # noisy latent channels; i2v and flf2v add mask channels and the latent channels of the condition
     text_dim: int
     image_dim: int | None = None  # width of the CLIP features; None without an image embedding
-    out_dim: int = 16
+    out_dim: int = LATENT_CHANNELS
     freq_dim: int = 256
     eps: float = 1e-6
 
@@ -71,13 +75,18 @@ class DiTSpec:
 
 
 def _refuse_other_families(in_dim: int, out_dim: int, has_image: bool, is_vace: bool) -> None:
-    if not is_vace and out_dim == 16 and (in_dim, has_image) in {(16, False), (36, True)}:
+    with_condition = 2 * LATENT_CHANNELS + MASK_CHANNELS
+    if (
+        not is_vace
+        and out_dim == LATENT_CHANNELS
+        and (in_dim, has_image) in {(LATENT_CHANNELS, False), (with_condition, True)}
+    ):
         return
     if is_vace:
         kind = "a VACE model"
-    elif out_dim != 16:
+    elif out_dim != LATENT_CHANNELS:
         kind = f"a model with {out_dim} latent channels, such as Wan2.2 5B,"
-    elif in_dim == 36:
+    elif in_dim == with_condition:
         kind = "a Wan2.2 A14B image-to-video model (no image embedding)"
     elif in_dim == 48:
         kind = "a model with 48 input channels, such as Fun-Control,"

@@ -17,10 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
-from wan.nets.spec import VAE_STRIDE
-
-LATENT_CHANNELS = 16
-TIME_STRIDE = 4
+from wan.nets.spec import LATENT_CHANNELS, TIME_STRIDE, VAE_STRIDE
 
 # Per-channel statistics of the latents (official wan/modules/vae.py).
 # fmt: off
