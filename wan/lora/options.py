@@ -181,13 +181,22 @@ class NetworkConfig:
             raise ConfigError(f"--network_dropout {self.network_dropout}: must be at least 0 and below 1; try 0.1")
         if self.scale_weight_norms is not None and not 0 < self.scale_weight_norms < math.inf:
             raise ConfigError(f"--scale_weight_norms {self.scale_weight_norms}: must be above 0; try 1")
-        for path in (self.network_weights, *self.base_weights):
-            if path is not None:
-                require_file(path, "--network_weights" if path == self.network_weights else "--base_weights")
         self._check_kind()
 
+    def check(self) -> None:
+        """Raise ConfigError unless the files and the package that are asked for are there."""
+        if self.network_weights is not None:
+            require_file(self.network_weights, "--network_weights")
+        for path in self.base_weights:
+            require_file(path, "--base_weights")
+        if self.kind != "lora" and find_spec("lycoris") is None:
+            raise ConfigError(
+                f"--network_module {self.network_module}: needs the package lycoris-lora; "
+                "pip install lycoris-lora, or use networks.lora_wan"
+            )
+
     def _check_kind(self) -> None:
-        """What the kinds of networks do not share."""
+        """Refuse settings that other kinds of networks have and this one lacks."""
         for key in fields(NetworkArguments):
             kinds = key.metadata["kinds"]
             if key.name in self.arguments and kinds and self.kind not in kinds:
@@ -198,11 +207,6 @@ class NetworkConfig:
             raise ConfigError("--dim_from_weights needs --network_weights, the file that it takes the ranks from")
         if self.kind == "lora":
             return
-        if find_spec("lycoris") is None:
-            raise ConfigError(
-                f"--network_module {self.network_module}: needs the package lycoris-lora; "
-                "pip install lycoris-lora, or use networks.lora_wan"
-            )
         for flag, given in (("--network_dropout", self.network_dropout), ("--dim_from_weights", self.dim_from_weights)):
             if given:
                 raise ConfigError(f"{flag}: is for networks.lora_wan, not for {self.kind}; leave it out")

@@ -58,6 +58,9 @@ class OptimizerConfig:
                 "use --lr_scheduler constant_with_warmup"
             )
         _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
+
+    def check(self) -> None:
+        """Raise ConfigError unless the optimizer is there and takes its arguments. Cheap: before anything loads."""
         build_optimizer(self, [{"params": [torch.zeros(1, requires_grad=True)]}])
 
 

@@ -109,6 +109,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
 
 def show_timesteps(options: TrainingOptions, mode: str) -> None:
     """Draw the noise levels that a run with these options would train at."""
+    options.noise.check()
     width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
     show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
@@ -120,6 +121,9 @@ def _check(
     """The task and the sample requests; headers of all files that will be needed have been looked at."""
     task = models.dit.check()
     options.run.compute_dtype(models.dit)
+    options.network.check()
+    options.optimizer.check()
+    options.noise.check()
     options.tracking.check()
     sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
     requests = options.samples.requests(task, sampling)

@@ -78,6 +78,9 @@ class NoiseConfig:
             raise ConfigError(f"--min_timestep {low} --max_timestep {high}: use 0 <= min < max <= {_STEPS}")
         if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
             raise ConfigError(f"--num_timestep_buckets {self.num_timestep_buckets}: use at least 2, or leave it out")
+
+    def check(self) -> None:
+        """Log a warning about a setting without effect."""
         if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
             log.warning(
                 "--weighting_scheme %s has no effect with --timestep_sampling %s; it belongs to sigma",
