@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -24,8 +25,9 @@ from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig, apply_memory_options_
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
-from wan.nets.spec import DiTSpec
+from wan.nets.spec import CLIP_TOKENS, DiTSpec
 from wan.training.loss import flow_matching_loss
 
 FULL = {"gradient_checkpointing": "all"}
@@ -54,15 +56,14 @@ def best_of(times: int, device: torch.device, work: Callable[[], None]) -> float
     return min(seconds[1:])
 
 
-def inputs(spec: DiTSpec, side: int, device: torch.device) -> dict[str, torch.Tensor]:
+def inputs(spec: DiTSpec, side: int, device: torch.device) -> dict[str, Any]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device)
 
     return {
         "latents": draw(1, 16, 2, side, side),
-        "condition": draw(1, 20, 2, side, side),
+        "conditioning": Conditioning(draw(1, 20, 2, side, side), draw(1, 1, CLIP_TOKENS, spec.image_dim)),
         "text": pad_text([draw(60, spec.text_dim)]),
-        "image": draw(1, 257, spec.image_dim),
         "frame_indices": torch.tensor([[0, 1]], device=device),
         "noise": draw(1, 16, 2, side, side),
         "t": torch.tensor([0.7], device=device),

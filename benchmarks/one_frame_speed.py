@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +38,7 @@ from wan.memory.fp8 import Fp8Rows, product_of_rows, quantize_rows
 from wan.memory.recompute import recompute_blocks_
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache, WanDiT, pad_text
 from wan.nets.spec import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 from wan.nets.vae import WanVAE
@@ -67,7 +69,7 @@ def step_flops(spec: DiTSpec, tokens: int) -> tuple[float, float]:
     return 2 * products, 3.5 * attention
 
 
-def inputs(bench: Bench, width: int, height: int, frames: int, batch: int = 1) -> dict[str, Tensor]:
+def inputs(bench: Bench, width: int, height: int, frames: int, batch: int = 1) -> dict[str, Any]:
     """Arguments of the DiT but for the timesteps."""
     generator = torch.Generator(bench.device).manual_seed(0)
 
@@ -76,9 +78,10 @@ def inputs(bench: Bench, width: int, height: int, frames: int, batch: int = 1) -
 
     return {
         "latents": draw(16, frames, height // 8, width // 8),
-        "condition": draw(20, frames, height // 8, width // 8),
+        "conditioning": Conditioning(
+            draw(20, frames, height // 8, width // 8), draw(1, CLIP_TOKENS, bench.spec.image_dim)
+        ),
         "text": pad_text(list(draw(60, bench.spec.text_dim))),
-        "image": draw(CLIP_TOKENS, bench.spec.image_dim),
         "frame_indices": torch.arange(frames, device=bench.device).expand(batch, -1),
     }
 
@@ -96,7 +99,7 @@ def load(bench: Bench, spec: DiTSpec, backend: str, fp8_fast: bool = False) -> W
 
 
 @torch.no_grad()
-def forward(dit: WanDiT, tensors: dict[str, Tensor], kept: StepCache | None = None) -> Tensor:
+def forward(dit: WanDiT, tensors: dict[str, Any], kept: StepCache | None = None) -> Tensor:
     timesteps = torch.full((len(tensors["latents"]),), 700.0, device=tensors["text"].device)
     return dit(**tensors, timesteps=timesteps, cache=kept)
 
@@ -163,7 +166,7 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
         bench.row(name, prepare, step_flops(bench.spec, 2 * width * height // 256), load=trained)
 
 
-def training_inputs(bench: Bench, width: int, height: int, frames: int) -> dict[str, Tensor]:
+def training_inputs(bench: Bench, width: int, height: int, frames: int) -> dict[str, Any]:
     """Arguments of the loss but for the DiT."""
     tensors = inputs(bench, width, height, frames)
     return tensors | {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
@@ -173,7 +176,7 @@ def optimizer_of(network: LoRANetwork) -> torch.optim.Optimizer:
     return build_optimizer(OptimizerConfig(learning_rate=1e-4), network.param_groups(1e-4))
 
 
-def gradients_of(dit: WanDiT, network: LoRANetwork, recorded: bool) -> Callable[[dict[str, Tensor]], Sequence[Tensor]]:
+def gradients_of(dit: WanDiT, network: LoRANetwork, recorded: bool) -> Callable[[dict[str, Any]], Sequence[Tensor]]:
     """Gradients of the loss by what is trained, from its inputs."""
     loss, parameters = partial(flow_matching_loss, dit), list(network.parameters())
     if not recorded:
@@ -182,7 +185,7 @@ def gradients_of(dit: WanDiT, network: LoRANetwork, recorded: bool) -> Callable[
     return lambda tensors: replayed(tensors, torch.ones((), device=tensors["t"].device))[1]
 
 
-def training_step(network: LoRANetwork, gradients: Callable, optimizer, tensors: dict[str, Tensor]) -> None:
+def training_step(network: LoRANetwork, gradients: Callable, optimizer, tensors: dict[str, Any]) -> None:
     for parameter, gradient in zip(network.parameters(), gradients(tensors), strict=True):
         parameter.grad = gradient
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -203,7 +206,10 @@ def error_rows(bench: Bench) -> None:
             nn.init.normal_(layer.lora_up.weight, std=0.02, generator=seeded(bench.device))
         if not double:
             return velocities_and_gradients(dit, network, tensors)
-        doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+        conditioning = tensors["conditioning"].map(Tensor.double)
+        alone = {name: tensor for name, tensor in tensors.items() if name != "conditioning"}
+        doubles = {name: t.double() if t.is_floating_point() else t for name, t in alone.items()}
+        doubles["conditioning"] = conditioning
         with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):  # the DiT asks for float32 here and there
             return velocities_and_gradients(dit.double(), network, doubles)
 
@@ -218,7 +224,7 @@ def error_rows(bench: Bench) -> None:
         bench.row(f"error of {backend} against float64", partial(prepare, backend))
 
 
-def velocities_and_gradients(dit: WanDiT, network: LoRANetwork, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def velocities_and_gradients(dit: WanDiT, network: LoRANetwork, tensors: dict[str, Any]) -> tuple[Tensor, ...]:
     timesteps = torch.full((1,), 700.0, device=tensors["text"].device)
     velocity = dit.train()(**tensors, timesteps=timesteps)
     velocity.square().mean().backward()

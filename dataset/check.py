@@ -22,9 +22,9 @@ from dataset.config import DatasetsConfig, ImageDatasetConfig, check_sources, re
 from dataset.pictures import look
 from dataset.problems import ERROR, BucketRow, Problem, Report
 from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
+from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.nets.spec import TEXT_LENGTH
 

@@ -31,6 +31,7 @@ from dataset.cache import (
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
+from utils.text import some
 from wan.frames.condition import clip_controls, relayout
 from wan.frames.layout import OneFrameLayout, layout_from_toml
 from wan.frames.sizes import Size, frame_of, pad_to
@@ -419,5 +420,4 @@ def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> On
 
 def _warn(index: int, names: list[str], message: str) -> None:
     if names:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        log.warning("datasets[%d]: %d cached items %s: %s", index, len(names), message, shown)
+        log.warning("datasets[%d]: %d cached items %s: %s", index, len(names), message, some(names, rest=", ..."))

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from utils.errors import ConfigError
-from utils.tables import table
+from utils.text import table
 
 ERROR, WARNING = "error", "warning"
 _SHOWN = 10  # problems of one kind that are listed

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.files import parse_json
 from utils.images import IMAGE_SUFFIXES, Resize, check_image, check_mask_size
+from utils.text import some
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 3  # messages about many files name this many
 _CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]+))?")
 _SECOND_TARGET = re.compile(r"image_path_0*[1-9][0-9]*")
 
@@ -174,7 +173,7 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
                 "%s.control_directory: %s ignored, because the name doesn't end in _<number>: %s",
                 place,
                 _images_are(strangers),
-                _some(strangers),
+                some(path.name for path in strangers),
             )
     if need_controls and config.target_mask_directory is not None:
         target_masks = _target_masks(targets, config.target_mask_directory, place)
@@ -193,7 +192,10 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
         raise ConfigError(f"{place}.image_directory {config.image_directory}: {reason}; check the path and the names")
     if uncaptioned:
         log.warning(
-            "%s: %s skipped for want of a caption file: %s", place, _images_are(uncaptioned), _some(uncaptioned)
+            "%s: %s skipped for want of a caption file: %s",
+            place,
+            _images_are(uncaptioned),
+            some(path.name for path in uncaptioned),
         )
     return sources
 
@@ -217,7 +219,12 @@ def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, P
     if not found:
         raise ConfigError(f"{place}.target_mask_directory {folder}: holds no image named like a target; check the path")
     if bare := [target for target in targets if target not in found]:
-        log.info("%s: %s without a file in target_mask_directory: %s", place, _images_are(bare), _some(bare))
+        log.info(
+            "%s: %s without a file in target_mask_directory: %s",
+            place,
+            _images_are(bare),
+            some(path.name for path in bare),
+        )
     return found
 
 
@@ -348,10 +355,12 @@ def _check_controls(sources: list[Source], config: ImageDatasetConfig, place: st
     if lacking:
         raise ConfigError(
             f"{place}.fp_1f_clean_indices = {list(layout.control_indices)}: {_images_are(lacking)} without {needed}"
-            f" control image{'s' * (needed > 1)}: {_some(lacking)}; add them or change the indices"
+            f" control image{'s' * (needed > 1)}: {some(path.name for path in lacking)}; add them or change the indices"
         )
     if surplus := [source.target for source in sources if len(source.controls) > needed]:
-        log.warning("%s: only the first %d control images are used for %s", place, needed, _some(surplus))
+        log.warning(
+            "%s: only the first %d control images are used for %s", place, needed, some(path.name for path in surplus)
+        )
     return layout
 
 
@@ -365,8 +374,3 @@ def read_text(path: Path, place: str) -> str:
 
 def _images_are(paths: list[Path]) -> str:
     return "1 image is" if len(paths) == 1 else f"{len(paths)} images are"
-
-
-def _some(paths: Iterable[Path]) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

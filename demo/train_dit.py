@@ -13,6 +13,7 @@ from demo import miniature
 from demo.optimise import optimise
 from demo.recordings import Recordings, as_video, given_frames, video_mask
 from wan.nets.clip import encode_image
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import Context, CrossAttention, WanDiT, split_heads
 from wan.nets.spec import TEXT_LENGTH
 from wan.nets.vae import WanVAE
@@ -117,7 +118,8 @@ def train_dit(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             context = embed_text(t5, tokens, mask)
             noisy = add_noise(latents, noise, t)
-            velocity = dit(noisy, condition.float(), network_timestep(t), context, features.float(), indices)
+            conditioning = Conditioning(condition.float(), features.float())
+            velocity = dit(noisy, conditioning, network_timestep(t), context, indices)
         return F.mse_loss(velocity.float(), velocity_target(latents, noise))
 
     parameters = [*dit.parameters(), *(t5.parameters() if text else ())]

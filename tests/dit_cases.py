@@ -1,11 +1,14 @@
 """A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT, pad_text
 from wan.nets.spec import DiTSpec
 
@@ -41,18 +44,20 @@ def with_lora(model: WanDiT) -> LoRANetwork:
     return network
 
 
-def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) -> tuple[Tensor, ...]:
+def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) -> tuple[Any, ...]:
     """Inputs of WanDiT.forward: two frames at times 0 and 3."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    inputs = (
-        *(draw(16, 2, 4, 6), draw(20, 2, 4, 6), torch.linspace(900, 400, batch)),
-        *(pad_text(list(draw(7, spec.text_dim))), draw(257, spec.image_dim), torch.tensor([[0, 3]] * batch)),
+    latents, channels, text, clip = (
+        *(draw(16, 2, 4, 6), draw(20, 2, 4, 6)),
+        *(pad_text(list(draw(7, spec.text_dim))), draw(1, 257, spec.image_dim)),
     )
-    return tuple(tensor.to(device) for tensor in inputs)
+    tensors = (torch.linspace(900, 400, batch), text, torch.tensor([[0, 3]] * batch))
+    conditioning = Conditioning(channels, clip).map(lambda tensor: tensor.to(device))
+    return latents.to(device), conditioning, *(tensor.to(device) for tensor in tensors)
 
 
 def all_rows(text: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from utils.errors import ConfigError
 from wan.files import load as checkpoint
 from wan.files import tokenizer as tokenizer_module
 from wan.files.load import Checkpoint, TensorInfo, check_tensors
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.nets.vae import WanVAE
@@ -154,10 +155,9 @@ def test_the_attention_function_is_handed_on(dit_file):
     latents = torch.zeros(1, 16, 1, 2, 2)
     model(
         latents,
-        torch.zeros(1, 20, 1, 2, 2),
+        Conditioning(torch.zeros(1, 20, 1, 2, 2), torch.zeros(1, 1, 257, 40)),
         torch.tensor([500.0]),
         torch.zeros(1, 512, 24),
-        torch.zeros(1, 257, 40),
         torch.tensor([[0]]),
     )
     assert len(calls) == 3 * SPEC.num_layers  # self, text and image attention

@@ -18,6 +18,7 @@ from wan.files import load
 from wan.memory.fp8 import FP8, Fp8Linear
 from wan.models.options import CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.nets.clip import encode_image, preprocess
+from wan.nets.conditioning import Conditioning
 from wan.nets.vae import VAE_MEAN, VAE_STD, WanVAE
 
 # Releases of diffusers, written by diffusers and transformers
@@ -70,14 +71,14 @@ def test_a_transformer_of_diffusers_gives_its_output(kind, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load.load_dit(tmp_path / "diffusion_pytorch_model.safetensors", None, CPU)
     assert ours.spec.model_type == kind
-    latents, condition, timesteps, text, image, _ = arguments()
+    latents, (channels, clip, _), timesteps, text, _ = arguments()
     if kind == "t2v":
-        condition = image = None
+        channels = clip = None
     elif kind == "flf2v":
-        image = torch.cat([image, image.flip(1)], dim=1)
-    inputs = latents if condition is None else torch.cat([latents, condition], dim=1)
-    images = image if kind != "flf2v" else image.unflatten(1, (2, 257)).flatten(0, 1)
-    out = ours(latents, condition, timesteps, text, image, torch.tensor([[0, 1]]))
+        clip = torch.cat([clip, clip.flip(2)], dim=1)
+    inputs = latents if channels is None else torch.cat([latents, channels], dim=1)
+    images = None if clip is None else clip.flatten(0, 1)
+    out = ours(latents, Conditioning(channels, clip), timesteps, text, torch.tensor([[0, 1]]))
     assert rel_l2(out, theirs(inputs, timesteps, all_rows(text), images).sample) < 3e-5
 
 

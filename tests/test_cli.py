@@ -9,45 +9,42 @@ from pathlib import Path
 import pytest
 
 from utils import cli
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import fingerprint, parse_json, require_writable_dir, written_whole
+from utils.options import Section, option
+from utils.text import one_line, some
 
 
 @dataclass(frozen=True)
-class Section:
+class Example(Section):
     """some settings"""
 
     name: str = option(help="required")
-    count: int = option(3, help="a number, 100% sure")
+    count: int = option(3, help="a number, 100% sure", minimum=0, rule="must be 0 or above")
     rate: float | None = option(None, help="a number or nothing")
     files: tuple[Path, ...] = option((), help="any number")
     switch: bool = option(False, help="on or off")
     kind: str = option("a", help="one of two", choices=["a", "b"])
     derived: int = 0
 
-    def __post_init__(self) -> None:
-        if self.count < 0:
-            raise ConfigError(f"--count {self.count}: must be 0 or above")
 
-
-def parse(*argv: str) -> Section:
+def parse(*argv: str) -> Example:
     parser = cli.Parser()
-    cli.add_fields(parser, Section)
+    cli.add_fields(parser, Example)
     cli.refuse(parser, {"--old": "is gone"})
     cli.ignore(parser, {"--noop": "nothing to do"})
-    return cli.build(Section, parser.parse_args(argv))
+    return cli.build(Example, parser.parse_args(argv))
 
 
 def test_values_get_the_types_of_their_fields():
     section = parse("--name", "x", "--rate", "0.5", "--files", "a", "b", "--switch", "--count", "4", "--kind", "b")
-    assert section == Section("x", 4, 0.5, (Path("a"), Path("b")), True, "b")
+    assert section == Example("x", 4, 0.5, (Path("a"), Path("b")), True, "b")
 
 
 def test_unset_flags_keep_the_defaults_and_help_shows_them():
-    assert parse("--name", "x") == Section("x")
+    assert parse("--name", "x") == Example("x")
     parser = cli.Parser()
-    cli.add_fields(parser, Section)
+    cli.add_fields(parser, Example)
     text = parser.format_help()
     assert "some settings" in text and "100% sure (default: 3)" in text and "--derived" not in text
 
@@ -71,27 +68,27 @@ def test_every_mistake_is_a_config_error_that_names_the_flag(argv, words):
 
 
 def test_an_ignored_flag_is_mentioned_and_has_no_effect(caplog):
-    assert parse("--name", "x", "--noop", "7") == Section("x")
+    assert parse("--name", "x", "--noop", "7") == Example("x")
     assert "--noop has no effect: nothing to do" in caplog.text
 
 
-def parse_file(folder: Path, text: str, *argv: str) -> Section:
+def parse_file(folder: Path, text: str, *argv: str) -> Example:
     (folder / "run.toml").write_text(text, encoding="utf-8")
     parser = cli.Parser()
-    cli.add_fields(parser, Section)
+    cli.add_fields(parser, Example)
     parser.read_options_from("--config_file")
-    return cli.build(Section, parser.parse_args([*argv, "--config_file", str(folder / "run")]))
+    return cli.build(Example, parser.parse_args([*argv, "--config_file", str(folder / "run")]))
 
 
 def test_a_config_file_gives_options_and_the_command_line_goes_over_them(tmp_path):
     text = 'name = "x"\nswitch = true\n[any_table]\ncount = 4\nrate = 0.5\nfiles = ["a", "b"]\n'
-    assert parse_file(tmp_path, text) == Section("x", 4, 0.5, (Path("a"), Path("b")), True)
+    assert parse_file(tmp_path, text) == Example("x", 4, 0.5, (Path("a"), Path("b")), True)
     assert parse_file(tmp_path, text + "[other]\nkind = 'b'\n", "--count", "7", "--kind=a").count == 7
-    assert parse_file(tmp_path, 'name = "x"\nswitch = false\n') == Section("x")
+    assert parse_file(tmp_path, 'name = "x"\nswitch = false\n') == Example("x")
 
 
 def test_settings_written_as_toml_are_read_back_as_they_were(tmp_path):
-    section = Section("a b", -0, -0.25, (Path("c d/e"), Path("f")), True, "b")
+    section = Example("a b", -0, -0.25, (Path("c d/e"), Path("f")), True, "b")
     assert parse_file(tmp_path, cli.to_toml(section)) == section
 
 
@@ -164,8 +161,15 @@ def test_json_that_python_can_not_take_is_told_like_json_that_is_none(text, word
 
 
 def test_a_message_is_shown_without_control_characters_and_its_middle_when_it_is_endless():
-    assert cli._one_line("a\x1b[2J\nb\u3000猫 \udc80") == "a [2J b 猫 \udc80"
-    assert len(cli._one_line("x" * 10**6)) < 2100
+    assert one_line("a\x1b[2J\nb\u3000猫 \udc80\n") == "a [2J b 猫 \udc80"
+    assert one_line("x" * 10**6) == "x" * 147 + "..."
+    long = one_line("see " + "x" * 10**6 + " and mend it", 2000, keep_end=True)
+    assert len(long) == 2000 and long.startswith("see x") and long.endswith("x and mend it")
+
+
+def test_the_first_names_of_a_list_stand_for_the_rest():
+    assert some(["a", "b", "c"]) == "a, b, c"
+    assert some("abcde") == "a, b, c and 2 more" and some("abcde", 4, ", ...") == "a, b, c, d, ..."
 
 
 def test_a_file_that_the_system_refuses_is_one_line(capsys):
@@ -179,8 +183,67 @@ def test_a_file_that_the_system_refuses_is_one_line(capsys):
 
 def test_options_of_a_file_are_typed_and_checked_like_flags():
     parser = cli.Parser()
-    cli.add_fields(parser, Section)
+    cli.add_fields(parser, Example)
     found = parser.typed({"name": "--x", "files": ["-a", "b"], "switch": True, "rate": 2}, "here")
     assert vars(found) == {"name": "--x", "files": (Path("-a"), Path("b")), "switch": True, "rate": 2.0}
     args = parser.parse_args(["--rate", "3", "--name", "y"], found)
-    assert cli.build(Section, args) == Section("y", rate=3.0, files=(Path("-a"), Path("b")), switch=True)
+    assert cli.build(Example, args) == Example("y", rate=3.0, files=(Path("-a"), Path("b")), switch=True)
+
+
+@dataclass(frozen=True)
+class Bounded(Section):
+    """numbers"""
+
+    steps: int | None = option(None, help="some", minimum=1, maximum=1000)
+    speed: float = option(1.0, help="some", above=0, rule="must be above 0; try 1e-4")
+    dropout: float = option(0.0, help="some", minimum=0, below=1)
+    size: tuple[int, ...] = option((), help="some", minimum=16)
+    mode: str = option("none", help="some", needs="--size W H, e.g. 16 16")
+    fast: bool = option(False, help="some", needs="--steps")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "--steps 0: must be 1 to 1000"),
+        ({"steps": 1001}, "--steps 1001: must be 1 to 1000"),
+        ({"speed": 0.0}, "--speed 0.0: must be above 0; try 1e-4"),
+        ({"speed": float("nan")}, "--speed nan: must be above 0; try 1e-4"),
+        ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
+        ({"size": (16, 15)}, "--size 16 15: must be at least 16"),
+        ({"mode": "x"}, "--mode x needs --size W H, e.g. 16 16"),
+        ({"fast": True}, "--fast needs --steps"),
+    ],
+)
+def test_values_beyond_the_bounds_of_an_option_are_refused(values, message):
+    with pytest.raises(ConfigError) as caught:
+        Bounded(**values)
+    assert str(caught.value) == message
+
+
+def test_bounds_include_their_ends_and_needs_are_met_by_any_value():
+    for steps in (1, 1000):
+        Bounded(steps=steps, dropout=0.0, speed=1e-9, size=(16, 16), mode="x", fast=True)
+
+
+@dataclass(frozen=True)
+class Inner:
+    bounded: Bounded
+
+
+@dataclass(frozen=True)
+class Both:
+    inner: Inner
+    example: Example
+    derived: int = 7
+
+
+def test_a_group_is_filled_by_the_types_of_its_fields():
+    parser = cli.Parser()
+    cli.add_fields(parser, Both)
+    group = cli.build_group(Both, parser.parse_args(["--steps", "5", "--name", "x", "--speed", "2"]))
+    assert group == Both(Inner(Bounded(5, 2.0)), Example("x"))
+    titles = [line for line in parser.format_help().splitlines() if line in ("numbers:", "some settings:")]
+    assert titles == ["numbers:", "some settings:"]
+    assert cli.settings(group.inner) == {"steps": 5, "speed": 2.0, "dropout": 0.0, "mode": "none", "fast": False}
+    assert [*cli.values(group)] == ["steps", "speed", "dropout", "size", "mode", "fast", *cli.values(Example("x"))]

@@ -28,6 +28,7 @@ from wan.files.load import inspect_clip, inspect_dit, load_clip, load_dit, load_
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.layout import parse
 from wan.generation.prompt_lines import parse_line
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
 from wan.nets.t5 import encode_text
 from wan.nets.vae import CausalConv3d, ChannelNorm
@@ -219,7 +220,7 @@ def test_padding_that_counts_is_padding():
     text[:, -1] = 0
     inputs = [torch.randn(2, channels, 2, 4, 4, generator=generator()) for channels in (16, 20)]
     image, indices = torch.randn(2, 257, miniature.CLIP_DIM, generator=generator()), torch.tensor([[0, 1]] * 2)
-    arguments = (*inputs, torch.tensor([300.0, 700.0]), text, image, indices)
+    arguments = (inputs[0], Conditioning(inputs[1], image), torch.tensor([300.0, 700.0]), text, indices)
     with torch.no_grad():
         expected = dit(*arguments)
         count_padding_(dit)

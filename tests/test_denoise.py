@@ -14,6 +14,7 @@ from wan.generation.guidance import GuidanceConfig
 from wan.generation.pipeline import Encoded, denoise, initial_noise
 from wan.generation.request import Request
 from wan.generation.sampling import SOLVERS
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
 
 STEPS, SCALE = 4, 3.0
@@ -59,9 +60,9 @@ class Recorder:
     def __init__(self):
         self.dit, self.passes = random_dit(), []
 
-    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None, **_):
+    def __call__(self, latents, conditioning, timesteps, text, indices, skip_blocks=frozenset(), cache=None, **_):
         self.passes.append((len(latents), *sorted(skip_blocks)))
-        return self.dit(latents, condition, timesteps, text, image, indices, skip_blocks, cache)
+        return self.dit(latents, conditioning, timesteps, text, indices, skip_blocks, cache)
 
 
 @torch.no_grad()
@@ -72,7 +73,8 @@ def written_out(item: Encoded, guidance: GuidanceConfig) -> torch.Tensor:
 
     def velocity(x, timestep, step):
         def run(text, skipped=frozenset()):
-            inputs = x[None], item.condition[None], timestep[None], pad_text([text]), item.image[None]
+            conditioning = Conditioning(item.condition[None], item.image[None])
+            inputs = x[None], conditioning, timestep[None], pad_text([text])
             return dit(*inputs, torch.tensor([[0, 1]]), skipped)[0]
 
         conditional = run(item.text)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from tests.dit_cases import all_rows
 from tests.helpers import golden, manifest_shapes, rel_l2
 from wan.nets.attention import sdpa
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache, WanDiT, pad_text
 from wan.nets.spec import DiTSpec
 
@@ -68,19 +69,23 @@ def random_inputs(kind, indices, height=4, width=6):
     """Arguments of WanDiT.forward for a batch with these frame indices."""
     torch.manual_seed(1)
     batch, frames = len(indices), len(indices[0])
-    tokens = CLIP_IMAGES.get(kind, 0) * 257
+    images = CLIP_IMAGES.get(kind, 0)
     return {
         "latents": torch.randn(batch, 16, frames, height, width),
-        "condition": torch.randn(batch, 20, frames, height, width) if tokens else None,
+        "conditioning": Conditioning(torch.randn(batch, 20, frames, height, width), torch.randn(batch, images, 257, 48))
+        if images
+        else Conditioning(),
         "timesteps": torch.tensor([731.25, 42.0, 1000.0])[:batch],
         "text": pad_text([torch.randn(length, 32) for length in (9, 3, 20)[:batch]]),
-        "image": torch.randn(batch, tokens, 48) if tokens else None,
         "frame_indices": torch.tensor(indices),
     }
 
 
 def item(inputs, i):
-    return {name: None if value is None else value[i : i + 1] for name, value in inputs.items()}
+    def one(tensor):
+        return tensor[i : i + 1]
+
+    return {name: value.map(one) if name == "conditioning" else one(value) for name, value in inputs.items()}
 
 
 def diffusers_output(model, inputs):
@@ -105,13 +110,12 @@ def diffusers_output(model, inputs):
 
     (indices,) = inputs["frame_indices"].tolist()
     frames = max(indices) + 1
-    x = inputs["latents"] if inputs["condition"] is None else torch.cat([inputs["latents"], inputs["condition"]], dim=1)
+    x, (channels, image, _) = inputs["latents"], inputs["conditioning"]
+    x = x if channels is None else torch.cat([x, channels], dim=1)
     table = other.rope(torch.zeros(1, 1, frames, *x.shape[3:]))
     picked = tuple(part.unflatten(1, (frames, -1))[:, indices].flatten(1, 2) for part in table)
     other.rope.forward = lambda hidden_states: picked
-    image = inputs["image"]
-    if spec.model_type == "flf2v":
-        image = image.unflatten(1, (2, 257)).flatten(0, 1)
+    image = None if image is None else image.flatten(0, 1)
     with torch.no_grad():
         return other.eval()(x, inputs["timesteps"], all_rows(inputs["text"]), image).sample
 
@@ -150,7 +154,9 @@ def test_calls_that_share_a_cache_give_what_they_give_without(kind):
 def test_swapping_frames_together_with_their_indices_swaps_the_output():
     model, inputs = random_dit("i2v"), random_inputs("i2v", [[0, 5, 9]])
     order = [2, 0, 1]
-    swapped = inputs | {name: inputs[name][:, :, order] for name in ("latents", "condition")}
+    channels, image, _ = inputs["conditioning"]
+    swapped = inputs | {"latents": inputs["latents"][:, :, order]}
+    swapped["conditioning"] = Conditioning(channels[:, :, order], image)
     swapped["frame_indices"] = inputs["frame_indices"][:, order]
     expected = model(**inputs)[:, :, order]
     assert rel_l2(model(**swapped), expected) < 1e-5
@@ -256,13 +262,16 @@ def test_rows_of_text_that_are_left_out_count_like_the_last_one(kind):
             model(**inputs, text=torch.cat([whole, text[:, :1]], dim=1))
 
 
+CHANNELS, FEATURES = torch.zeros(1, 20, 2, 4, 6), torch.zeros(1, 1, 257, 48)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("i2v", {"image": None}, "i2v takes both"),
-        ("i2v", {"condition": None}, "i2v takes both"),
-        ("t2v", {"image": torch.zeros(1, 257, 48)}, "t2v takes neither"),
-        ("flf2v", {"image": torch.zeros(1, 257, 48)}, "257 image tokens; flf2v needs 514"),
+        ("i2v", {"conditioning": Conditioning(CHANNELS, None)}, "i2v takes both"),
+        ("i2v", {"conditioning": Conditioning(None, FEATURES)}, "i2v takes both"),
+        ("t2v", {"conditioning": Conditioning(None, FEATURES)}, "t2v takes neither"),
+        ("flf2v", {"conditioning": Conditioning(CHANNELS, FEATURES)}, "257 image tokens; flf2v needs 514"),
         ("i2v", {"frame_indices": torch.tensor([[0, 1, 2]])}, r"frame_indices \(1, 3\)"),
         ("t2v", {"latents": torch.zeros(1, 16, 2, 5, 6)}, "5 x 6; both sides must be even"),
     ],
@@ -297,13 +306,12 @@ def load_in_float32(path):
 
 def golden_inputs(reference, items, indices):
     """Arguments for these items of a file of reference outputs."""
-    features = reference["clip_fea"].unflatten(0, (2, -1)).flatten(1, 2)  # items have one row of features, or two
+    features = reference["clip_fea"].unflatten(0, (2, -1))  # of each item those of one image, or of two
     return {
         "latents": torch.stack([reference[f"x{i}"] for i in items]),
-        "condition": torch.stack([reference[f"y{i}"] for i in items]),
+        "conditioning": Conditioning(torch.stack([reference[f"y{i}"] for i in items]), features[items]),
         "timesteps": reference["t"][items],
         "text": pad_text([reference[f"context{i}"] for i in items]),
-        "image": features[items],
         "frame_indices": torch.tensor(indices),
     }
 

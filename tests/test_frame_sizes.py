@@ -142,9 +142,10 @@ def test_targets_are_drawn_between_the_same_controls_so_that_slots_keep_their_si
 
 
 @torch.no_grad()
-def by_tokens(model, sizes, latents, condition, timesteps, text, image, frame_indices):
+def by_tokens(model, sizes, latents, conditioning, timesteps, text, frame_indices):
     """The velocity by a list of tokens, each with its own time, row and column."""
-    x = torch.cat([latents, condition], dim=1)
+    channels, image = conditioning.channels, conditioning.clip.flatten(1, 2)
+    x = torch.cat([latents, channels], dim=1)
     places = [
         (frame, row, column)
         for frame, (rows, columns) in enumerate(sizes)
@@ -182,12 +183,12 @@ def test_the_velocity_is_that_of_the_frames_tokens_alone(sizes, fused):
 
 
 def test_what_lies_in_the_padding_changes_no_bit_and_has_no_velocity():
-    model, (latents, condition, *rest) = random_dit(), arguments()
-    expected = model(latents, condition, *rest, frame_sizes=SIZES)
-    for tensor in (latents, condition):
+    model, (latents, conditioning, *rest) = random_dit(), arguments()
+    expected = model(latents, conditioning, *rest, frame_sizes=SIZES)
+    for tensor in (latents, conditioning.channels):
         tensor[:, :, 1, 2:] = 1e30
         tensor[:, :, 1, :, 4:] = float("nan")
-    found = model(latents, condition, *rest, frame_sizes=SIZES)
+    found = model(latents, conditioning, *rest, frame_sizes=SIZES)
     assert torch.equal(found, expected) and not found[:, :, 1, 2:].any() and not found[:, :, 1, :, 4:].any()
     assert found[:, :, 1, :2, :4].all()
 
@@ -245,7 +246,7 @@ def test_the_loss_is_the_mean_over_the_places_of_the_frames(sizes, target_only):
     latents, noise, velocity = stack_frames(LAYOUT, [control], target)[None], *torch.randn(2, 1, 16, 2, 4, 6)
     masks = pad_to(torch.ones(sizes[0]), 4, 6)[None]
     weights = loss_weights([LAYOUT], condition, masks, target_only)
-    inputs = {"condition": condition, "text": None, "image": None, "frame_indices": None, "t": torch.full((1,), 0.5)}
+    inputs = {"conditioning": None, "text": None, "frame_indices": None, "t": torch.full((1,), 0.5)}
     loss = flow_matching_loss(
         lambda *_, **__: velocity, latents=latents, noise=noise, weights=weights, frame_sizes=sizes, **inputs
     )

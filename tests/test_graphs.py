@@ -15,7 +15,7 @@ from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConf
 from wan.nets.dit import StepCache, WanDiT
 from wan.training.loss import flow_matching_loss
 
-NAMES = ("latents", "condition", "text", "image", "frame_indices")
+NAMES = ("latents", "conditioning", "text", "frame_indices")
 
 
 class Rerun:
@@ -60,12 +60,12 @@ def on_device(model: WanDiT, device: torch.device) -> WanDiT:
 
 def steps(model, device: torch.device, cache: StepCache, **options) -> list[Tensor]:
     """Velocities of five steps, with other latents in each."""
-    latents, condition, _, *shared = arguments(device, **options)
+    latents, conditioning, _, *shared = arguments(device, **options)
     with torch.inference_mode():
         return [
             model(
                 latents * (1 - i / 10),
-                condition,
+                conditioning,
                 torch.full_like(latents[:, 0, 0, 0, 0], 900 - 100 * i),
                 *shared,
                 cache=cache,
@@ -90,11 +90,11 @@ def test_replayed_passes_equal_plain_ones(device):
 def test_a_new_prompt_and_left_out_blocks_have_graphs_of_their_own():
     plain, model, record = random_dit(), random_dit(), Rerun()
     graph_forward_(model, record)
-    latents, condition, timesteps, text, *shared = arguments()
+    latents, conditioning, timesteps, text, *shared = arguments()
     for words in (text, text.flip(1)):
         cache = StepCache()
         for skipped in (frozenset(), frozenset({1}), frozenset(), frozenset({1})):
-            inputs = latents, condition, timesteps, words, *shared, skipped
+            inputs = latents, conditioning, timesteps, words, *shared, skipped
             with torch.no_grad():
                 assert torch.equal(model(*inputs, cache=cache), plain(*inputs))
     assert record.recorded == 4
@@ -124,9 +124,9 @@ def test_without_memory_for_a_graph_passes_stay_plain():
 
 
 def training_inputs(device: torch.device, **options) -> dict[str, Tensor]:
-    latents, condition, _, *shared = arguments(device, **options)
+    latents, conditioning, _, *shared = arguments(device, **options)
     batch = len(latents)
-    inputs = dict(zip(NAMES, (latents, condition, *shared), strict=True))
+    inputs = dict(zip(NAMES, (latents, conditioning, *shared), strict=True))
     return inputs | {"noise": latents.flip(1), "t": torch.linspace(0.9, 0.3, batch, device=device), "weights": None}
 
 

@@ -38,7 +38,7 @@ def test_skip_layer_guidance_acts_on_a_share_of_the_steps():
 def test_skipping_every_block_leaves_embedding_and_head():
     torch.manual_seed(0)
     dit, tensors = WanDiT(SPEC).eval(), inputs()
-    arguments = (tensors["latents"], tensors["condition"], torch.tensor([500.0]), tensors["text"], tensors["image"])
+    arguments = (tensors["latents"], tensors["conditioning"], torch.tensor([500.0]), tensors["text"])
     with torch.no_grad():
         skipped = dit(*arguments, tensors["frame_indices"], skip_blocks=frozenset({0, 1}))
         dit.blocks = torch.nn.ModuleList()

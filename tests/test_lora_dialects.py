@@ -124,8 +124,9 @@ def theirs(name):
 @torch.no_grad()
 def outputs(other):
     """Of diffusers' model, plain or wrapped by PEFT; frame indices 0 and 1, which are its own."""
-    latents, condition, timesteps, text, image, _ = arguments()
-    return other(torch.cat([latents, condition], 1), timesteps, all_rows(text), image, return_dict=False)[0]
+    latents, (channels, clip, _), timesteps, text, _ = arguments()
+    inputs = torch.cat([latents, channels], 1), timesteps, all_rows(text), clip.flatten(0, 1)
+    return other(*inputs, return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def test_the_loss_is_the_mean_over_what_counts():
     answer = torch.randn(2, 16, 2, 2, 3)
 
     def loss(velocity, weights):
-        given = {"condition": None, "text": None, "image": None, "frame_indices": None, "t": torch.full((2,), 0.5)}
+        given = {"conditioning": None, "text": None, "frame_indices": None, "t": torch.full((2,), 0.5)}
         return flow_matching_loss(lambda *_, **__: velocity, latents=latents, noise=noise, weights=weights, **given)
 
     squared = (answer - (noise - latents)).square()

@@ -19,6 +19,7 @@ from utils.errors import ConfigError
 from wan.generation import sampling
 from wan.generation.pipeline import Pipeline, denoise, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -112,9 +113,9 @@ def test_the_first_prediction_is_the_formula():
     item, seen = encoded(0, 0, solver="vanilla"), []
     denoise(Alone(), item, CPU, watch=lambda _step, latents: seen.append(latents))
     noise, network = initial_noise((16, 2, 4, 6), 1, CPU, False), Alone()
-    inputs = noise[None], item.condition[None], torch.tensor([1000.0])
+    inputs = noise[None], Conditioning(item.condition[None]), torch.tensor([1000.0])
     texts = [pad_text([text]) for text in (item.text, item.negative)]
-    conditional, unconditional = (network(*inputs, text, None, torch.tensor([[0, 7]]))[0] for text in texts)
+    conditional, unconditional = (network(*inputs, text, torch.tensor([[0, 7]]))[0] for text in texts)
     velocity = unconditional + 3 * (conditional - unconditional)
     assert_close(seen[0], (noise - velocity)[:, 1:], rtol=1e-4, atol=1e-4)
 

@@ -22,6 +22,7 @@ from wan.generation.prompt_lines import parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -54,7 +55,8 @@ class Alone:
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[int, ...], Tensor]] = []
 
-    def __call__(self, latents, condition, timesteps, text, image, indices, skip_blocks=frozenset(), cache=None, **_):
+    def __call__(self, latents, conditioning, timesteps, text, indices, skip_blocks=frozenset(), cache=None, **_):
+        condition = conditioning.channels
         self.calls.append((tuple(indices[0].tolist()), condition[0]))
         own = torch.sin(latents) + 0.1 * condition[:, 4:] + 0.01 * indices[:, None, :, None, None]
         return own + (text.mean(dim=(1, 2)) + timesteps / 1000)[:, None, None, None, None]
@@ -132,8 +134,8 @@ def written_out(item: Encoded, steps: int) -> Tensor:
     for step in range(5):
         if step == steps:
             x, condition, indices = x[:, [0, 3]], condition[:, [0, 3]], [0, 7]
-        inputs = x[None], condition[None], levels.timesteps[step, None]
-        velocity = dit(*inputs, pad_text([item.text]), item.image[None], torch.tensor([indices]))[0]
+        inputs = x[None], Conditioning(condition[None], item.image[None]), levels.timesteps[step, None]
+        velocity = dit(*inputs, pad_text([item.text]), torch.tensor([indices]))[0]
         x = x + (levels.sigmas[step + 1] - levels.sigmas[step]) * velocity
     return x[:, 1:]
 

@@ -12,6 +12,7 @@ from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.memory_options import recompute_blocks_
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
@@ -40,9 +41,8 @@ def inputs(batch: int = 1, indices=(0, 1)) -> dict[str, torch.Tensor]:
 
     return {
         "latents": draw(batch, 16, 2, 4, 6),
-        "condition": draw(batch, 20, 2, 4, 6),
+        "conditioning": Conditioning(draw(batch, 20, 2, 4, 6), draw(batch, 1, 257, 48)),
         "text": draw(batch, 512, 32),
-        "image": draw(batch, 257, 48),
         "noise": draw(batch, 16, 2, 4, 6),
         "t": torch.linspace(0.4, 0.9, batch),
         "frame_indices": torch.tensor([indices] * batch),
@@ -86,10 +86,9 @@ def test_a_fixed_pair_can_be_learned_by_the_tiny_checkpoint(tiny):
     network = inject_lora_(dit, NetworkConfig(network_dim=16, network_alpha=16), generator=seeded("weights"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     tensors, losses = inputs(), []
-    tensors |= {
-        "text": torch.randn(1, 512, 64, generator=seeded("text")),
-        "image": torch.randn(1, 257, 160, generator=seeded("image")),
-    }
+    tensors["text"] = torch.randn(1, 512, 64, generator=seeded("text"))
+    features = torch.randn(1, 1, 257, 160, generator=seeded("image"))
+    tensors["conditioning"] = tensors["conditioning"]._replace(clip=features)
     while len(losses) < 300 and (not losses or losses[-1] >= losses[0] / 5):
         loss = flow_matching_loss(dit, **tensors).mean()
         loss.backward()
@@ -110,7 +109,15 @@ def test_items_of_a_batch_keep_their_own_indices_noise_and_timestep(base):
     tensors = inputs(batch=2)
     tensors["frame_indices"] = torch.tensor([[0, 1], [3, 40]])
     together = flow_matching_loss(dit, **tensors)
-    alone = [flow_matching_loss(dit, **{key: value[i : i + 1] for key, value in tensors.items()}) for i in (0, 1)]
+    conditioning = tensors.pop("conditioning")
+    alone = [
+        flow_matching_loss(
+            dit,
+            conditioning=conditioning.map(lambda tensor, i=i: tensor[i : i + 1]),
+            **{key: value[i : i + 1] for key, value in tensors.items()},
+        )
+        for i in (0, 1)
+    ]
     assert_close(together, torch.cat(alone), rtol=1e-5, atol=0)
     assert together[0] != together[1]
 
@@ -135,10 +142,9 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity(base):
         noisy = (1 - 0.4) * tensors["latents"] + 0.4 * tensors["noise"]
         velocity = base(
             noisy,
-            tensors["condition"],
+            tensors["conditioning"],
             torch.tensor([400.0]),
             tensors["text"],
-            tensors["image"],
             tensors["frame_indices"],
         )
         expected = ((velocity - (tensors["noise"] - tensors["latents"])) ** 2).mean()

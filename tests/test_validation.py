@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, load_batch
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT, pad_text
 from wan.nets.spec import DiTSpec
 from wan.training.cadence import Every
@@ -88,9 +89,8 @@ def test_a_dit_is_measured_by_the_flow_matching_loss(validation_set):
         return flow_matching_loss(
             dit,
             latents=batch.latents,
-            condition=batch.condition,
             text=pad_text(batch.text),
-            image=clip_for(batch, 1),
+            conditioning=Conditioning(batch.condition, clip_for(batch, 1)),
             frame_indices=batch.frame_indices,
             noise=noise,
             t=t,

@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> command-line flags: a setting is declared once, as a field made by `option`."""
+"""Command lines and option files to sections of settings and back; how a script ends."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import logging
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,24 +15,14 @@ import toml
 
 from utils.errors import ConfigError, suggest
 from utils.files import read_toml
+from utils.options import Option, built_sections, declared_options, is_section
+from utils.text import one_line
 
 log = logging.getLogger(__name__)
 
 _LONGEST = 2000  # characters of an error message
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-Section = TypeVar("Section")
-
-
-def option(default: Any = dataclasses.MISSING, *, help: str, choices: Sequence[str] | None = None, **argparse_keywords):
-    """A dataclass field that is also a flag `--<field name>`.
-
-    The annotation gives the type: `str`, `int`, `float`, `Path`, `bool` (a switch), `X | None` (optional) or
-    `tuple[X, ...]` (any number of values after the flag). Without a default the flag is required. Further keywords
-    (`nargs`, `metavar`) go to argparse.
-    """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "argparse": argparse_keywords}
-    )
+Built = TypeVar("Built")
 
 
 class Stopped(Exception):  # noqa: N818 no error: the user asked for it
@@ -46,18 +36,33 @@ class Stopped(Exception):  # noqa: N818 no error: the user asked for it
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ConfigErrors: one line, exit code 1, the nearest known flag named."""
 
-    config_flag: str | None = None
+    def __init__(self, *positional: Any, **keywords: Any) -> None:
+        self._known: dict[str, argparse.Action] = {}
+        self._config_flag: str | None = None
+        super().__init__(*positional, **keywords)
+
+    def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
+        """Add a flag or a positional argument, as argparse does."""
+        return self.know(super().add_argument(*flags, **keywords))
+
+    def know(self, action: argparse.Action) -> argparse.Action:
+        """Remember what was added to one of this parser's groups, as a flag of option files."""
+        self._known |= dict.fromkeys(action.option_strings, action)
+        return action
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message.removeprefix("argument "))
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(  # type: ignore[override] # argparse takes any object as a namespace, and lets it pass
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """The values of all flags: those of the command line over those of the option file and of `namespace`."""
         args = sys.argv[1:] if args is None else list(args)
-        if self.config_flag:
-            args = [*self._config_arguments(args), *args]
+        if self._config_flag:
+            args = [*self._config_arguments(self._config_flag, args), *args]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = suggest(unknown[0].split("=")[0], self._flags()) or "; --help lists the flags"
+            hint = suggest(unknown[0].split("=")[0], self._known) or "; --help lists the flags"
             raise ConfigError(f"unknown argument '{unknown[0]}'{hint}")
         return parsed
 
@@ -66,28 +71,23 @@ class Parser(argparse.ArgumentParser):
 
         Keys are flag names without hyphens in front; tables only group them.
         """
-        self.config_flag = flag
+        self._config_flag = flag
         self.add_argument(flag, type=Path, help="TOML file with options; those of the command line go over it")
 
-    def _config_arguments(self, args: list[str]) -> list[str]:
-        """The options of the file that `args` name, as arguments."""
-        path = file_named(self.config_flag, args)
+    def _config_arguments(self, flag: str, args: list[str]) -> list[str]:
+        """The options of the file that `flag` names in `args`, as arguments."""
+        path = file_named(flag, args)
         if path is None:
             return []
         if not path.suffix:
             path = path.with_suffix(".toml")
-        place, arguments = f"{self.config_flag} {path}", []
-        for key, value in _flattened(read_toml(path, self.config_flag)):
+        place, arguments = f"{flag} {path}", []
+        for key, value in _flattened(read_toml(path, flag)):
             action = self._action(key, place)
-            tokens = _tokens(f"--{key}", action, value, place)
-            try:
-                if tokens:  # alone, so that what is wrong with it is told with its place
-                    self._get_values(action, tokens[1:])
-            except ConfigError as error:
-                raise ConfigError(f"{place}: {error}") from None
-            except argparse.ArgumentError as error:
-                raise ConfigError(f"{place}: {str(error).removeprefix('argument ')}") from None
-            arguments += tokens
+            words = _words(key, action, value, place)
+            for word in words or ():  # alone first, so that what is wrong with it is told with its place
+                _value(f"--{key}", action, word, place)
+            arguments += [] if words is None else [f"--{key}", *words]
         return arguments
 
     def typed(self, options: Mapping[str, Any], place: str) -> argparse.Namespace:
@@ -98,13 +98,8 @@ class Parser(argparse.ArgumentParser):
         found = argparse.Namespace()
         for key, value in options.items():
             action = self._action(key, place)
-            words = _tokens(f"--{key}", action, value, place)[1:]
-            try:
-                values = tuple(self._get_value(action, word) for word in words)
-                for one in values:
-                    self._check_value(action, one)
-            except argparse.ArgumentError as error:
-                raise ConfigError(f"{place}: {str(error).removeprefix('argument ')}") from None
+            words = _words(key, action, value, place) or []
+            values = tuple(_value(f"--{key}", action, word, place) for word in words)
             if action.nargs == 0:
                 setattr(found, action.dest, value)
             elif value is False:
@@ -116,37 +111,59 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _action(self, key: str, place: str) -> argparse.Action:
-        action = self._option_string_actions.get(f"--{key}")
+        action = self._known.get(f"--{key}")
         if action is None:
-            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._flags()).replace('--', '')}")
+            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._known).replace('--', '')}")
         return action
 
-    def _flags(self) -> list[str]:
-        return list(self._option_string_actions)
 
+def add_fields(parser: Parser, *kinds: type) -> None:
+    """Add the flags of sections and of groups of them: one flag per option.
 
-def add_fields(parser: argparse.ArgumentParser, *sections: type) -> None:
-    """Add one flag per field of each dataclass, grouped under the first line of the class's docstring."""
-    for section in sections:
+    The flags of a section are grouped under the first line of its docstring. A group is a dataclass whose fields are
+    sections or groups; their flags come in the order of the fields.
+    """
+    for section in (section for kind in kinds for section in _sections_of(kind)):
         group = parser.add_argument_group((section.__doc__ or section.__name__).strip().splitlines()[0])
         hints = typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            if "help" in field.metadata:
-                group.add_argument(f"--{field.name}", **_argparse_keywords(field, hints[field.name]))
+        for field, declared in declared_options(section):
+            parser.know(group.add_argument(f"--{field.name}", **_argparse_keywords(field, declared, hints[field.name])))
 
 
-def build(section: type[Section], args: argparse.Namespace) -> Section:
-    """The dataclass filled from parsed arguments. Raises ConfigError when the class refuses the values."""
-    names = [field.name for field in dataclasses.fields(section) if "help" in field.metadata]
-    return section(**{name: getattr(args, name) for name in names})
+def build(section: type[Built], args: argparse.Namespace) -> Built:
+    """The section filled from parsed arguments. Raises ConfigError when it refuses the values."""
+    return section(**{field.name: getattr(args, field.name) for field, _ in declared_options(section)})
 
 
-def refuse(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+def build_group(group: type[Built], args: argparse.Namespace) -> Built:
+    """The group with each of its sections filled from parsed arguments; the type of a field says which section it is.
+
+    Fields of other types keep their defaults. Raises ConfigError when a section refuses its values.
+    """
+    if is_section(group):
+        return build(group, args)
+    hints = typing.get_type_hints(group).items()
+    return group(**{name: build_group(kind, args) for name, kind in hints if _is_dataclass(kind)})
+
+
+def _sections_of(kind: type) -> Iterator[type]:
+    if is_section(kind):
+        yield kind
+    else:
+        for part in filter(_is_dataclass, typing.get_type_hints(kind).values()):
+            yield from _sections_of(part)
+
+
+def _is_dataclass(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def refuse(parser: Parser, flags: Mapping[str, str]) -> None:
     """Flags that other tools have and we do not support: using one is an error that gives the reason."""
     _add_known(parser, flags, _Refuse)
 
 
-def ignore(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
     """Flags that other tools have and that can't matter here: accepted with a warning that gives the reason."""
     _add_known(parser, flags, _Ignore)
 
@@ -160,7 +177,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ConfigError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stop:
         print(stop, file=sys.stderr)
@@ -175,15 +192,8 @@ def run(main: Callable[[], None]) -> None:
         line = f"the disk is full{place}; finished files are intact: free space and run again"
         if error.errno not in _DISK_FULL:
             line = f"{error.filename}: {error.strerror}; check the path and its permissions"
-        print(f"error: {_one_line(line)}", file=sys.stderr)
+        print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _one_line(message: object) -> str:
-    """Messages show values from files: line breaks and what steers a terminal go, and the middle of an endless one."""
-    shown = (c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in str(message))  # those: odd file names
-    line = " ".join("".join(shown).split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
 
 
 def quiet_unless(main_process: bool) -> None:
@@ -196,30 +206,32 @@ def file_named(flag: str, args: Sequence[str]) -> Path | None:
     """The file that `flag` names in a command line, before the rest of it is read."""
     finder = Parser(add_help=False)
     finder.add_argument(flag, type=Path, dest="path")
-    return finder.parse_known_args(args)[0].path
-
-
-def settings(*sections: Any) -> dict[str, Any]:
-    """The settings of built sections by name, as TOML and JSON can hold them; what is unset is left out."""
-    found: dict[str, Any] = {}
-    for section in sections:
-        for field in dataclasses.fields(section):
-            value = getattr(section, field.name)
-            if "help" in field.metadata and value not in (None, ()):
-                found[field.name] = [_plain(part) for part in value] if isinstance(value, tuple) else _plain(value)
+    found: Path | None = finder.parse_known_args(args)[0].path
     return found
 
 
-def to_toml(*sections: Any) -> str:
+def values(*groups: object) -> dict[str, Any]:
+    """The value of each option of built sections, and of groups of them, by name."""
+    sections = [section for group in groups for section in built_sections(group)]
+    return {field.name: getattr(one, field.name) for one in sections for field, _ in declared_options(type(one))}
+
+
+def settings(*groups: object) -> dict[str, Any]:
+    """`values` as TOML and JSON can hold them; what is unset is left out."""
+    found = {name: value for name, value in values(*groups).items() if value not in (None, ())}
+    return {name: [*map(_plain, value)] if isinstance(value, tuple) else _plain(value) for name, value in found.items()}
+
+
+def to_toml(*groups: object) -> str:
     """The settings of built sections as TOML, which `read_options_from` reads again."""
-    return toml.dumps(settings(*sections))
+    return toml.dumps(settings(*groups))
 
 
 def _plain(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
 
 
-def _flattened(table: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
+def _flattened(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, dict):
             yield from _flattened(value)
@@ -227,35 +239,45 @@ def _flattened(table: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _tokens(flag: str, action: argparse.Action, value: Any, place: str) -> list[str]:
-    """`flag` with the TOML value as the command line would give it; nothing for a switch that is off."""
+def _words(key: str, action: argparse.Action, value: Any, place: str) -> list[str] | None:
+    """The words that would follow the flag `--key` for a TOML value; None for a switch that is off."""
     if isinstance(value, bool) and action.const is not None:  # a switch, or an option that may stand without a value
-        return [flag] if value else []
+        return [] if value else None
     if isinstance(value, bool) or action.nargs == 0:
         if not isinstance(value, bool) or (action.nargs != 0 and value):
             kind = "true or false" if action.nargs == 0 else "no switch; give its value"
-            raise ConfigError(f"{place}: {flag.lstrip('-')} = {value!r}: is {kind}")
-        return [flag] if value else []
+            raise ConfigError(f"{place}: {key} = {value!r}: is {kind}")
+        return [] if value else None
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and action.nargs is None:
-        raise ConfigError(f"{place}: {flag.lstrip('-')} = {value!r}: takes one value, no list")
-    return [flag, *map(str, values)]
+        raise ConfigError(f"{place}: {key} = {value!r}: takes one value, no list")
+    return [*map(str, values)]
 
 
-def _argparse_keywords(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
-    keywords: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%")}
+def _value(flag: str, action: argparse.Action, word: str, place: str) -> Any:
+    """The value that one word after `flag` stands for, which may begin with a hyphen."""
+    reader = Parser(add_help=False)
+    reader.add_argument(flag, dest="value", type=action.type, choices=action.choices)
+    try:
+        return reader.parse_args([f"{flag}={word}"]).value
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
+
+
+def _argparse_keywords(field: "dataclasses.Field[Any]", declared: Option, hint: Any) -> dict[str, Any]:
+    keywords: dict[str, Any] = {"help": declared.help.replace("%", "%%")}
     required = field.default is dataclasses.MISSING
     kind, many = _value_type(hint)
     if kind is bool:
         return keywords | {"action": "store_true"}
-    keywords |= {"type": kind, "choices": field.metadata["choices"], "required": required}
+    keywords |= {"type": kind, "choices": declared.choices, "required": required}
     if not required:
         keywords["default"] = field.default
         if field.default not in (None, (), ""):
             keywords["help"] += f" (default: {field.default})"
     if many:
         keywords |= {"nargs": "*", "action": _Tuple}
-    return keywords | field.metadata["argparse"]
+    return keywords | declared.argparse_keywords
 
 
 def _value_type(hint: Any) -> tuple[type, bool]:
@@ -269,7 +291,7 @@ def _value_type(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def _add_known(parser: argparse.ArgumentParser, flags: Mapping[str, str], action: type[argparse.Action]) -> None:
+def _add_known(parser: Parser, flags: Mapping[str, str], action: type[argparse.Action]) -> None:
     for flag, reason in flags.items():
         parser.add_argument(
             flag, action=action, nargs="*", help=argparse.SUPPRESS, const=reason, default=argparse.SUPPRESS
@@ -279,22 +301,22 @@ def _add_known(parser: argparse.ArgumentParser, flags: Mapping[str, str], action
 class _Tuple(argparse.Action):
     """Values as a tuple, so that the section stays hashable."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, tuple(values))
 
 
 class Collected(argparse.Action):
     """Values as a tuple, of all places where the flag stands; for `action=` of an `option`."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
 
 
 class _Refuse(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         raise ConfigError(f"{option_string}: {self.const}")
 
 
 class _Ignore(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: object, namespace: object, values: Any, option_string: str | None = None) -> None:
         log.warning("%s has no effect: %s", option_string, self.const)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items
-from utils.tables import start_table
+from utils.text import table
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.table import SHOWN, TableFrame, control_frames, file_frame, frame_table, left_out
 from wan.models.estimate import format_bytes
@@ -38,7 +38,7 @@ def explain_latents(
         ("largest image", "{}x{}".format(*largest.bucket)),
         ("weights", _file_sizes(weights)),
     ]
-    return [*lines, start_table(rows)]
+    return [*lines, *table(rows)]
 
 
 def _item_frames(item: Item) -> list[TableFrame]:
@@ -62,7 +62,7 @@ def explain_texts(dataset_config: Path, batch_size: int | None, tokenizer: Path 
         ("writes", f"{len(items)} caches to {_folders(config)}"),
         ("weights", _file_sizes([weights])),
     ]
-    return [start_table(rows)]
+    return [*table(rows)]
 
 
 def _folders(config: DatasetsConfig) -> str:

@@ -32,11 +32,11 @@ from dataset.cache import (
 )
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items
-from utils.cli import option
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
 from utils.images import as_pixels, open_image, open_masked, to_levels
+from utils.options import option
 from wan.frames.condition import causal_video, stack_condition, stack_frames
 from wan.frames.encode import (
     encode_blank,

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from dataset.cache import LatentCache, latent_cache_path, read_latent_cache
 from dataset.config import read_config
 from dataset.sources import Item, find_all_items
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
 from utils.images import from_pixels, open_masked, resize_to_fill
+from utils.options import option
 from wan.frames.encode import latent_mask
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.sizes import frame_of

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file
+from utils.text import one_line, some
 from wan.files.staging import FileTensor, staged
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -147,7 +148,9 @@ def _parts(path: Path, flag: str) -> list[Path]:
     count = int(split["count"])
     parts = [path.with_name(f"{split['prefix']}{i:05d}-of-{count:05d}.safetensors") for i in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
-        raise ConfigError(f"{flag} {path}: not all of its {count} parts are here ({some(missing)}); download the rest")
+        raise ConfigError(
+            f"{flag} {path}: not all of its {count} parts are here ({some(missing, rest=', ...')}); download the rest"
+        )
     return parts if path in parts else [path]
 
 
@@ -260,17 +263,8 @@ def check_tensors(expected: Shapes, found: Shapes, what: str) -> None:
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     groups = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
-    problems = [f"{len(names)} {kind} ({some(names)})" for kind, names in groups.items() if names]
+    problems = [
+        f"{len(names)} {kind} ({one_line(some(names, rest=', ...'), 300)})" for kind, names in groups.items() if names
+    ]
     if problems:
         raise ConfigError(f"{what}: of its tensors {', '.join(problems)}; use a file in the original Wan2.1 layout")
-
-
-def some(names: list[str], limit: int = 3) -> str:
-    """The first names of a list, for a message."""
-    return one_line(", ".join(names[:limit]), 300) + (", ..." if len(names) > limit else "")
-
-
-def one_line(text: object, limit: int = 150) -> str:
-    """Names and reasons come from foreign files: no line breaks, no control characters, not endless."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."

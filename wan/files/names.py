@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.files.dit_names import dotted_name
-from wan.files.formats import Checkpoint, TensorInfo, blocks_of_scale, one_line
+from wan.files.formats import Checkpoint, TensorInfo, blocks_of_scale
 from wan.nets import clip, t5
 
 _DIT_PREFIX = "model.diffusion_model."  # in repackaged DiT files

@@ -18,8 +18,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from utils.cli import option
 from utils.errors import ConfigError, suggest
+from utils.options import option
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size, parse_resolution
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.tokens import FrameSizes

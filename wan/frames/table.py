@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from utils.cli import option
 from utils.images import Resize, open_masked
-from utils.tables import table
+from utils.options import option
+from utils.text import table
 from wan.frames.encode import latent_mask
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size

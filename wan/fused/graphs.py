@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache
 from wan.nets.tokens import FrameSizes, token_count
 
@@ -73,20 +75,19 @@ class _GraphedForward:
     def __call__(
         self,
         latents: Tensor,
-        condition: Tensor | None,
+        conditioning: Conditioning,
         timesteps: Tensor,
         text: Tensor,
-        image: Tensor | None,
         frame_indices: Tensor,
         skip_blocks: frozenset[int] = frozenset(),
         cache: StepCache | None = None,
         frame_sizes: FrameSizes | None = None,
     ) -> Tensor:
-        def work(latents: Tensor, condition: Tensor | None, timesteps: Tensor) -> Tensor:
-            shared = text, image, frame_indices, skip_blocks, cache, frame_sizes
-            return self._forward(latents, condition, timesteps, *shared)
+        def work(latents: Tensor, channels: Tensor | None, timesteps: Tensor) -> Tensor:
+            shared = text, frame_indices, skip_blocks, cache, frame_sizes
+            return self._forward(latents, conditioning._replace(channels=channels), timesteps, *shared)
 
-        inputs = latents, condition, timesteps
+        inputs = latents, conditioning.channels, timesteps
         first = cache is None or cache.prepared is None
         if first or torch.is_grad_enabled() or not self._fits or _tokens(latents, frame_sizes) > _MOST_TOKENS:
             return work(*inputs)
@@ -115,9 +116,10 @@ class GraphedGradients:
     def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The losses [B], and the gradients of their sum times `factor`, a scalar. The next call may write over both.
 
-        inputs: of `loss`, tensors and constants; among them `latents` [B, 16, F, H, W].
+        inputs: of `loss`, tensors, tuples of them and constants; among them `latents` [B, 16, F, H, W].
         """
-        work, tensors = partial(self._work, list(inputs)), [factor, *inputs.values()]
+        leaves, structure = tree_flatten(inputs)
+        work, tensors = partial(self._work, structure), [factor, *leaves]
         size = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor for tensor in tensors)
         tokens = _tokens(inputs["latents"], inputs.get("frame_sizes"))
         wanted = self._fits and size in self._known and tokens <= _MOST_TOKENS
@@ -144,8 +146,8 @@ class GraphedGradients:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _work(self, names: list[str], factor: Tensor, *tensors: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
-        losses = self._loss(**dict(zip(names, tensors, strict=True)))
+    def _work(self, structure: TreeSpec, factor: Tensor, *leaves: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
+        losses = self._loss(**tree_unflatten(leaves, structure))
         gradients = torch.autograd.grad(losses.sum() * factor, self.parameters, allow_unused=True)
         return losses.detach(), gradients
 

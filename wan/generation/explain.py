@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from utils.tables import start_table
+from utils.text import table
 from wan.frames.table import SHOWN, TableFrame, control_frames, frame_table, left_out, tokens_line
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.request import Request
@@ -62,7 +62,7 @@ def explain_generation(
         ("expected time", time_text(flops)),
         ("expected memory", describe_parts(generation_parts(frozen_bytes(held), dit.spec, most))),
     ]
-    return [*lines, start_table(rows)]
+    return [*lines, *table(rows)]
 
 
 def _request_lines(request: Request, in_step: int, together: int, cost: float) -> list[str]:

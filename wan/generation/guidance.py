@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from utils.cli import option
 from utils.errors import ConfigError
+from utils.options import option
 
 _SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 

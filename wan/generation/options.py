@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
+from utils.options import option
 from wan.files.load import save_dit
 from wan.generation.prompt_lines import Prompt, parse_line, read_file
 from wan.generation.request import SamplingConfig

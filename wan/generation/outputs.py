@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
+from utils.options import option
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
 from wan.generation.request import Request

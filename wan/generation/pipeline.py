@@ -32,6 +32,7 @@ from wan.generation.guidance import GuidanceConfig
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import StepCache, WanDiT, pad_text
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.t5 import encode_text
@@ -231,7 +232,7 @@ def denoise(
                 tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, conditions, times, text, images, indices, skip_blocks, **kept)
+            return dit(latents, Conditioning(conditions, images), times, text, indices, skip_blocks, **kept)
 
         result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone

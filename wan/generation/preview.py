@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import written_whole
 from utils.images import from_pixels
+from utils.options import option
 from wan.nets.spec import VAE_STRIDE
 
 _SIDE = 128  # pixels of a synthetic image

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.images import Resize, check_image, check_mask_size, floor16, size_for_area
+from utils.options import option
 from wan.frames import condition
 from wan.frames import layout as one_frame
 from wan.frames.layout import LayoutConfig, OneFrameLayout

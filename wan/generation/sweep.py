@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from utils import cli
-from utils.cli import option
 from utils.errors import ConfigError, suggest
+from utils.options import option
 from wan.frames import layout
 from wan.generation.grid import draw_grid
 from wan.generation.prompt_lines import Prompt, parse_value

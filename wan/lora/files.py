@@ -13,7 +13,8 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
-from wan.lora.keys import LARGEST, read_keys, shown
+from utils.text import one_line
+from wan.lora.keys import LARGEST, read_keys
 from wan.lora.module import LOHA, LOKR, LORA, UP_BIAS, LoRAModule
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"  # PEFT's folder
@@ -42,13 +43,13 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
         beside = json.loads(config.read_bytes()) if path.name == ADAPTER[0] and config.is_file() else None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{source}: is no readable safetensors file ({shown(error)}); check or fetch it again"
+            f"{source}: is no readable safetensors file ({one_line(error)}); check or fetch it again"
         ) from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{source}: {ADAPTER[1]} beside it is no JSON; save the adapter again") from None
     for key, tensor in tensors.items():
         if not (tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()):
-            raise ConfigError(f"{source}: '{shown(key)}' holds NaN, infinity or whole numbers; use an intact file")
+            raise ConfigError(f"{source}: '{one_line(key)}' holds NaN, infinity or whole numbers; use an intact file")
     dialect, parts = read_keys(tensors, metadata, beside, source)
     return LoRAFile(path, _modules(parts, source), metadata, dialect)
 
@@ -59,7 +60,7 @@ def parse_lora(tensors: Mapping[str, Tensor], source: str) -> dict[str, LoRAModu
 
 
 def _modules(parts: Mapping[str, Mapping[str, Tensor]], source: str) -> dict[str, LoRAModule]:
-    return {name: _module(found, f"{source}: {shown(name)}") for name, found in parts.items()}
+    return {name: _module(found, f"{source}: {one_line(name)}") for name, found in parts.items()}
 
 
 def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
@@ -74,7 +75,7 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
             raise ValueError
     except (ValueError, KeyError):
         raise ConfigError(
-            f"{place} is no LoRA, LoHa, LoKr or difference of a layer but {shown(sizes)}; use another file"
+            f"{place} is no LoRA, LoHa, LoKr or difference of a layer but {one_line(sizes)}; use another file"
         ) from None
     alpha = float(found["alpha"]) if "alpha" in found else 0.0
     alpha = alpha or float(rank or 1)  # missing or 0 means scale 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.files.dit_names import PREFIX, diffusers_name, dotted_name, lora_name
 from wan.lora.module import LOHA, LOKR, LORA, UP_BIAS
 
@@ -50,12 +51,6 @@ _PREFIXES = {
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' key for the LoraConfig of a file, JSON
 
 
-def shown(text: object, limit: int = 150) -> str:
-    """Text of a foreign file for a message: one line without control characters, not endless."""
-    line = "".join(c if c.isprintable() else " " for c in str(text)[: limit + 1])
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
 def read_keys(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], adapter_config: Mapping | None, source: str
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
@@ -69,16 +64,16 @@ def read_keys(
     dialects, config = set(), _adapter_config(metadata, source) if adapter_config is None else adapter_config
     for key, tensor in tensors.items():
         if any(mark in key for mark in _DORA):
-            raise ConfigError(f"{source}: '{shown(key)}': DoRA is not supported; use a LoRA, LoHa or LoKr")
+            raise ConfigError(f"{source}: '{one_line(key)}': DoRA is not supported; use a LoRA, LoHa or LoKr")
         path, part = next(((m[1], part) for pattern, part in _KEYS if (m := pattern.fullmatch(key))), (key, None))
         dialect, module = _without_prefix(path)
         known = dotted_name(module.replace(".", "_"))
         if part is None or (dialect is None and known is None):
-            raise ConfigError(f"{source}: '{shown(key)}' is no key of a Wan LoRA; use a LoRA trained on Wan2.1")
+            raise ConfigError(f"{source}: '{one_line(key)}' is no key of a Wan LoRA; use a LoRA trained on Wan2.1")
         dialects.add(dialect or "unprefixed")
         parts = modules.setdefault(lora_name(known or module), {})
         if part in parts:
-            raise ConfigError(f"{source}: '{shown(key)}' is there twice, under two names; use the original file")
+            raise ConfigError(f"{source}: '{one_line(key)}' is there twice, under two names; use the original file")
         parts[part] = tensor
         if part == LORA[0] and config is not None and tensor.ndim:
             alphas[lora_name(known or module)] = _configured_alpha(config, module, len(tensor), source)
@@ -152,7 +147,7 @@ def _named(name: str) -> str:
     dotted = dotted_name(name)
     if dotted is None:
         raise ConfigError(
-            f"{shown(name)}: is no module of Wan2.1, so only the form 'musubi' can name it; use --to musubi"
+            f"{one_line(name)}: is no module of Wan2.1, so only the form 'musubi' can name it; use --to musubi"
         )
     return dotted
 

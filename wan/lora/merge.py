@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.files.dit_names import lora_name
 from wan.lora.files import LoRAFile
-from wan.lora.keys import shown
 from wan.lora.module import add_delta
 
 
@@ -34,8 +34,8 @@ def check_lora(lora: LoRAFile, shapes: Mapping[str, Sequence[int]]) -> LoRAMatch
             missing.remove((lora_name(parent), leaf))
     if not weights:
         raise ConfigError(
-            f"{lora.path}: none of its {len(lora.modules)} modules is in the model, e.g. {shown(min(lora.modules))}; "
-            "use a LoRA trained on this kind of model"
+            f"{lora.path}: none of its {len(lora.modules)} modules is in the model, "
+            f"e.g. {one_line(min(lora.modules))}; use a LoRA trained on this kind of model"
         )
     for weight, name in weights.items():
         wanted = lora.modules[name].shapes[weight.rpartition(".")[2]]
@@ -97,6 +97,6 @@ class Merger:
             if before:
                 line += f", ||dW||/||W|| = {(change / before) ** 0.5:.2g}"
             if match.unmatched:
-                line += f"; not in this model: {len(match.unmatched)}, e.g. {shown(match.unmatched[0])}"
+                line += f"; not in this model: {len(match.unmatched)}, e.g. {one_line(match.unmatched[0])}"
             lines.append(line)
         return lines

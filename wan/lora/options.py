@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from utils.cli import option
 from utils.errors import ConfigError, suggest
 from utils.files import require_file
+from utils.options import option
 
 # `--network_module` -> kind of network; lycoris.kohya says it by `--network_args algo=...`.
 _MODULES = {

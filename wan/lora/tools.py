@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
+from utils.text import one_line
 from wan.files import names as layouts
 from wan.files.dit_names import dotted_name, lora_name
 from wan.files.formats import Checkpoint, open_checkpoint
 from wan.lora.files import ADAPTER, read_lora, write_lora
-from wan.lora.keys import CONFIG_KEY, shown, write_keys
+from wan.lora.keys import CONFIG_KEY, write_keys
 from wan.lora.module import DIFFERENCES, LOHA, LOKR, LORA, LoRAModule
 from wan.lora.trained_for import layout_from_metadata
 
@@ -159,13 +160,15 @@ def extract(base: Path, tuned: Path, out: Path, rank: int, device: torch.device 
     first, second = _open(base, "BASE"), _open(tuned, "TUNED")
     if first.shapes != second.shapes:
         name = min(first.shapes.items() ^ second.shapes.items())[0]
-        raise ConfigError(f"TUNED {tuned}: is another kind of model than BASE, e.g. in {shown(name)}; use a tuned BASE")
+        raise ConfigError(
+            f"TUNED {tuned}: is another kind of model than BASE, e.g. in {one_line(name)}; use a tuned BASE"
+        )
     modules, kept, left = {}, [0.0, 0.0], []
     for name in tqdm(first.shapes, desc="extracting", disable=None):
         change = second.read(name, device).float() - first.read(name, device).float()
         dotted, _, leaf = name.rpartition(".")
         if not change.isfinite().all():
-            raise ConfigError(f"TUNED {tuned}: {shown(name)} differs by NaN or infinity; use intact checkpoints")
+            raise ConfigError(f"TUNED {tuned}: {one_line(name)} differs by NaN or infinity; use intact checkpoints")
         if not change.any():
             continue
         if leaf not in DIFFERENCES:
@@ -207,7 +210,7 @@ def inspect(path: Path) -> list[str]:
         f"{len(known)} of {len(modules)} modules are in Wan2.1 i2v, in {len(blocks)} blocks",
     ]
     if len(known) < len(modules):
-        lines[-1] += f"; not in it: {shown(next(name for name, dotted in names.items() if not dotted))}"
+        lines[-1] += f"; not in it: {one_line(next(name for name, dotted in names.items() if not dotted))}"
     groups: dict[str, list[float]] = {}
     for name, module in modules.items():
         if module.shape:
@@ -219,7 +222,7 @@ def inspect(path: Path) -> list[str]:
     layout = layout_from_metadata(lora.metadata)
     lines += [f"time indices: {layout or 'not stored'}"]
     settings = {key: value for key, value in sorted(lora.metadata.items()) if key.startswith(("ss_", "modelspec."))}
-    return lines + [f"{shown(key)}: {shown(value)}" for key, value in settings.items() if value != "None"]
+    return lines + [f"{one_line(key)}: {one_line(value)}" for key, value in settings.items() if value != "None"]
 
 
 def _kinds(module: LoRAModule) -> list[str]:

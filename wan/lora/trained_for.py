@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.frames.layout import OneFrameLayout
 from wan.frames.layout import parse as parse_layout
-from wan.lora.keys import shown
 
 
 def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
@@ -21,7 +21,7 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
     try:
         layout = parse_layout(text)
     except ConfigError as error:
-        raise ConfigError(f"ss_one_frame = '{shown(text)}': {shown(error)}; give the indices yourself") from None
+        raise ConfigError(f"ss_one_frame = '{one_line(text)}': {one_line(error)}; give the indices yourself") from None
     if metadata.get("ss_one_frame_legacy_indices") != "True":
         return layout
     places = {index: place for place, index in enumerate(layout.frame_indices)}
@@ -36,7 +36,7 @@ def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:
         return None
     size = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text)
     if size is None or min(map(int, size.groups())) < 16:
-        raise ConfigError(f"ss_one_frame_size = '{shown(text)}': must be like 832x480; give --video_size yourself")
+        raise ConfigError(f"ss_one_frame_size = '{one_line(text)}': must be like 832x480; give --video_size yourself")
     return int(size[1]), int(size[2])
 
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from utils.cli import option
 from utils.errors import ConfigError
+from utils.options import option
 
 Item = TypeVar("Item")
 

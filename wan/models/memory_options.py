@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from utils.cli import option
 from utils.errors import ConfigError, suggest
+from utils.options import option
 from wan.fused.dit import can_fuse, fuse_
 from wan.fused.graphs import graph_forward_
 from wan.memory.block_swap import swap_blocks_

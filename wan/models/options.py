@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import torch
 
-from utils.cli import option
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
+from utils.options import option
 from wan.files import load
 from wan.files import tokenizer as tokenizer_module
 from wan.files.names import release_files

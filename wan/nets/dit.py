@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.nets.attention import Attention, sdpa
+from wan.nets.conditioning import Conditioning
 from wan.nets.rope import apply_rope, grid_positions, rope_angles
 from wan.nets.spec import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
 from wan.nets.tokens import FrameSizes, check_sizes, inner_tokens, with_padding
@@ -281,10 +282,9 @@ class WanDiT(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        condition: Tensor | None,
+        conditioning: Conditioning,
         timesteps: Tensor,
         text: Tensor,
-        image: Tensor | None,
         frame_indices: Tensor,
         skip_blocks: frozenset[int] = frozenset(),
         cache: StepCache | None = None,
@@ -292,17 +292,18 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Velocity of noisy latents.
 
-        latents: [B, 16, F, H, W]. condition: [B, 20, F, H, W], 4 mask and 16 latent channels; None for t2v.
+        latents: [B, 16, F, H, W]. conditioning: its channels are concatenated behind the latents, its clip features
+        (flf2v: of two images) behind the text; both None for t2v. `given` has no effect here.
         timesteps: [B] in 0..1000. text: [B, rows, text_dim], see `pad_text`.
-        image: [B, n * 257, image_dim], CLIP features of n images (flf2v: 2); None for t2v.
         frame_indices: [B, F] integer, the time index of each latent frame.
         skip_blocks: numbers of blocks that are left out (skip-layer guidance).
         cache: see `StepCache`; without one nothing is kept.
         frame_sizes: of frames that do not fill H and W. What lies outside of them has no effect, and velocity 0.
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
-        self._check(latents, condition, text, image, frame_indices, frame_sizes)
-        x = latents if condition is None else torch.cat([latents, condition], dim=1)
+        self._check(latents, conditioning, text, frame_indices, frame_sizes)
+        channels = conditioning.channels
+        x = latents if channels is None else torch.cat([latents, channels], dim=1)
         x = self.patch_embedding(x.to(self.dtype))
         grid = x.shape[2:]
         x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
@@ -310,7 +311,7 @@ class WanDiT(nn.Module):
         prepared = None if cache is None else cache.prepared
         if prepared is None:
             positions = inner_tokens(grid_positions(frame_indices, *grid[1:]), grid, frame_sizes)
-            prepared = self._prepare(text, image, positions, keep=cache is not None)
+            prepared = self._prepare(text, conditioning.clip, positions, keep=cache is not None)
         if cache is not None:
             cache.prepared = prepared
         time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
@@ -320,26 +321,25 @@ class WanDiT(nn.Module):
                 x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin)
         return self._unpatchify(with_padding(self.head(x, time), grid, frame_sizes), grid)
 
-    def _prepare(self, text: Tensor, image: Tensor | None, positions: Tensor, keep: bool) -> Prepared:
+    def _prepare(self, text: Tensor, clip: Tensor | None, positions: Tensor, keep: bool) -> Prepared:
         angles = rope_angles(positions)
         tokens = self.text_embedding(text.to(self.dtype))
-        if image is not None:
-            tokens = torch.cat([self.img_emb(image, self.dtype), tokens], dim=1)
+        if clip is not None:
+            tokens = torch.cat([self.img_emb(clip.flatten(1, -2), self.dtype), tokens], dim=1)
         contexts = [Context(tokens, text.shape[1], keep) for _ in self.blocks]
         return Prepared(angles.cos().float(), angles.sin().float(), contexts)
 
     def _check(
         self,
         latents: Tensor,
-        condition: Tensor | None,
+        conditioning: Conditioning,
         text: Tensor,
-        image: Tensor | None,
         frame_indices: Tensor,
         frame_sizes: FrameSizes | None,
     ) -> None:
         kind, needs_image = self.spec.model_type, self.spec.image_dim is not None
-        if (condition is not None) != needs_image or (image is not None) != needs_image:
-            raise ValueError(f"{kind} takes {'both' if needs_image else 'neither'} of condition and image")
+        if any((tensor is not None) != needs_image for tensor in (conditioning.channels, conditioning.clip)):
+            raise ValueError(f"{kind} takes {'both' if needs_image else 'neither'} of channels and CLIP features")
         if latents.shape[3] % PATCH[1] or latents.shape[4] % PATCH[2]:
             raise ValueError(f"latent of {latents.shape[3]} x {latents.shape[4]}; both sides must be even")
         if text.shape[1] > TEXT_LENGTH:

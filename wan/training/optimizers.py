@@ -11,8 +11,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from utils.cli import option
 from utils.errors import ConfigError, suggest
+from utils.options import option
 
 _SCHEDULES = (
     "constant",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from utils.cli import option
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
+from utils.options import option
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -48,13 +48,8 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         remove_leftovers(save.output_dir, save.output_name)
         _write_settings(models, options)
     step = state.progress.step if state else 0
-    settings = {
-        field.name: getattr(section, field.name)
-        for section in (*_sections(models), *_sections(options))
-        for field in fields(section)
-        if "help" in field.metadata
-    }
     session_id = random.SystemRandom().getrandbits(32)
+    settings = cli.values(models, options)
     plan = _plan(models.dit, options, training_set, weights, accelerator.device)
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
@@ -169,10 +164,6 @@ def _sampler(
 def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:
     """`<output_name>-settings.toml`, which --config_file reads: the settings of this run without its keys."""
     tracking = replace(options.tracking, wandb_api_key=None)
-    text = cli.to_toml(*_sections(models), *_sections(replace(options, tracking=tracking)))
+    text = cli.to_toml(models, replace(options, tracking=tracking))
     with written_whole(options.save.output_dir / f"{options.save.output_name}-settings.toml") as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _sections(group: TrainingModels | TrainingOptions) -> list:
-    return [section for section in vars(group).values() if hasattr(section, "__dataclass_fields__")]

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import written_whole
+from utils.options import option
 from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.prompt_lines import Prompt, read_file
 from wan.generation.request import Request, SamplingConfig

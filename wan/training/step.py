@@ -20,6 +20,7 @@ from wan.fused.graphs import GraphedGradients
 from wan.lora.network import LoRANetwork
 from wan.memory.sharding import full_tensor, load_optimizer_state, optimizer_state
 from wan.models.tasks import TaskSpec
+from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
 from wan.training.loss import flow_matching_loss
 from wan.training.options import TrainingOptions
@@ -140,9 +141,7 @@ class TrainingStep:
         )
         tensors = {
             "latents": batch.latents,
-            "condition": batch.condition,
             "text": pad_text(batch.text),
-            "image": clip_for(batch, self.task.clip_images),
             "frame_indices": frame_indices,
             "noise": noise,
             "t": t,
@@ -150,7 +149,11 @@ class TrainingStep:
         }
         device = self.accelerator.device
         tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
-        return tensors | {"frame_sizes": batch.frame_sizes}
+        conditioning = Conditioning(batch.condition, clip_for(batch, self.task.clip_images))
+        return tensors | {
+            "conditioning": conditioning.map(lambda tensor: tensor.to(device)),
+            "frame_sizes": batch.frame_sizes,
+        }
 
     def _noisy(self, batch: TrainingBatch, epoch: int) -> tuple[TrainingBatch, Tensor, Tensor]:
         """What the epoch makes of a batch: with the targets drawn, if they are, and its noise and noise levels."""

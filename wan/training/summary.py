@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
 from utils.dtypes import dtype_name
-from utils.tables import start_table
+from utils.text import table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
@@ -29,24 +29,21 @@ class RunSummary:
     processes: int
 
     def table(self) -> str:
-        """The table at the start: one row per name and value."""
+        """The lines that are logged at the start, one per name and value."""
         job, options, length = self.job, self.job.options, self.length
         dit_dtype, saved_dtype = dtype_name(job.dit.dtype), dtype_name(options.save.dtype)
-        return start_table(
-            [
-                task_row(job.task, job.dit.spec),
-                *dataset_rows(job.training_set),
-                ("network", str(job.network.summary())),
-                ("precision", f"DiT {dit_dtype}, LoRA float32, saved as {saved_dtype}"),
-                ("steps", f"{length.total_steps} in {length.epochs} epochs of {length.steps_per_epoch}"),
-                ("batches per step", f"{options.run.gradient_accumulation_steps} in {self.processes} processes"),
-                ("seed", str(job.training_set.seed)),
-                (
-                    "expected memory",
-                    expected_memory(job.dit, job.network, job.dit.spec, job.training_set.buckets, options.memory),
-                ),
-            ]
-        )
+        memory = expected_memory(job.dit, job.network, job.dit.spec, job.training_set.buckets, options.memory)
+        rows = [
+            task_row(job.task, job.dit.spec),
+            *dataset_rows(job.training_set),
+            ("network", str(job.network.summary())),
+            ("precision", f"DiT {dit_dtype}, LoRA float32, saved as {saved_dtype}"),
+            ("steps", f"{length.total_steps} in {length.epochs} epochs of {length.steps_per_epoch}"),
+            ("batches per step", f"{options.run.gradient_accumulation_steps} in {self.processes} processes"),
+            ("seed", str(job.training_set.seed)),
+            ("expected memory", memory),
+        ]
+        return "\n".join(table(rows))
 
     def facts(self) -> Facts:
         """Settings that a resumed run should share with the run that wrote the state."""
@@ -127,7 +124,7 @@ def explain_training(
         ("expected time", time_text(epoch * total / steps)),
         ("expected memory", expected_memory(held, network, dit.spec, training_set.buckets, memory)),
     ]
-    return [*lines, start_table(rows)]
+    return [*lines, *table(rows)]
 
 
 def _cached_frames(item: TrainingItem) -> list[TableFrame]:

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils.cli import option
 from utils.files import written_whole
+from utils.options import option
 from utils.randomness import stratified_uniform
 from wan.training.timesteps import NoiseConfig, loss_weight, sample_noise_levels
 

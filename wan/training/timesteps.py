@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.cli import option
 from utils.errors import ConfigError
+from utils.options import option
 from wan.generation.sampling import shifted
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from utils.cli import option
 from utils.errors import ConfigError
 from utils.files import read_toml, require_writable_dir, written_whole
+from utils.options import option
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dataset.loader import BatchItems, TrainingBatch, ValidationSet, load_batch
-from utils.cli import option
 from utils.errors import ConfigError
+from utils.options import option
 from utils.randomness import seeded
 from wan.training.cadence import Every
 
