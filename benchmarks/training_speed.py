@@ -82,8 +82,7 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     flags += ["--gradient_accumulation_steps", str(arguments.batches)]
     flags += ["--gradient_checkpointing"] if arguments.checkpointing else []
     parsed = wan_train_network.build_parser().parse_args(flags)
-    options = TrainingOptions(*(cli.build(section, parsed) for section in wan_train_network._OPTIONS))
-    models = TrainingModels(*(cli.build(section, parsed) for section in wan_train_network._MODELS))
+    models, options = cli.build_group(TrainingModels, parsed), cli.build_group(TrainingOptions, parsed)
     accelerator = build_accelerator("cpu" if arguments.size == "tiny" else None)
     datasets = read_config(options.run.dataset_config, need_sources=False)
     dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16

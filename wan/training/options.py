@@ -1,7 +1,7 @@
 """The settings of a training run, one section per subject; each field is a flag of the training script."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -9,13 +9,13 @@ import torch
 
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.training.cadence import Every
 from wan.training.optimizers import OptimizerConfig
 from wan.training.samples import SampleConfig
@@ -26,27 +26,22 @@ from wan.training.validation import ValidationConfig
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
-def _at_least(low: int, section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name} {value}: must be at least {low}")
-
-
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """training"""
 
     dataset_config: Path = option(help="dataset TOML")
-    max_train_steps: int = option(1600, help="optimizer steps")
-    max_train_epochs: int | None = option(None, help="epochs; overrides --max_train_steps")
-    seed: int | None = option(None, help="seed of everything random; default: a random one")
+    max_train_steps: int = option(1600, minimum=1, help="optimizer steps")
+    max_train_epochs: int | None = option(None, minimum=1, help="epochs; overrides --max_train_steps")
+    seed: int | None = option(None, minimum=0, help="seed of everything random; default: a random one")
     mixed_precision: str | None = option(
         None, help="compute dtype of the DiT; default: what accelerate was given, else no", choices=[*_COMPUTE_DTYPES]
     )
-    gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
-    max_data_loader_n_workers: int = option(8, help="loader processes, at most one per core; 0: none")
-    persistent_data_loader_workers: bool = option(False, help="keep the loader processes between epochs")
+    gradient_accumulation_steps: int = option(1, minimum=1, help="batches per optimizer step")
+    max_data_loader_n_workers: int = option(8, minimum=0, help="loader processes, at most one per core; 0: none")
+    persistent_data_loader_workers: bool = option(
+        False, needs="--max_data_loader_n_workers 1 or more", help="keep the loader processes between epochs"
+    )
     one_frame: bool = option(False, help="sample in one-frame mode; the only mode there is, so it may be left out")
     one_frame_legacy_indices: bool = option(
         False, help="train at time indices 0 ... F-1 whatever the dataset says, as musubi-tuner does"
@@ -58,17 +53,13 @@ class RunConfig:
         None, help="a-b: draw each item's target index from this range, anew in every epoch (experiment)"
     )
     stop_after_skipped_steps: int = option(
-        10, help="stop when the loss or gradient was no finite number in so many steps in a row"
+        10, minimum=1, help="stop when the loss or gradient was no finite number in so many steps in a row"
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "stop_after_skipped_steps")
+        super().__post_init__()
         if self.target_range is not None and self.one_frame_legacy_indices:
             raise ConfigError("--one_frame_target_range and --one_frame_legacy_indices exclude each other; give one")
-        _at_least(1, self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps")
-        _at_least(0, self, "max_data_loader_n_workers", "seed")
-        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            raise ConfigError("--persistent_data_loader_workers needs --max_data_loader_n_workers 1 or more")
 
     @property
     def target_range(self) -> range | None:
@@ -104,26 +95,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class SaveConfig:
+class SaveConfig(Section):
     """output"""
 
     output_dir: Path = option(help="folder for LoRA files and samples")
     output_name: str = option(help="stem of the LoRA files")
-    save_every_n_epochs: int | None = option(None, help="save after every n epochs")
-    save_every_n_steps: int | None = option(None, help="save after every n steps")
+    save_every_n_epochs: int | None = option(None, minimum=1, help="save after every n epochs")
+    save_every_n_steps: int | None = option(None, minimum=1, help="save after every n steps")
     save_precision: str | None = option(None, help="dtype of the saved LoRA; default float32")
-    save_last_n_epochs: int | None = option(None, help="keep the files of the last n epochs only")
-    save_last_n_steps: int | None = option(None, help="keep the files of the last n steps only")
+    save_last_n_epochs: int | None = option(None, minimum=0, help="keep the files of the last n epochs only")
+    save_last_n_steps: int | None = option(None, minimum=0, help="keep the files of the last n steps only")
     save_state: bool = option(False, help="save a state to resume from with every file, and at the end")
     save_state_on_train_end: bool = option(False, help="save a state at the end")
-    save_last_n_epochs_state: int | None = option(None, help="like --save_last_n_epochs, for states")
-    save_last_n_steps_state: int | None = option(None, help="like --save_last_n_steps, for states")
+    save_last_n_epochs_state: int | None = option(None, minimum=0, help="like --save_last_n_epochs, for states")
+    save_last_n_steps_state: int | None = option(None, minimum=0, help="like --save_last_n_steps, for states")
     resume: str | None = option(None, help="state folder to go on from; auto: the newest of this run, if there is one")
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "save_every_n_epochs", "save_every_n_steps")
-        _at_least(0, self, "save_last_n_epochs", "save_last_n_steps")
-        _at_least(0, self, "save_last_n_epochs_state", "save_last_n_steps_state")
+        super().__post_init__()
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise ConfigError(f"--output_name {self.output_name}: must be a file stem without folders")
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
@@ -156,7 +145,7 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
-class MetadataConfig:
+class MetadataConfig(Section):
     """metadata"""
 
     training_comment: str | None = option(None, help="stored in the file")
@@ -207,6 +196,11 @@ class TrainingModels:
     clip: CLIPConfig
     device: DeviceConfig
     attention: AttentionSwitches
+
+    def filled(self, release: ReleaseConfig) -> "TrainingModels":
+        """The same with the files that were not given taken from a release folder, if there is one."""
+        fill = release.fill
+        return replace(self, dit=fill(self.dit), vae=fill(self.vae), t5=fill(self.t5), clip=fill(self.clip))
 
 
 @dataclass(frozen=True)
