@@ -19,7 +19,7 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    models = cli.build_group(TrainingModels, args).filled(cli.build(ReleaseConfig, args))
+    models = cli.build(ReleaseConfig, args).fill(cli.build_group(TrainingModels, args))
     options = cli.build_group(TrainingOptions, args)
 
     from wan.training import run  # late: it imports accelerate, which --help does not need

@@ -1,7 +1,7 @@
 """The settings of a training run, one section per subject; each field is a flag of the training script."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, ReleaseConfig, T5Config, VAEConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
 from wan.training.cadence import Every
 from wan.training.optimizers import OptimizerConfig
 from wan.training.samples import SampleConfig
@@ -196,11 +196,6 @@ class TrainingModels:
     clip: CLIPConfig
     device: DeviceConfig
     attention: AttentionSwitches
-
-    def filled(self, release: ReleaseConfig) -> "TrainingModels":
-        """The same with the files that were not given taken from a release folder, if there is one."""
-        fill = release.fill
-        return replace(self, dit=fill(self.dit), vae=fill(self.vae), t5=fill(self.t5), clip=fill(self.clip))
 
 
 @dataclass(frozen=True)
