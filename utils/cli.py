@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import toml
+import tomli_w
 
 from utils.errors import ConfigError, suggest
 from utils.files import read_toml
@@ -212,7 +212,7 @@ def settings(*sections: Any) -> dict[str, Any]:
 
 def to_toml(*sections: Any) -> str:
     """The settings of built sections as TOML, which `read_options_from` reads again."""
-    return toml.dumps(settings(*sections))
+    return tomli_w.dumps(settings(*sections))
 
 
 def _plain(value: Any) -> Any:
