@@ -8,6 +8,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.nets.vae import CausalConv3d, ChannelNorm, FrameAttention, WanVAE
@@ -53,15 +54,15 @@ def _norm(norm: ChannelNorm, normalize: Norm, x: Tensor, silu: bool) -> Tensor:
     """[B, C, T, H, W] or [B, C, H, W] -> the same"""
     if x.ndim == 4:
         return normalize(x, norm.gamma, silu)
-    frames = normalize(x.transpose(1, 2).flatten(0, 1), norm.gamma, silu)
-    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    frames = normalize(rearrange(x, "b c t h w -> (b t) c h w"), norm.gamma, silu)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 def _attend(layer: FrameAttention, attend: Callable, frames: Tensor) -> Tensor:
     """[B * T, C, H, W] -> the same"""
-    qkv = layer.to_qkv(layer.norm(frames)).flatten(2).transpose(1, 2)  # [B * T, H * W, 3 C]
+    qkv = rearrange(layer.to_qkv(layer.norm(frames)), "b c h w -> b (h w) c")
     out = torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
-    return layer.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+    return layer.proj(rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2]))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.nets.attention import Attention, sdpa
@@ -306,7 +307,7 @@ class WanDiT(nn.Module):
         x = latents if channels is None else torch.cat([latents, channels], dim=1)
         x = self.patch_embedding(x.to(self.dtype))
         grid = x.shape[2:]
-        x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+        x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
 
         prepared = None if cache is None else cache.prepared
         if prepared is None:
@@ -351,5 +352,5 @@ class WanDiT(nn.Module):
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, f * h * w, p * q * r * C] -> [B, C, f * p, h * q, w * r], with (p, q, r) = PATCH."""
-        x = tokens.unflatten(2, (*PATCH, self.spec.out_dim)).unflatten(1, grid)  # [B, f, h, w, p, q, r, C]
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        (f, h, w), (p, q, r) = grid, PATCH
+        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
