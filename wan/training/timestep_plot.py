@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import written_whole
-from utils.options import option
+from utils.options import Section, option
 from utils.randomness import stratified_uniform
 from wan.training.timesteps import NoiseConfig, loss_weight, sample_noise_levels
 
@@ -31,7 +31,7 @@ _TITLE_LETTERS = 120  # a line; all settings together take three
 
 
 @dataclass(frozen=True)
-class TimestepPlotConfig:
+class TimestepPlotConfig(Section):
     """noise level plot"""
 
     show_timesteps: str | None = option(
