@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.lora.layers import LoRALinear
@@ -100,10 +101,9 @@ def _predict(
 
 def _patches(layer: nn.Conv3d, x: Tensor) -> Tensor:
     """A convolution whose stride is its kernel, as one matrix product: [B, C, F, H, W] -> [B, dim, f, h, w]."""
-    for axis, size in zip((2, 4, 6), PATCH, strict=True):
-        x = x.unflatten(axis, (-1, size))  # at the end [B, C, f, p, h, q, w, r]
-    tokens = F.linear(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4), layer.weight.flatten(1), layer.bias)
-    return tokens.permute(0, 4, 1, 2, 3)
+    p, q, r = PATCH
+    patches = rearrange(x, "b c (f p) (h q) (w r) -> b f h w (c p q r)", p=p, q=q, r=r)
+    return rearrange(F.linear(patches, layer.weight.flatten(1), layer.bias), "b f h w d -> b d f h w")
 
 
 def _in_float32(operations: ModuleType, layers: nn.Sequential, x: Tensor) -> Tensor:

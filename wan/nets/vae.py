@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
@@ -88,8 +89,8 @@ def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a 2-D layer to each frame of [B, C, T, H, W], or to the single one of [B, C, H, W]."""
     if x.ndim == 4:
         return layer(x)
-    frames = layer(x.transpose(1, 2).flatten(0, 1))
-    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    frames = layer(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 class ResidualBlock(nn.Module):
@@ -135,8 +136,14 @@ class FrameAttention(nn.Module):
 
     def _attend(self, frames: Tensor) -> Tensor:
         """[B * T, C, H, W] -> the same"""
+<<<<<<< HEAD
         out = self.operation(self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2))  # [B * T, H * W, C]
         return self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+=======
+        qkv = rearrange(self.to_qkv(self.norm(frames)), "b c h w -> b 1 (h w) c")  # one head
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        return self.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=frames.shape[2]))
+>>>>>>> trunk
 
 
 class Downsample(nn.Module):
@@ -165,8 +172,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.time_conv is not None and x.ndim == 5 and x.shape[2] > 1:
-            pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T - 1, H, W]
-            x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+            pairs = rearrange(self.time_conv(x[:, :, 1:]), "b (pair c) t h w -> b c (t pair) h w", pair=2)
+            x = torch.cat([x[:, :, :1], pairs], dim=2)
         return _per_frame(self.resample, x)
 
 
