@@ -1,9 +1,11 @@
 """Encode the images of a dataset with the VAE and CLIP, one cache file per item. Worked example: docs/one_frame.md"""
 
+from dataclasses import dataclass
+
 from utils import cli
-from wan.caching import explain
+from wan.caching.explain import explain_latents
 from wan.caching.run import LatentCachingConfig, run_latents
-from wan.frames import table
+from wan.frames.table import ExplainConfig
 from wan.models.device import DeviceConfig, init_processes
 from wan.models.options import CLIPConfig, ReleaseConfig, VAEConfig
 
@@ -15,30 +17,38 @@ _IGNORED = {
 _REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
 
 
+@dataclass(frozen=True)
+class Options:
+    """The sections of this script, in the order of --help."""
+
+    run: LatentCachingConfig
+    release: ReleaseConfig
+    vae: VAEConfig
+    clip: CLIPConfig
+    device: DeviceConfig
+    explain: ExplainConfig
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, LatentCachingConfig, ReleaseConfig, VAEConfig, CLIPConfig, DeviceConfig)
-    cli.add_fields(parser, table.ExplainConfig)
+    cli.add_fields(parser, Options)
     cli.ignore(parser, _IGNORED)
     cli.refuse(parser, _REFUSED)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    files = cli.build(ReleaseConfig, args)
-    run = cli.build(LatentCachingConfig, args)
-    vae, clip = (files.fill(cli.build(section, args)) for section in (VAEConfig, CLIPConfig))
-    if cli.build(table.ExplainConfig, args).explain:
+    options = cli.build_group(Options, build_parser().parse_args(argv))
+    options = options.release.fill(options)
+    run, vae, clip = options.run, options.vae, options.clip
+    if options.explain.explain:
         vae.check()
         clip.check()
-        weights = (vae.vae, clip.clip)
         print(
-            *explain.explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights),
-            sep="\n",
+            *explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, (vae.vae, clip.clip)), sep="\n"
         )
         return
-    processes, device = init_processes(cli.build(DeviceConfig, args))
+    processes, device = init_processes(options.device)
     cli.quiet_unless(processes.is_main)
     run_latents(run, vae, clip, device, processes)
 

@@ -1,28 +1,40 @@
 """Encode the captions of a dataset with T5, one cache file per item. Worked example: docs/one_frame.md"""
 
+from dataclasses import dataclass
+
 from utils import cli
-from wan.caching import explain
+from wan.caching.explain import explain_texts
 from wan.caching.run import CachingConfig, run_texts
-from wan.frames import table
+from wan.frames.table import ExplainConfig
 from wan.models.device import DeviceConfig, init_processes
 from wan.models.options import ReleaseConfig, T5Config
 
 
+@dataclass(frozen=True)
+class Options:
+    """The sections of this script, in the order of --help."""
+
+    run: CachingConfig
+    release: ReleaseConfig
+    t5: T5Config
+    device: DeviceConfig
+    explain: ExplainConfig
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
-    cli.add_fields(parser, CachingConfig, ReleaseConfig, T5Config, DeviceConfig, table.ExplainConfig)
+    cli.add_fields(parser, Options)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    run = cli.build(CachingConfig, args)
-    t5 = cli.build(ReleaseConfig, args).fill(cli.build(T5Config, args))
-    if cli.build(table.ExplainConfig, args).explain:
+    options = cli.build_group(Options, build_parser().parse_args(argv))
+    run, t5 = options.run, options.release.fill(options.t5)
+    if options.explain.explain:
         t5.check()
-        print(*explain.explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
+        print(*explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
         return
-    processes, device = init_processes(cli.build(DeviceConfig, args))
+    processes, device = init_processes(options.device)
     cli.quiet_unless(processes.is_main)
     run_texts(run, t5, device, processes)
 

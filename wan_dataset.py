@@ -1,5 +1,7 @@
 """Look at a dataset before it is cached and trained on. Worked examples: docs/dataset.md"""
 
+from dataclasses import dataclass
+
 from dataset.check import CheckConfig, run_check
 from utils import cli
 from wan.caching.sheet import SheetConfig, run_sheet
@@ -7,14 +9,23 @@ from wan.models.device import DeviceConfig
 from wan.models.options import VAEConfig
 
 
+@dataclass(frozen=True)
+class SheetOptions:
+    """The sections of the command `sheet`."""
+
+    sheet: SheetConfig
+    vae: VAEConfig
+    device: DeviceConfig
+
+
 def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help, *sections in (
+    for name, help, group in (
         ("check", "list every problem of a dataset, with the fixes, and what becomes of its sizes", CheckConfig),
-        ("sheet", "draw the items as the model will see them", SheetConfig, VAEConfig, DeviceConfig),
+        ("sheet", "draw the items as the model will see them", SheetOptions),
     ):
-        cli.add_fields(commands.add_parser(name, help=help, description=help), *sections)
+        cli.add_fields(commands.add_parser(name, help=help, description=help), group)
     return parser
 
 
@@ -24,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         case "check":
             run_check(cli.build(CheckConfig, args))
         case "sheet":
-            run_sheet(*(cli.build(section, args) for section in (SheetConfig, VAEConfig, DeviceConfig)))
+            options = cli.build_group(SheetOptions, args)
+            run_sheet(options.sheet, options.vae, options.device)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     files = cli.build(ReleaseConfig, args)
     models = [files.fill(cli.build(section, args)) for section in _MODELS]
     dit, vae, t5, clip, device, attention, lora, memory = models
-    device = device.torch_device
+    device = device.resolve()
     merged = cli.build(MergedModelConfig, args)
     explaining = cli.build(table.ExplainConfig, args).explain
     if explaining and (merged.save_merged_model or args.latent_path or args.interactive):

@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         case "merge":
             tools.merge(args.loras, args.multiplier, args.out)
         case "extract":
-            device = cli.build(DeviceConfig, args).torch_device
+            device = cli.build(DeviceConfig, args).resolve()
             tools.extract(args.base, args.tuned, args.out, args.rank, device)
         case "resize":
-            tools.resize(args.source, args.out, args.rank, cli.build(DeviceConfig, args).torch_device)
+            tools.resize(args.source, args.out, args.rank, cli.build(DeviceConfig, args).resolve())
 
 
 if __name__ == "__main__":

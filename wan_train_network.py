@@ -1,5 +1,7 @@
 """Train a one-frame LoRA on cached images. Worked examples: docs/one_frame.md, docs/training.md"""
 
+from dataclasses import replace
+
 from utils import cli
 from wan.foreign_flags import TRAINING_IGNORED, TRAINING_REFUSED
 from wan.frames.table import ExplainConfig
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     files = cli.build(ReleaseConfig, args)
     models = [files.fill(cli.build(section, args)) for section in _MODELS]
     dit, vae = models[:2]
-    options = TrainingOptions(*(cli.build(section, args) for section in _OPTIONS), dit=dit.dit, vae=vae.vae)
+    options = replace(cli.build_group(TrainingOptions, args), dit=dit.dit, vae=vae.vae)
 
     from wan.training import run  # late: it imports accelerate, which --help does not need
 

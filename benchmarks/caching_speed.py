@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SPECS, default="14B")
     parser.add_argument("--items", type=int, default=128)
     arguments = parser.parse_args()
-    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
     with tempfile.TemporaryDirectory() as folder:
         write_release(Path(folder), arguments.size, kinds=("vae", "clip"))
         vae = VAEConfig(Path(folder, FILES["vae"])).load(device)

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
     side = 8 if arguments.size == "tiny" else arguments.side // 8
     print("| options | peak of a step, GiB | step, s | forward, s |\n|---|---|---|---|")
     with random_checkpoint(SPECS[arguments.size], device):

@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--dit_backend", choices=("auto", "plain", "fused"), default="auto")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
     bench = Bench(device, SPECS[arguments.size], arguments.repeat, arguments.only, arguments.profile)
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names contain one of these words")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").torch_device
+    device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
     side = 32 if arguments.size == "tiny" else arguments.side
     bench = Bench(device, SPECS[arguments.size], arguments.repeat, arguments.only, None)
     print("| card | options, and what they were expected to need | peak, GB | step, s |\n|---|---|---|---|")

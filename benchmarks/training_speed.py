@@ -27,6 +27,7 @@ from wan.files.load import load_dit
 from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
 from wan.lora.network import inject_lora_
+from wan.models.device import DeviceConfig
 from wan.models.estimate import expected_memory
 from wan.models.memory_options import apply_memory_options_
 from wan.models.tasks import TASKS
@@ -84,8 +85,8 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     flags += ["--gradient_accumulation_steps", str(arguments.batches)]
     flags += ["--gradient_checkpointing"] if arguments.checkpointing else []
     parsed = wan_train_network.build_parser().parse_args(flags)
-    options = TrainingOptions(*(cli.build(section, parsed) for section in wan_train_network._OPTIONS))
-    accelerator = build_accelerator("cpu" if arguments.size == "tiny" else None)
+    options = cli.build_group(TrainingOptions, parsed)
+    accelerator = build_accelerator(DeviceConfig("cpu" if arguments.size == "tiny" else None))
     datasets = read_config(options.run.dataset_config, need_sources=False)
     dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16
     with random_checkpoint(SPECS[arguments.size], accelerator.device):

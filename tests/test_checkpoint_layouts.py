@@ -136,7 +136,7 @@ def test_a_folder_without_models_and_a_missing_one_are_errors(tmp_path):
     (tmp_path / "readme.txt").touch()
     for folder, words in ((tmp_path, "holds no file under its official name"), (tmp_path / "absent", "is no folder")):
         with pytest.raises(ConfigError, match=f"--ckpt_dir .*: {words}"):
-            ReleaseConfig(ckpt_dir=folder)
+            ReleaseConfig(ckpt_dir=folder).fill(VAEConfig())
 
 
 # What ComfyUI repackages

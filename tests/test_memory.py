@@ -223,7 +223,9 @@ def test_reserves_on_a_gpu_grow_unless_the_user_wants_otherwise(platform, set_by
         if name in set_by_user:
             monkeypatch.setenv(name, set_by_user[name])
     monkeypatch.setattr(sys, "platform", platform)
-    DeviceConfig("cpu")
+    config = DeviceConfig("cpu")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ or "PYTORCH_CUDA_ALLOC_CONF" in set_by_user
+    config.resolve()
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == settings
 
 

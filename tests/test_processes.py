@@ -271,7 +271,7 @@ def test_what_fsdp2_cannot_do_is_refused_before_weights_load(monkeypatch, tmp_pa
 
 
 def test_a_single_gpu_named_for_several_processes_is_refused(monkeypatch):
-    monkeypatch.setattr(DeviceConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(DeviceConfig, "resolve", lambda self: torch.device(self.device))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="--device cuda:1: several processes take cpu or cuda"):

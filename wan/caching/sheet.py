@@ -92,7 +92,7 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
         vae.check()
     require_writable_dir(run.output.parent, "--output")
     if vae.vae is not None:
-        model = vae.load(device.torch_device)
+        model = vae.load(device.resolve())
 
         def decode(item: Item) -> tuple[Tile, ...]:
             folder = config.datasets[item.dataset].cache_directory

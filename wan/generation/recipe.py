@@ -93,7 +93,7 @@ def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
     for name in _FILES:
         if name in known and getattr(args, name) == known[name]:
             _check_files(args, name, recipe, place)
-    for name, now in _made_by(cli.build(DeviceConfig, args).torch_device).items():
+    for name, now in _made_by(cli.build(DeviceConfig, args).resolve()).items():
         then = recipe.made_by.get(name)
         if now != then:
             log.warning("%s: made with %s %s, this is %s; the picture may differ a little", place, name, then, now)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 
 Item = TypeVar("Item")
 
@@ -50,22 +50,23 @@ class Processes:
 
 
 @dataclass(frozen=True)
-class DeviceConfig:
+class DeviceConfig(Section):
     """device"""
 
     device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
 
-    def __post_init__(self) -> None:
+    def resolve(self) -> torch.device:
+        """The device that the models run on, after a first tensor on it. Raises ConfigError when it can't be used.
+
+        Prepares PyTorch's allocator, so that it has to come before anything else that uses a GPU.
+        """
         _let_reserves_grow()
         try:
-            torch.zeros(0, device=self.torch_device)
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.zeros(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device that the models run on."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return device
 
 
 def _let_reserves_grow() -> None:
@@ -82,14 +83,15 @@ def init_processes(config: DeviceConfig) -> tuple[Processes, torch.device]:
 
     ConfigError for a device that they can't all have.
     """
+    device = config.resolve()
     launched = "LOCAL_RANK" in os.environ  # by either; WORLD_SIZE alone is set in some containers
     if not launched or int(os.environ["WORLD_SIZE"]) < 2:
-        return Processes(), config.torch_device
+        return Processes(), device
     if config.device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {config.device}: several processes take cpu or cuda; each finds a GPU of its own")
     from accelerate import PartialState  # imported only where there is someone to meet
 
-    state = PartialState(cpu=config.torch_device.type == "cpu", timeout=_PATIENCE)
+    state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes), state.device
 
 

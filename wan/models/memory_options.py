@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 from wan.fused.dit import can_fuse, fuse_
 from wan.fused.graphs import graph_forward_
 from wan.memory.block_swap import swap_blocks_
@@ -32,7 +32,7 @@ _FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which induc
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
+class MemoryConfig(Section):
     """memory and speed"""
 
     memory: str = option(
@@ -41,14 +41,18 @@ class MemoryConfig:
         choices=("manual", "auto"),
     )
     fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
-    blocks_to_swap: int = option(0, help="DiT blocks whose weights wait in host memory until they are needed")
+    blocks_to_swap: int = option(
+        0, help="DiT blocks whose weights wait in host memory until they are needed", minimum=0
+    )
     use_pinned_memory_for_block_swap: bool = option(False, help="page-locked host memory for them: faster copies")
     compile: bool = option(False, help="torch.compile each block")
     compile_backend: str = option("inductor", help="compiler of --compile")
     compile_mode: str = option("default", help="what inductor optimises for", choices=_COMPILE_MODES)
     compile_dynamic: str | None = option(None, help="one program for all sizes", choices=("true", "false", "auto"))
     compile_fullgraph: bool = option(False, help="raise an error where a block does not compile as a whole")
-    compile_cache_size_limit: int = option(32, help="programs kept: training and samples need some for each size")
+    compile_cache_size_limit: int = option(
+        32, help="programs kept: training and samples need some for each size", minimum=1
+    )
     dit_backend: str = option(
         "auto",
         help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
@@ -62,13 +66,10 @@ class MemoryConfig:
     chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.chosen_by_plan if self.memory == "auto" else ():
             if getattr(self, name) != getattr(type(self), name):
                 raise ConfigError(f"--{name}: --memory auto chooses it; leave one of them out")
-        if self.blocks_to_swap < 0:
-            raise ConfigError(f"--blocks_to_swap {self.blocks_to_swap}: must be at least 0")
-        if self.compile_cache_size_limit < 1:
-            raise ConfigError(f"--compile_cache_size_limit {self.compile_cache_size_limit}: must be at least 1")
         if self.compile_mode != "default" and self.compile_backend != "inductor":
             raise ConfigError(
                 f"--compile_mode {self.compile_mode}: only inductor has modes; leave out --compile_backend"
@@ -141,15 +142,16 @@ class TrainingMemoryConfig(MemoryConfig):
         nargs="?",
         const="all",
     )
-    gradient_checkpointing_cpu_offload: bool = option(False, help="keep what they start from in host memory")
+    gradient_checkpointing_cpu_offload: bool = option(
+        False, help="keep what they start from in host memory", needs="--gradient_checkpointing; give both"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fp8_scaled and not self.fp8_base:
             raise ConfigError("--fp8_scaled needs --fp8_base; give both")
-        for flag in ("blocks_to_swap", "gradient_checkpointing_cpu_offload"):
-            if getattr(self, flag) and self.gradient_checkpointing == "none":
-                raise ConfigError(f"--{flag} needs --gradient_checkpointing; give both")
+        if self.blocks_to_swap and self.gradient_checkpointing == "none":
+            raise ConfigError("--blocks_to_swap needs --gradient_checkpointing; give both")
         if self.blocks_to_swap and self.gradient_checkpointing != "all":
             raise ConfigError(
                 f"--gradient_checkpointing {self.gradient_checkpointing}: does not go with --blocks_to_swap; use all"

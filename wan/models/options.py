@@ -6,19 +6,19 @@ called before any weights load; `load()` reads the weights.
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
-from utils.options import option
+from utils.options import Section, option
 from wan.files import load
 from wan.files import tokenizer as tokenizer_module
 from wan.files.names import release_files
@@ -33,8 +33,11 @@ from wan.nets.attention import Attention, sdpa, select_attention
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger(__name__)
-Section = TypeVar("Section")
+Group = TypeVar("Group", bound="DataclassInstance")
 
 
 def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
@@ -56,38 +59,46 @@ def _required(path: Path | None, flag: str, what: str) -> Path:
 
 
 @dataclass(frozen=True)
-class ReleaseConfig:
+class ReleaseConfig(Section):
     """models"""
 
     ckpt_dir: Path | None = option(
         None, help="folder of an official or diffusers release: its files serve for model options that are left out"
     )
 
-    def __post_init__(self) -> None:
-        self._files  # noqa: B018 checks that it is one
+    def fill(self, group: Group) -> Group:
+        """`group`, a section or a group of them, with the paths that were not given taken from the folder.
 
-    @cached_property
-    def _files(self) -> dict[str, Path]:
-        if self.ckpt_dir is None:
-            return {}
-        if not self.ckpt_dir.is_dir():
-            raise ConfigError(f"--ckpt_dir {self.ckpt_dir}: is no folder; check the path")
-        files = release_files(self.ckpt_dir)
+        Raises ConfigError when the folder is none, or holds no model.
+        """
+        return group if self.ckpt_dir is None else _with_paths(group, self._files(self.ckpt_dir))
+
+    def _files(self, folder: Path) -> dict[str, Path]:
+        if not folder.is_dir():
+            raise ConfigError(f"--ckpt_dir {folder}: is no folder; check the path")
+        files = release_files(folder)
         if not files:
             raise ConfigError(
-                f"--ckpt_dir {self.ckpt_dir}: holds no file under its official name, nor folders as diffusers has "
+                f"--ckpt_dir {folder}: holds no file under its official name, nor folders as diffusers has "
                 "them; give --dit, --vae, --t5 and --clip"
             )
         return files
 
-    def fill(self, section: Section) -> Section:
-        """`section` with the paths that were not given taken from the folder, as far as they are there."""
-        names = {field.name for field in fields(section)} & self._files.keys()
-        return replace(section, **{name: self._files[name] for name in names if getattr(section, name) is None})
+
+def _with_paths(group: Group, files: Mapping[str, Path]) -> Group:
+    """`group` with `files`, by option name, in place of what is None."""
+    changed: dict[str, Any] = {}
+    for field in fields(group):
+        part = getattr(group, field.name)
+        if is_dataclass(part) and not isinstance(part, type):
+            changed[field.name] = _with_paths(part, files)
+        elif part is None and field.name in files:
+            changed[field.name] = files[field.name]
+    return replace(group, **changed)
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(Section):
     """DiT"""
 
     task: str | None = option(None, help="i2v-14B or flf2v-14B; default: what the checkpoint is")
@@ -95,6 +106,7 @@ class DiTConfig:
     dit_dtype: str | None = option(None, help="DiT dtype; default: that of the file")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.task in UNSUPPORTED_TASKS:
             raise ConfigError(f"--task {self.task}: {UNSUPPORTED_TASKS[self.task]}")
         if self.task is not None and self.task not in TASKS:
@@ -158,12 +170,13 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Section):
     """attention"""
 
     attn_mode: str = option("torch", help="torch (or sdpa), cudnn, flash (or flash2), flash3, xformers or sageattn")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         select_attention(self.attn_mode)
 
     @property
@@ -173,7 +186,7 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class AttentionSwitches:
+class AttentionSwitches(Section):
     """attention"""
 
     sdpa: bool = option(False, help="torch's scaled dot product attention; the default, and wins over the others")
@@ -182,6 +195,7 @@ class AttentionSwitches:
     flash3: bool = option(False, help="FlashAttention 3, for Hopper GPUs")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.function  # noqa: B018 checks that its package is there
 
     @property
@@ -193,7 +207,7 @@ class AttentionSwitches:
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Section):
     """LoRA"""
 
     lora_weight: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT")
@@ -204,6 +218,7 @@ class LoRAConfig:
     exclude_patterns: tuple[str, ...] = option((), help="one per file: modules that it is found in are left out")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag in ("include_patterns", "exclude_patterns"):
             patterns = getattr(self, flag)
             if len(patterns) > len(self.lora_weight):
@@ -265,7 +280,7 @@ def build_merger(
 
 
 @dataclass(frozen=True)
-class VAEConfig:
+class VAEConfig(Section):
     """VAE"""
 
     vae: Path | None = option(None, help="VAE checkpoint (Wan2.1_VAE.pth or safetensors)")
@@ -277,6 +292,7 @@ class VAEConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _dtype(self.vae_dtype, "--vae_dtype")
 
     def check(self) -> None:
@@ -296,7 +312,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(Section):
     """text encoder"""
 
     t5: Path | None = option(None, help="umT5-XXL encoder checkpoint (models_t5_umt5-xxl-enc-bf16.pth)")
@@ -305,6 +321,7 @@ class T5Config:
     t5_tokenizer: Path | None = option(None, help="folder of the tokenizer; default: google/umt5-xxl from the hub")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _dtype(self.t5_dtype, "--t5_dtype")
 
     def check(self, spec: DiTSpec | None = None) -> None:
@@ -332,13 +349,14 @@ class T5Config:
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
+class CLIPConfig(Section):
     """image encoder"""
 
     clip: Path | None = option(None, help="CLIP checkpoint (models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth)")
     clip_dtype: str | None = option(None, help="CLIP dtype; default float16, float32 on a CPU")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _dtype(self.clip_dtype, "--clip_dtype")
 
     def check(self, spec: DiTSpec | None = None) -> None:

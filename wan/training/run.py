@@ -47,7 +47,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
     require_writable_dir(save.output_dir, "--output_dir")
     task, requests = _check(models, options, datasets)
-    accelerator = start.build_accelerator(models.device.device)
+    accelerator = start.build_accelerator(models.device)
     cli.quiet_unless(accelerator.is_main_process)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
     state = start.find_state(save)
@@ -100,7 +100,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
     task, _ = _check(models, options, datasets)
-    accelerator = start.build_accelerator(models.device.device)
+    accelerator = start.build_accelerator(models.device)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
     state = start.find_state(options.save)
     training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)

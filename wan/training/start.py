@@ -15,6 +15,7 @@ from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
+from wan.models.device import DeviceConfig
 from wan.models.memory_options import apply_memory_options_
 from wan.models.options import DiTConfig, build_merger
 from wan.nets.attention import Attention
@@ -88,8 +89,10 @@ def find_state(save: SaveConfig) -> State | None:
     return None if path is None else load_state(path)
 
 
-def build_accelerator(device: str | None) -> Accelerator:
+def build_accelerator(config: DeviceConfig) -> Accelerator:
     """Processes and devices as `accelerate launch` or plain `python` set them up; `--device cpu` forces the CPU."""
+    config.resolve()
+    device = config.device
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
     accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
