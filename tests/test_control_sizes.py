@@ -186,7 +186,7 @@ def test_masks_follow_the_size_of_their_image(name):
     half.paste(255, (0, 0, 320, 107))
     half.save("mask.png")
     once = encoded(f"{line(name)} --cim mask.png", "i2v-14B")
-    rows, columns = once.request.clip.frame_sizes(once.request.sizes)[0]
+    rows, columns = once.request.frame_sizes[0]
     given = once.conditioning.channels[0, 0]
     assert torch.equal(once.conditioning.given[0], given)
     assert given[: rows // 2 - 1, :columns].all() and not given[rows // 2 + 1 :].any() and not given[:, columns:].any()

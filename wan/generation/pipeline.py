@@ -203,7 +203,7 @@ def denoise(
     frame_indices = torch.tensor([clip.time_indices], device=device)
     own = torch.tensor(clip.kept, device=device)
     own_conditioning, own_indices = conditioning.select(own), frame_indices[:, own]
-    own_sizes, sizes = request.layout.clip.frame_sizes(request.sizes), clip.frame_sizes(request.sizes)
+    own_sizes, sizes = request.layout.clip.frame_sizes(request.sizes), request.frame_sizes
     noise = _noise(request, device)
     guided_steps = guidance.guided_steps(request.steps)
     schedule = sampling.schedule(request.solver, request.steps, request.shift)

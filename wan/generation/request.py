@@ -19,6 +19,7 @@ from wan.generation.prompt_lines import Prompt
 from wan.generation.sampling import SOLVERS, schedule
 from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
+from wan.nets.tokens import FrameSizes
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,11 @@ class Request:
     def clip(self) -> Clip:
         """The frames of the layout and the reasoning frames. ConfigError when there is no room for these."""
         return self.layout.clip.with_scratch(self.reasoning_frames)
+
+    @property
+    def frame_sizes(self) -> FrameSizes | None:
+        """Sizes of the frames of `clip`; None when all are the same."""
+        return self.clip.frame_sizes(self.sizes)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
