@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.generation.experts import Experts
+from wan.generation.pipeline import Encoded, denoise
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.nets.conditioning import Conditioning
@@ -69,6 +71,11 @@ def velocity(model: WanDiT, **options) -> Tensor:
     """Without gradients, on the CPU."""
     with torch.inference_mode():
         return model(*arguments(model.patch_embedding.weight.device, **options)).cpu()
+
+
+def denoised(dit: WanDiT, item: Encoded, **options) -> Tensor:
+    """The latents that one DiT makes of an encoded request, on the CPU. options: see `denoise`."""
+    return denoise(Experts.one(dit, item.request.guidance), item, CPU, **options)
 
 
 def lora_gradients(model: WanDiT, network: LoRANetwork, **options) -> Tensor:

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 from wan.frames.clip import Clip
 from wan.frames.encoding import ENCODINGS, INDEPENDENT, Encoding, encoding_named
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, parse_resolution
@@ -26,7 +26,7 @@ _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
+class LayoutConfig(Section):
     """one-frame layout"""
 
     one_frame_layout: str | None = option(

@@ -14,7 +14,7 @@ _KEPT = 1000  # lines of history
 
 
 def history_file(name: str) -> Path:
-    """Where the user's state of an application is kept: XDG base directory specification, or Windows' local data."""
+    """Path of an application's history: in the XDG state folder, on Windows in the local application data."""
     if os.name == "nt":
         folder = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
     else:

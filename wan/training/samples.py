@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.errors import ConfigError
 from utils.files import written_whole
-from utils.options import option
+from utils.options import Section, option
+from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
-from wan.generation.prompt_lines import Prompt, read_file
+from wan.generation.prompt import Prompt
+from wan.generation.prompt_lines import TRAINING, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TaskSpec
+from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
 
@@ -25,38 +27,29 @@ _DEFAULTS = Prompt(width=256, height=256, sample_steps=20)
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     """sample images"""
 
     sample_prompts: Path | None = option(None, help="prompts to sample, .txt, .toml or .json")
-    sample_at_first: bool = option(False, help="sample before training")
-    sample_every_n_epochs: int | None = option(None, help="sample after every n epochs")
-    sample_every_n_steps: int | None = option(None, help="sample after every n steps")
-
-    def __post_init__(self) -> None:
-        for name in ("sample_every_n_epochs", "sample_every_n_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
-            if value is not None and self.sample_prompts is None:
-                raise ConfigError(f"--{name} needs --sample_prompts FILE")
-        if self.sample_at_first and self.sample_prompts is None:
-            raise ConfigError("--sample_at_first needs --sample_prompts FILE")
+    sample_at_first: bool = option(False, needs="--sample_prompts FILE", help="sample before training")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, needs="--sample_prompts FILE", help="sample after every n epochs"
+    )
+    sample_every_n_steps: int | None = option(
+        None, minimum=1, needs="--sample_prompts FILE", help="sample after every n steps"
+    )
 
     def requests(self, task: TaskSpec, sampling: SamplingConfig) -> list[Request]:
         """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
         if self.sample_prompts is None:
             return []
-        prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
+        prompts = read_file(self.sample_prompts, "--sample_prompts", TRAINING)
         return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether samples are wanted after this optimizer step (counted from 1)."""
-        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether samples are wanted after this epoch (counted from 1)."""
-        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
+    @property
+    def every(self) -> Every:
+        """When samples are drawn."""
+        return Every(self.sample_every_n_steps, self.sample_every_n_epochs)
 
 
 class Sampler:
@@ -112,7 +105,8 @@ class Sampler:
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
         watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
-        latents = denoise(dit, encoded, self._pipeline.device, f"sample {number}", watch=watch)
+        experts = Experts.one(dit, encoded.request.guidance)
+        latents = denoise(experts, encoded, self._pipeline.device, f"sample {number}", watch=watch)
         if not self._writes:
             return []
         image = self._pipeline.decode(latents)
