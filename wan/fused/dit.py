@@ -90,7 +90,7 @@ def _predict(
     """`WanDiT.predict`, whose blocks hand each other a Residual where no gradients are asked for."""
     x = latents if channels is None else torch.cat([latents, channels], dim=1)
     x, grid = _patches(dit.patch_embedding, x.to(dit.dtype)), token_grid(latents.shape[2:])
-    x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+    x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
     time = _in_float32(operations, dit.time_embedding, timestep_features(timesteps, dit.spec.freq_dim))
     modulation = _in_float32(operations, dit.time_projection, time).unflatten(1, (6, -1))
     for number, block in enumerate(dit.blocks):
@@ -220,13 +220,16 @@ class _FusedBlock:
         groups = [(own.q, own.k, own.v), (own.o,), (cross.q,), (cross.k, cross.v), (cross.o,), (first,), (last,)]
         if cross.has_image:
             groups.append((cross.k_img, cross.v_img))
-        groups = [
-            group for group in groups if all(isinstance(one, LoRALinear) and one.uses_product_kernel for one in group)
+        adapted = [
+            [one for one in group if isinstance(one, LoRALinear) and one.uses_product_kernel] for group in groups
         ]
-        cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
+        whole = {group: loras for group, loras in zip(groups, adapted, strict=True) if len(loras) == len(group)}
+        cast = dict(zip(whole, cast_low_rank(list(whole.values()), dtype), strict=True)) if whole else {}
 
         def run(x: Tensor, *layers: nn.Module, read: bool = True) -> Sequence[Tensor]:
-            return lora_products(x, layers, cast[layers], read) if layers in cast else [layer(x) for layer in layers]
+            if layers not in cast:
+                return [layer(x) for layer in layers]
+            return lora_products(x, whole[layers], cast[layers], read)
 
         return run
 
