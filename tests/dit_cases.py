@@ -1,5 +1,6 @@
 """A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from wan.generation.pipeline import Encoded, denoise
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import Block, WanDiT
 from wan.nets.spec import DiTSpec
 
 SPEC = DiTSpec("i2v", dim=128, ffn_dim=192, num_layers=4, in_dim=36, text_dim=32, image_dim=48)
@@ -60,6 +62,17 @@ def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) 
     tensors = (torch.linspace(900, 400, batch), text, torch.tensor([[0, 3]] * batch))
     conditioning = Conditioning(channels, clip).map(lambda tensor: tensor.to(device))
     return latents.to(device), conditioning, *(tensor.to(device) for tensor in tensors)
+
+
+def watch_blocks_(model: WanDiT, seen: Callable[[int, Tensor], object]) -> None:
+    """Call `seen` with the number of each block and its input before the runner runs it."""
+    numbers, runner = {block: number for number, block in enumerate(model.blocks)}, model.runner
+
+    def watched(block: Block, x: Tensor, *shared) -> Tensor:
+        seen(numbers[block], x)
+        return runner(block, x, *shared)
+
+    model.runner = watched
 
 
 def all_rows(text: Tensor) -> Tensor:

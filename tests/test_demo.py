@@ -29,7 +29,7 @@ from wan.files.tokenizer import load_tokenizer
 from wan.frames.layout import parse
 from wan.generation.prompt_lines import GENERATION, parse_line
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.t5 import encode_text
 from wan.nets.vae import CausalConv3d, ChannelNorm
 

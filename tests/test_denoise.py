@@ -15,7 +15,7 @@ from wan.generation.pipeline import Encoded, initial_noise
 from wan.generation.request import Request
 from wan.generation.sampling import SOLVERS
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 STEPS, SCALE = 4, 3.0
 UNCOND = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 0.5}

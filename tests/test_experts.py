@@ -18,7 +18,8 @@ from wan.generation.sampling import SOLVERS
 from wan.models.memory_options import MemoryConfig
 from wan.models.plan import Plan
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import WanDiT
 
 BOUNDARY, LOW_SCALE, HIGH_SCALE = 0.9, 3.0, 4.5
 

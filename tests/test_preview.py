@@ -20,7 +20,7 @@ from wan.generation import sampling
 from wan.generation.pipeline import Pipeline, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = [

@@ -23,7 +23,7 @@ from wan.generation.request import Request, SamplingConfig
 from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"

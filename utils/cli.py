@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import toml
+import tomli_w
 
 from utils.errors import ConfigError, suggest
 from utils.files import read_toml
@@ -226,7 +226,7 @@ def settings(*groups: object) -> dict[str, Any]:
 
 def to_toml(*groups: object) -> str:
     """The settings of built sections as TOML, which `read_options_from` reads again."""
-    return toml.dumps(settings(*groups))
+    return tomli_w.dumps(settings(*groups))
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache, pad_text
+from wan.nets.context import StepCache, pad_text
 from wan.nets.spec import LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
