@@ -185,7 +185,7 @@ def denoise(
     return _target(request, latents).cpu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Frames:
     """Inputs of the DiT for some of the clip's frames, as a batch of one."""
 
@@ -220,7 +220,7 @@ class _GuidedVelocity:
         self._kept_frames = _Frames(batch.select(self._kept), indices[:, self._kept], kept_sizes)
         self._timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
         self._experts, self._expert = experts, experts.at(float(schedule.timesteps[0]))
-        self._caches: dict[tuple[tuple[str, ...], bool], StepCache] = defaultdict(StepCache)  # of that expert
+        self._caches: dict[tuple[_Frames, tuple[str, ...]], StepCache] = defaultdict(StepCache)  # of that expert
         experts.use(self._expert)  # loads before the progress bar starts
 
     def __call__(self, x: Tensor, timestep: float, step: int) -> Tensor:
@@ -234,13 +234,13 @@ class _GuidedVelocity:
             self._caches.clear()
         scale = expert.guidance if self._guided_steps[step] else 1.0
         if not self._request.reasoning_frames or step < self._request.reasoning_steps:
-            return self._guided(x, step, scale, with_scratch=True)
-        result = self._guided(x[:, self._kept], step, scale, with_scratch=False)
+            return self._guided(self._all_frames, x, step, scale)
+        result = self._guided(self._kept_frames, x[:, self._kept], step, scale)
         return torch.zeros_like(x).index_copy(1, self._kept, result.to(x.dtype))
 
-    def _guided(self, x: Tensor, step: int, scale: float, with_scratch: bool) -> Tensor:
+    def _guided(self, frames: _Frames, x: Tensor, step: int, scale: float) -> Tensor:
         """Combine the velocities of one to three passes. scale: 1 for a step without guidance."""
-        run, guidance = partial(self._run, x, step, with_scratch), self._guidance
+        run, guidance = partial(self._run, frames, x, step), self._guidance
         if scale == 1:
             return run("prompt")[0]
         skips_layers = guidance.skips_layers(step, self._request.steps)
@@ -256,19 +256,18 @@ class _GuidedVelocity:
         return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
 
     def _run(
-        self, x: Tensor, step: int, with_scratch: bool, *names: str, skip_blocks: frozenset[int] = frozenset()
+        self, frames: _Frames, x: Tensor, step: int, *names: str, skip_blocks: frozenset[int] = frozenset()
     ) -> Tensor:
         """Velocities [len(names), 16, F, H, W] of the texts called `names`, by one pass of the DiT."""
 
         def repeated(tensor: Tensor) -> Tensor:
             return tensor.expand(len(names), *tensor.shape[1:])
 
-        frames = self._all_frames if with_scratch else self._kept_frames
         latents, times, indices = map(repeated, (x[None], self._timesteps[step, None], frames.indices))
         text = torch.cat([self._texts[name] for name in names])
         inputs = latents, frames.conditioning.map(repeated), times, text, indices, skip_blocks
         dit = self._experts.use(self._expert)
-        result: Tensor = dit(*inputs, cache=self._caches[names, with_scratch], frame_sizes=frames.sizes)
+        result: Tensor = dit(*inputs, cache=self._caches[frames, names], frame_sizes=frames.sizes)
         return result
 
 
