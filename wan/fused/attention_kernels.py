@@ -135,7 +135,7 @@ def _query_gradient(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """`dq` plus the gradient through the rows from `start` to `end`: [queries, DIM], before the factor of the scores."""
+    """`dq` plus the gradient through the rows from `start` to `end`, not scaled yet: [queries, DIM]."""
     for first in range(start, end, KEYS):
         rows = first + tl.arange(0, KEYS)
         k, v = _tile(k_ptr, rows, end, stride, DIM), _tile(v_ptr, rows, end, stride, DIM)
