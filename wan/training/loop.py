@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 class MemoryRanOut(Exception):  # noqa: N818 it says what happened
     """The GPU's memory was not enough for a step. `state`: from where to go on, in host memory; None before a step."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, cause: torch.OutOfMemoryError, state: State) -> None:
         super().__init__()
+        self.cause = cause
         on_host = [mapped(part, Tensor.cpu) for part in (state.weights, state.optimizer)]
         self.state = State(state.path, state.progress, state.facts, *on_host) if state.progress.step else None
 
@@ -108,7 +109,7 @@ class Trainer:
         try:
             result = self.training_step.run(data.batches, data.items, epoch, step, stop.signal is not None)
         except torch.OutOfMemoryError as error:
-            raise MemoryRanOut(self._state()) from error
+            raise MemoryRanOut(error, self._state()) from error
         self.progress.add_step(data.new_items, None if result.skipped else result.loss)
         if result.skipped:
             log.warning("step %d: no finite loss or gradient; nothing was updated", step)
@@ -119,7 +120,8 @@ class Trainer:
     def _progress_bar(self) -> "tqdm[None]":
         hidden = not self.accelerator.is_main_process
         done, total = self.progress.step, self.length.total_steps
-        return tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
+        bar: tqdm[None] = tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
+        return bar
 
     def _report(self, result: StepResult, bar: "tqdm[None]") -> None:
         average, rates = self.progress.average_loss, self.training_step.learning_rates()

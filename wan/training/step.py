@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class TrainingStep:
             # Gradients are averaged over processes, while the mean that is wanted is over all items.
             factor = accelerator.num_processes / items
             if self.graphs is not None:
-                losses = self._replayed(noisy, factor, keep=len(batches) > 1)
+                losses = self._replayed(self.graphs, noisy, factor, keep=len(batches) > 1)
             else:
                 with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
                     losses = self.batch_loss(*noisy, self.options.noise.weighting_scheme)
@@ -164,10 +165,12 @@ class TrainingStep:
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
         return batch, noise, t
 
-    def _replayed(self, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool) -> Tensor:
+    def _replayed(
+        self, graphs: GraphedGradients, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool
+    ) -> Tensor:
         """Losses [B]; their gradients, times `factor`, are added up. keep: there are more batches before the update."""
-        losses, gradients = self.graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
-        for parameter, gradient in zip(self.graphs.parameters, gradients, strict=True):
+        losses, gradients = graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
+        for parameter, gradient in zip(graphs.parameters, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient
             elif gradient is not None:
@@ -187,7 +190,7 @@ def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: 
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
     slots = [new.slots_of(old) for old, new in zip(batch.layouts, layouts, strict=True)]
-    items = (batch.conditioning.map(lambda tensor, i=i: tensor[i]) for i in range(len(slots)))
+    items = (batch.conditioning.map(itemgetter(i)) for i in range(len(slots)))
     return replace(
         batch,
         latents=torch.stack([frames[:, places] for frames, places in zip(batch.latents, slots, strict=True)]),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
@@ -100,7 +101,7 @@ def explain_training(
 ) -> list[str]:
     """A table per dataset, size and layout, then what a step needs. weights: the LoRA that training starts from."""
     run, memory = options.run, options.memory
-    groups: dict[tuple, TrainingItem] = {}
+    groups: dict[tuple[Any, ...], TrainingItem] = {}
     for item in training_set.items:
         header = read_header(item.latents)
         groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
