@@ -129,12 +129,14 @@ def explain_training(
 
 
 def _cached_frames(item: TrainingItem) -> list[TableFrame]:
+    """The frames of a cached item, controls first, with the share of each that its mask uses."""
     cache = read_latent_cache(item.latents)
-    controls, used = len(item.layout.control_indices), {}
-    for slot, i in enumerate(cache.layout.clip.order):
-        given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
-        if i < controls and bool((given < 1).any()):
-            used[i] = float(given.mean())
+    controls, used = len(item.layout.control_indices), dict[int, float]()
+    if cache.conditioning.given is not None:
+        for slot, i in enumerate(cache.layout.clip.order):
+            given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
+            if i < controls and bool((given < 1).any()):
+                used[i] = float(given.mean())
     if cache.target_mask is not None:
         used[controls] = float(cache.target_mask.mean())
     sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)
@@ -143,6 +145,6 @@ def _cached_frames(item: TrainingItem) -> list[TableFrame]:
 
 
 def _training_flops(spec: DiTSpec, training_set: TrainingSet, recomputed: bool) -> Iterator[float]:
-    """Of the items of each bucket: forward, the gradients of the activations, and forward again when recomputed."""
+    """FLOPs of the items of each bucket: forward, gradients of the activations, and forward again when recomputed."""
     for bucket in training_set.buckets:
         yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, bucket.tokens)
