@@ -75,8 +75,9 @@ def build_clip(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVisionModel:
     from transformers import CLIPVisionModel
 
     model = CLIPVisionModel(clip_config(shapes))
-    model.post_layernorm = nn.Identity()  # serves the pooled output only, which Wan does not use
-    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # in no file, so never on meta
+    # The norm serves the pooled output only, which Wan does not use. Positions are in no file, so never on meta.
+    model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # any module will do
+    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # type: ignore[assignment]  # a buffer
     return model
 
 
@@ -134,7 +135,7 @@ def encode_image(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_inputs(model: CLIPVisionModel, inputs: Tensor) -> Tensor:
-    """What `preprocess` makes of images -> [B, 257, width] in the model's dtype: no final norm, class token first."""
+    """Preprocessed images [B, 3, 224, 224] -> [B, 257, width] in the model's dtype; class token first, not normed."""
     return model(pixel_values=inputs.to(model.dtype)).last_hidden_state
 
 
