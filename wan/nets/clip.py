@@ -135,7 +135,7 @@ def encode_image(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_inputs(model: CLIPVisionModel, inputs: Tensor) -> Tensor:
-    """What `preprocess` makes of images -> [B, 257, width] in the model's dtype: no final norm, class token first."""
+    """Preprocessed images [B, 3, 224, 224] -> [B, 257, width] in the model's dtype; class token first, not normed."""
     return model(pixel_values=inputs.to(model.dtype)).last_hidden_state
 
 
