@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     merged = cli.build(MergedModelConfig, args)
     explaining = cli.build(table.ExplainConfig, args).explain
     if explaining and (merged.save_merged_model or args.latent_path or args.interactive):
-        raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
+        raise ConfigError("--explain needs --prompt or --from_file: otherwise there are no frames to explain")
     if merged.save_merged_model is not None:
         write_merged_model(merged.save_merged_model, dit, lora)
         return

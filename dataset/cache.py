@@ -394,7 +394,7 @@ def _text_key(path: Path, file: Any) -> str:
 def _header(path: Path, file: Any) -> LatentHeader:
     latents, condition = _find(file, _LATENTS), _find(file, _CONDITION)
     if latents is None or condition is None or _INDICES not in _keys(file):
-        raise ConfigError(f"{path}: is no one-frame cache; run {_LATENT_SCRIPT} again with --one_frame")
+        raise ConfigError(f"{path}: is not a one-frame cache; run {_LATENT_SCRIPT} again with --one_frame")
     shape, metadata, clip = file.get_slice(latents).get_shape(), file.metadata() or {}, _find(file, _CLIP)
     clip_shape = file.get_slice(clip).get_shape() if clip else None  # [images, 257, D], of plain i2v caches [257, D]
     indices = file.get_tensor(_INDICES).tolist()

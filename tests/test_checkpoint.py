@@ -344,7 +344,7 @@ def test_a_damaged_tokenizer_or_one_without_an_end_token_is_an_error(broken, tok
         content = json.loads(path.read_text(encoding="utf-8"))
         broken = json.dumps(content | {"post_processor": None})
     path.write_text(broken, encoding="utf-8")
-    assert "is no umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
+    assert "is not a umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
 
 
 def test_without_a_folder_the_tokenizer_comes_from_the_hub(tokenizer_dir, monkeypatch):

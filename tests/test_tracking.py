@@ -267,8 +267,8 @@ def test_a_missing_package_is_named_before_anything_happens(tmp_path, monkeypatc
     ("text", "words"),
     [
         ("[wandb]\nname =", "correct the TOML there"),
-        ("[comet]\nx = 1", "comet: is no table of a tracker; write [tensorboard] or [wandb]"),
-        ("wandb = 1", "wandb: is no table of a tracker"),
+        ("[comet]\nx = 1", "comet: is not a table of a tracker; write [tensorboard] or [wandb]"),
+        ("wandb = 1", "wandb: is not a table of a tracker"),
     ],
 )
 def test_mistakes_in_the_tracker_file_are_named_in_one_line(tmp_path, text, words):

@@ -247,12 +247,12 @@ def _words(key: str, action: argparse.Action, value: Any, place: str) -> list[st
         return [] if value else None
     if isinstance(value, bool) or action.nargs == 0:
         if not isinstance(value, bool) or (action.nargs != 0 and value):
-            kind = "true or false" if action.nargs == 0 else "no switch; give its value"
+            kind = "true or false" if action.nargs == 0 else "not a switch; give its value"
             raise ConfigError(f"{place}: {key} = {value!r}: is {kind}")
         return [] if value else None
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and action.nargs is None:
-        raise ConfigError(f"{place}: {key} = {value!r}: takes one value, no list")
+        raise ConfigError(f"{place}: {key} = {value!r}: takes one value, not a list")
     return [*map(str, values)]
 
 

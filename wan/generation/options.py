@@ -32,7 +32,7 @@ class PromptConfig(Section, Prompt):
     """what to generate"""
 
     recipe: Path | None = option(
-        None, help="make the picture of this PNG or latent file again; other options go over those in the file"
+        None, help="make the picture of this PNG or latent file again; other options override those in the file"
     )
     from_file: Path | None = option(None, help="file with a prompt and its options per line, or .toml, .json")
     interactive: bool = option(False, help="read prompt lines from the terminal")
