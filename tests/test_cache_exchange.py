@@ -80,7 +80,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def batch_of(config: str):
-    (plan,) = TrainingSet(read_config(config, need_sources=False), seed=0).epoch_batches(1)
+    (plan,) = TrainingSet(read_config(config), seed=0).epoch_batches(1)
     return load_batch(plan)
 
 

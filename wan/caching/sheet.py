@@ -76,7 +76,7 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
     Raises ConfigError for the first thing that is wrong with the dataset; `dataset.check` tells all.
     """
     config = read_config(run.dataset_config, layout=run.one_frame_layout)
-    items = find_all_items(config, need_controls=True)
+    items = find_all_items(config)
     shown = [items[i * len(items) // run.limit] for i in range(run.limit)] if len(items) > run.limit else items
     decode = None
     if vae.vae is not None:

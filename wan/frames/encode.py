@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from utils.images import as_pixels, resize_to_fill, to_levels
 from wan.nets.clip import encode_inputs, preprocess
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.vae import WanVAE
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import CLIPVisionModel
 
 
 def frame_levels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
@@ -64,7 +68,7 @@ def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_clip(clip: nn.Module, images: Sequence[Tensor]) -> Tensor:
+def encode_clip(clip: "CLIPVisionModel", images: Sequence[Tensor]) -> Tensor:
     """[3, height, width] each, uint8 or in [-1, 1], whole uncropped images -> CLIP features [n, 257, D] in its dtype.
 
     The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones.
@@ -80,7 +84,7 @@ def _by_batch(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     On a CPU, where a batch is no faster, one by one: there the rounding depends on the size of the batch (1e-7 in
     float32), and a cached image shall equal the same image at generation in every bit.
     """
-    batches = inputs.split(1) if inputs.device.type == "cpu" else [inputs]
+    batches = torch.split(inputs, 1) if inputs.device.type == "cpu" else [inputs]
     return torch.cat([encode(batch) for batch in batches])
 
 

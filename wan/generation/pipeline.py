@@ -208,7 +208,7 @@ def denoise(
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
         if request.pin_controls:
-            result = pin_controls(result, conditioning.map(lambda tensor: tensor[0]), noise)
+            result = pin_controls(result, conditioning.item(0), noise)
         if watch is not None:
             watch(step, encoding.target(request.layout.clip, (x - sigmas[step] * result)[:, own], own_sizes))
         return result

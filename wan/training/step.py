@@ -137,7 +137,8 @@ class TrainingStep:
         if run.one_frame_legacy_indices:
             frame_indices = condition.natural_indices(frame_indices)
         clips, target_only = [layout.clip for layout in batch.layouts], run.one_frame_loss == "target"
-        weights = condition.loss_weights(clips, batch.conditioning.given, batch.target_masks, target_only)
+        given = batch.conditioning.known(batch.latents)
+        weights = condition.loss_weights(clips, given, batch.target_masks, target_only)
         tensors = {
             "latents": batch.latents,
             "text": pad_text(batch.text),
@@ -187,7 +188,7 @@ def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: 
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
     slots = [new.slots_of(old) for old, new in zip(batch.layouts, layouts, strict=True)]
-    items = (batch.conditioning.map(lambda tensor, i=i: tensor[i]) for i in range(len(slots)))
+    items = [batch.conditioning.item(number) for number in range(len(slots))]
     return replace(
         batch,
         latents=torch.stack([frames[:, places] for frames, places in zip(batch.latents, slots, strict=True)]),

@@ -103,7 +103,7 @@ def explain_training(
     groups: dict[tuple, TrainingItem] = {}
     for item in training_set.items:
         header = read_header(item.latents)
-        groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
+        groups.setdefault((item.dataset, header.bucket, str(item.layout), header.sizes), item)
     lines = []
     for (dataset, size, layout, _), item in list(groups.items())[:SHOWN]:
         lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
@@ -131,7 +131,7 @@ def _cached_frames(item: TrainingItem) -> list[TableFrame]:
     cache = read_latent_cache(item.latents)
     controls, used = len(item.layout.control_indices), {}
     for slot, i in enumerate(cache.layout.clip.order):
-        given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
+        given = frame_of(cache.conditioning.known(cache.latents)[None], slot, cache.frame_sizes).float()
         if i < controls and bool((given < 1).any()):
             used[i] = float(given.mean())
     if cache.target_mask is not None:
