@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset.cache import (
@@ -46,6 +46,9 @@ from wan.models.device import Processes
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import CLIPVisionModel
 
 log = logging.getLogger(__name__)
 ALONE = Processes()
@@ -171,7 +174,7 @@ def cache_latents(
     config: DatasetsConfig,
     items: Sequence[Item],
     vae: WanVAE,
-    clip: nn.Module,
+    clip: "CLIPVisionModel",
     models: EncoderFacts,
     run: CachingConfig,
 ) -> None:
@@ -217,7 +220,7 @@ class LoadedItem:
 
 
 def encode_items(
-    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[LoadedItem]]
+    vae: WanVAE, clip: "CLIPVisionModel", batches: Iterable[Sequence[LoadedItem]]
 ) -> Iterator[tuple[LoadedItem, LatentCache]]:
     """What is to be written of each item. A batch has one size and one encoding; a GPU may still be at work."""
     blanks: Blanks = {}
