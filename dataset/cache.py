@@ -102,7 +102,7 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
 
 
 class EncoderFacts(TypedDict):
-    """What is recorded about VAE and CLIP: fingerprints of their files, and names of the dtypes they compute in."""
+    """Facts recorded about VAE and CLIP: fingerprints of their files, and names of the dtypes they compute in."""
 
     vae: str
     clip: str
@@ -112,7 +112,7 @@ class EncoderFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings:
-    """What a latent cache is made of: a file with equal settings need not be made again.
+    """Everything that decides on the contents of a latent cache: with equal settings it need not be made again.
 
     The time indices are not among them: unless there is a `causal_order`, frames can be put in any order later.
     """
@@ -142,13 +142,13 @@ class LatentCache:
 
     @property
     def frame_sizes(self) -> FrameSizes | None:
-        """Those of `latents` and `condition`."""
+        """Rows and columns of the latents of each slot; None: all fill the tensors."""
         return self.sizes and self.layout.clip.frame_sizes(self.sizes)
 
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """What a latent cache says without its tensors being read."""
+    """Shapes, layout and metadata of a latent cache, read without its tensors."""
 
     frames: int
     height: int  # of the latents
@@ -295,7 +295,7 @@ def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayou
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """What a text cache is made with, besides the caption."""
+    """Everything but the caption that decides on the contents of a text cache."""
 
     t5: str  # fingerprint of the file
     dtype: str
@@ -304,7 +304,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class TextHeader:
-    """What a text cache says without its tensors being read."""
+    """Shape, caption and metadata of a text cache, read without its tensor."""
 
     length: int  # tokens
     width: int
@@ -435,7 +435,7 @@ def _header(path: Path, file: Any) -> LatentHeader:
 
 
 def _sizes(metadata: Mapping[str, str], shape: Sequence[int]) -> tuple[Size, ...]:
-    """Those of the controls and the target in latents [F, H, W]; ConfigError when they can't be."""
+    """Sizes in pixels of the controls and the target. ConfigError unless they fit latents [F, H, W] of this shape."""
     try:
         sizes = tuple(_size(part) for part in metadata[_SIZES].split(";"))
         check_sizes(tuple((height // VAE_STRIDE, width // VAE_STRIDE) for width, height in sizes), shape)

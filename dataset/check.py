@@ -85,7 +85,7 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
 
 
 def _sources(found: list[Problem], dataset: ImageDatasetConfig, place: str) -> list[Source]:
-    """What the folders or the list hold, in their order, without the entries that no item can be made of."""
+    """Entries of the folders or the list, in their order, without those that no item can be made of."""
     try:
         where = image_source("", dataset)
         sources = _of_folder(found, where) if isinstance(where, ImageFolder) else _of_list(found, where, dataset)

@@ -142,7 +142,7 @@ class ImageDatasetConfig:
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """What sizes control images are brought to."""
+        """Sizes that control images are brought to."""
         return ControlSizes(self.control_resolution, self.no_resize_control)
 
     @cached_property
@@ -183,7 +183,7 @@ class DatasetsConfig:
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """Those of all datasets; where they differ, the target's."""
+        """Control sizes of all datasets; where they differ, the size of the target."""
         sizes = {dataset.control_sizes for dataset in self.datasets}
         return sizes.pop() if len(sizes) == 1 else AS_TARGET
 

@@ -46,6 +46,6 @@ def shift_between(one: Pixels, other: Pixels) -> tuple[int, int] | None:
 
 
 def _overlap(image: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:
-    """What is left of an image that moved by (down, right), without the rows and columns that came in."""
+    """The part of an image moved by (down, right) that shows the original: no rows and columns that came in."""
     height, width = image.shape
     return image[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]

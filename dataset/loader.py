@@ -88,7 +88,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What items must have in common to be stacked."""
+    """Items with equal buckets can be stacked into one batch."""
 
     dataset: int
     frames: int
@@ -132,7 +132,7 @@ class BucketCount:
 
     @property
     def tokens(self) -> int:
-        """Of one item."""
+        """Tokens of one item, of all its frames."""
         return token_count((self.frames, self.height, self.width), self.frame_sizes)
 
 
@@ -190,7 +190,7 @@ class TrainingSet:
 
     @property
     def buckets(self) -> list[BucketCount]:
-        """What there is of each dataset and size."""
+        """Number of items of each dataset and size."""
         return [
             BucketCount(key.dataset, key.frames, key.height, key.width, len(items), size, key.frame_sizes)
             for key, items in self._buckets.items()
@@ -396,7 +396,7 @@ class _Current:
 
 
 def _held_back_stems(stems: set[str], split: float) -> set[str]:
-    """Those with the lowest hashes, so that few change sides when the dataset grows."""
+    """Stems with the lowest hashes, so that few change sides when the dataset grows. split: a share or a number."""
     if not split:
         return set()
     count = int(split) if split >= 1 else max(1, round(split * len(stems)))

@@ -45,18 +45,18 @@ class Item:
 
     @property
     def target_fit(self) -> Resize:
-        """What is done to the target."""
+        """Resizing and cropping of the target."""
         return Resize(self.size, self.bucket)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """What controls and target are brought to."""
+        """Width and height of the frames in pixels: the controls as given, then the target."""
         return *(fit.bucket for fit in self.control_fits), self.bucket
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the folder or list says about an item, before any image is looked at."""
+    """An item as the folder or list names it, before any image is looked at."""
 
     target: Path
     caption: str

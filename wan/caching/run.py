@@ -38,7 +38,7 @@ from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
 from utils.images import Resize, open_masked, to_levels
-from utils.options import option
+from utils.options import Section, option
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
 from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
@@ -59,22 +59,20 @@ _WRITERS = 1  # threads: a file takes a third of the time that a GPU takes for i
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachingConfig:
+class CachingConfig(Section):
     """caching"""
 
     dataset_config: Path = option(help="dataset TOML")
     batch_size: int | None = option(
-        None, help="items per call: default of the datasets' batch_size, and the most that are encoded together"
+        None,
+        help="items per call: default of the datasets' batch_size, and the most that are encoded together",
+        minimum=1,
     )
-    num_workers: int | None = option(None, help="threads that read files ahead; default: one less than the CPU has")
+    num_workers: int | None = option(
+        None, help="threads that read files ahead; default: one less than the CPU has", minimum=1
+    )
     skip_existing: bool = option(False, help="keep caches that were made with the same settings from the same files")
     keep_cache: bool = option(False, help="keep caches in the cache folders that belong to no item")
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
 
     @property
     def workers(self) -> int:
@@ -222,7 +220,7 @@ class LoadedItem:
 def encode_items(
     vae: WanVAE, clip: "CLIPVisionModel", batches: Iterable[Sequence[LoadedItem]]
 ) -> Iterator[tuple[LoadedItem, LatentCache]]:
-    """What is to be written of each item. A batch has one size and one encoding; a GPU may still be at work."""
+    """Each item with its cache, to be written: a GPU may still be at work. A batch has one size and one encoding."""
     blanks: Blanks = {}
     for batch in batches:
         found = encode_clip(clip, [control for one in batch for control in one.controls])
@@ -241,12 +239,12 @@ def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> L
 
 
 def _size(item: Item) -> Group:
-    """What items whose frames go through the VAE together have in common."""
+    """Equal for items whose frames may go through the VAE together."""
     return item.dataset, item.bucket, item.sizes if len(set(item.sizes)) > 1 else ()
 
 
 def _dataset(item: Item) -> Group:
-    """What items whose captions go through T5 together have in common."""
+    """Equal for items whose captions may go through T5 together."""
     return (item.dataset,)
 
 

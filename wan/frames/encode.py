@@ -20,13 +20,15 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 
 def frame_levels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
-    """An RGB image -> [3, height, width] uint8 of a frame of this size (width, height): a quarter of its pixels' bytes,
-    to be kept and sent to a GPU."""
+    """An RGB image resized and cropped to a frame of `size` (width, height): [3, height, width] uint8.
+
+    A quarter of the bytes of `frame_pixels`, to be kept and sent to a GPU.
+    """
     return to_levels(resize_to_fill(np.asarray(image), size, crop_only))
 
 
 def frame_pixels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
-    """The same in [-1, 1]."""
+    """An RGB image resized and cropped to a frame of `size` (width, height): [3, height, width] float32 in [-1, 1]."""
     return as_pixels(frame_levels(image, size, crop_only))
 
 
@@ -38,7 +40,7 @@ def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
 
 
 def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
-    """As `encode_images`, of frames [3, 8 h, 8 w], those of one size together. Returns [16, 1, h, w] each."""
+    """Pixels [3, 8 h, 8 w] each, uint8 or in [-1, 1] -> latents [16, 1, h, w] each; equal sizes make one batch."""
     latents: dict[int, Tensor] = {}
     for shape in dict.fromkeys(frame.shape for frame in frames):
         numbers = [number for number, frame in enumerate(frames) if frame.shape == shape]

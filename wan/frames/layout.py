@@ -79,7 +79,7 @@ class OneFrameLayout:
 
     @property
     def cache_key(self) -> tuple[int, ...] | None:
-        """What latents were made for: the order of the frames, or None where they can be put into any."""
+        """The order of frames that latents are made for; None where they can be put into any order later."""
         return self.encoding.cache_key(self.clip)
 
     def check_latents(self, made_for: "OneFrameLayout") -> None:
