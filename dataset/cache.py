@@ -6,7 +6,6 @@ frames differ in size, and `settings`, JSON that tells what a file was made of. 
 tensor. musubi-tuner reads our files, but frames of several sizes with their padding, and we read its.
 """
 
-import functools
 import json
 import logging
 import os
@@ -224,7 +223,7 @@ def latent_settings(item: Item, models: EncoderFacts) -> LatentSettings:
     )
 
 
-def latent_source_reason(path: Path, item: Item) -> str | None:
+def latent_source_reason(path: Path, item: Item, warned: set[Path] | None = None) -> str | None:
     """Like `latent_stale_reason`, whatever VAE and CLIP it was made with. Raises ConfigError for a damaged file."""
     metadata = read_header(path).metadata
     if "settings" not in metadata:
@@ -241,13 +240,19 @@ def latent_source_reason(path: Path, item: Item) -> str | None:
         vae_dtype=recorded.get("vae_dtype", ""),
         clip_dtype=recorded.get("clip_dtype", ""),
     )
-    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes)
+    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes, warned)
 
 
-def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: ControlSizes = AS_TARGET) -> str | None:
-    """Why the cache at `path` must be made again, or None. control_sizes: those of the item's layout.
+def latent_stale_reason(
+    path: Path,
+    expected: LatentSettings,
+    control_sizes: ControlSizes = AS_TARGET,
+    warned: set[Path] | None = None,
+) -> str | None:
+    """Why the cache at `path` must be made again, or None. control_sizes: of the item's layout.
 
-    A file without settings is musubi-tuner's; it is kept, with a notice, when its size and frame count fit.
+    A file without settings is musubi-tuner's. It is kept when its size and frame count fit, with a warning unless its
+    folder is in `warned`, to which the folder is added.
     """
     if not path.is_file():
         return "not cached yet"
@@ -274,7 +279,7 @@ def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: Con
         "clip_dtype": "CLIP dtype {} -> {}",
         "recipe": "made by another version of this script",
     }
-    return _changed(path, header.metadata, expected, reasons)
+    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
 
 
 def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayout:
@@ -347,8 +352,8 @@ def read_text_cache(path: Path) -> Tensor:
         return embedding.clone()
 
 
-def text_stale_reason(path: Path, caption: str, expected: TextSettings) -> str | None:
-    """Why the text cache at `path` must be made again, or None. Files without settings are kept, with a notice."""
+def text_stale_reason(path: Path, caption: str, expected: TextSettings, warned: set[Path] | None = None) -> str | None:
+    """Why the text cache at `path` must be made again, or None. warned: as for `latent_stale_reason`."""
     if not path.is_file():
         return "not cached yet"
     try:
@@ -362,7 +367,7 @@ def text_stale_reason(path: Path, caption: str, expected: TextSettings) -> str |
         "dtype": "T5 dtype {} -> {}",
         "recipe": "made by another version of this script",
     }
-    return _changed(path, header.metadata, expected, reasons)
+    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
 
 
 # --- both
@@ -452,10 +457,18 @@ def _size(text: str) -> Size:
     return int(match[1]), int(match[2])
 
 
-def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str]) -> str | None:
+def _changed(
+    path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str], warned: set[Path]
+) -> str | None:
     """The reason of the first setting that differs from the recorded one; `{} -> {}` in it shows both values."""
     if "settings" not in metadata:
-        _say_kept(path.parent)
+        if path.parent not in warned:
+            warned.add(path.parent)
+            log.warning(
+                "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size "
+                "fits. Run without --skip_existing to replace them",
+                path.parent,
+            )
         return None
     try:
         recorded = dict(json.loads(metadata["settings"]))
@@ -466,12 +479,3 @@ def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Ma
         if recorded.get(key) != wanted[key]:
             return reason.format(recorded.get(key), wanted[key])
     return None
-
-
-@functools.cache
-def _say_kept(directory: Path) -> None:
-    log.warning(
-        "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size fits. "
-        "Run without --skip_existing to replace them",
-        directory,
-    )

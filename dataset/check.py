@@ -237,7 +237,7 @@ def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRo
 
 def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequence[Item], stems: set[str]) -> None:
     """stems: those of all entries, also of the ones that are no usable items."""
-    folder = dataset.cache_directory
+    folder, warned = dataset.cache_directory, set[Path]()
     if not folder.is_dir():
         return
     again = "run wan_cache_latents.py again"
@@ -249,7 +249,7 @@ def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequ
                 found.append(Problem("D34", str(item.target), "has no latent cache, others have", again))
             continue
         try:
-            if reason := latent_source_reason(path, item):
+            if reason := latent_source_reason(path, item, warned):
                 found.append(Problem("D32", str(path), reason, again))
         except ConfigError as error:
             found.append(Problem.of_error("D31", path, error))

@@ -124,12 +124,12 @@ def run_latents(
         vae_dtype=dtype_name(vae.dtype(device)),
         clip_dtype=dtype_name(clip.dtype(device)),
     )
-    todo = items
+    todo, warned = items, set[Path]()
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
             expected = latent_settings(item, models)
-            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes)
+            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes, warned)
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
@@ -143,11 +143,11 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
     config, items = run.read(find_all_targets)
     t5.check()
     settings = TextSettings(t5=fingerprint(t5.t5), dtype=dtype_name(t5.dtype(device)))
-    todo = items
+    todo, warned = items, set[Path]()
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
-            return text_stale_reason(text_path(config, item), item.caption, settings)
+            return text_stale_reason(text_path(config, item), item.caption, settings, warned)
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
