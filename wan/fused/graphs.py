@@ -109,8 +109,8 @@ class GraphedGradients:
     ) -> None:
         """loss: of named tensors, returns [B]. parameters: what the gradients are for. record: default CUDA's."""
         self._loss, self.parameters, self._record = loss, parameters, record or CudaRecorder()
-        self._known: set[tuple] = set()  # sizes that kernels have been chosen for
-        self._recorded: dict[tuple, Recorded] = {}
+        self._known: set[tuple[Hashable, ...]] = set()  # sizes that kernels have been chosen for
+        self._recorded: dict[tuple[Hashable, ...], Recorded] = {}
         self._fits = True
 
     def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:

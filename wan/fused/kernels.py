@@ -134,7 +134,7 @@ def residual_norm_(
     scales = torch.empty(*x.shape[:-1], 1, device=x.device) if eight_bits else None
     addend = None if addend is None else addend.contiguous()
     _residual_norm(x, addend, gate, scale, shift, eps, modulated, x, out, scales)
-    return Fp8Rows(out, scales) if eight_bits else out
+    return out if scales is None else Fp8Rows(out, scales)
 
 
 @triton.jit
@@ -302,7 +302,7 @@ def _rms_rope_backward_kernel(
     tl.store(grad + row * dim + columns, result.to(grad.dtype.element_ty), mask=mask)
 
 
-def _row_of_heads(cos: Tensor | None, dim: int) -> dict:
+def _row_of_heads(cos: Tensor | None, dim: int) -> dict[str, bool | int]:
     """Constants of a kernel that sees a row as heads."""
     half = _HALF_HEAD if cos is None else cos.shape[-1]
     heads = triton.next_power_of_2(triton.cdiv(dim, 2 * half))

@@ -64,7 +64,7 @@ def residual_norm_(
 def rms_rope(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     """RMS normalisation of [B, L, dim] over all heads, then, with angles, their rotation; rounded once, at the end."""
     normed = F.rms_norm(y.float(), y.shape[-1:], weight.float(), eps)
-    if cos is not None:
+    if cos is not None and sin is not None:
         heads = normed.unflatten(-1, (-1, 2 * cos.shape[-1]))
         normed = apply_rope(heads, cos, sin).flatten(2)
     return normed.to(y.dtype)

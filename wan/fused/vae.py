@@ -24,10 +24,12 @@ def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Attend | None 
     normalize, attend: `channel_norm` of wan/fused/vae_kernels.py and `attention` below unless given.
     """
     if normalize is None:
-        from wan.fused.vae_kernels import channel_norm as normalize
+        from wan.fused.vae_kernels import channel_norm
+
+        normalize = channel_norm
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         elif isinstance(module, CausalConv3d):
             module.weight.data = _last_channels(module.weight.data)
         elif isinstance(module, ChannelNorm):

@@ -45,7 +45,7 @@ def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = F
             names = [name for name, parameter in block.named_parameters() if not parameter.requires_grad]
             state.update(zip([f"{prefix}blocks.{number}.{name}" for name in names], weights, strict=True))
 
-    dit.register_state_dict_post_hook(show_host_memory)
+    dit.register_state_dict_post_hook(show_host_memory)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 class SwappedBlocks(SavingRunner):
@@ -123,7 +123,7 @@ class _Swapper:
         free = self.now()  # from here on nothing reads the other slot
         self.prefetch(number, after=free)
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._slot(number).ready)
+            _wait(torch.cuda.current_stream(self._stream.device), self._slot(number).ready)
         step = -1 if number == self._previous - 1 else 1  # backward recomputes the blocks from the last to the first
         self._previous = number
         try:
@@ -144,7 +144,7 @@ class _Swapper:
         if self._stream is None:
             self._copy(number)
         else:
-            self._stream.wait_event(after)
+            _wait(self._stream, after)
             with torch.cuda.stream(self._stream):
                 self._copy(number)
                 slot.ready = self._stream.record_event()
@@ -159,6 +159,11 @@ class _Swapper:
             parameter.copy_(weight, non_blocking=True)
             if self._stream is not None:
                 parameter.record_stream(self._stream)  # if the model is dropped meanwhile, its memory waits for this
+
+
+def _wait(stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
 
 
 def _page_locked(tensors: list[Tensor]) -> list[Tensor]:

@@ -80,9 +80,14 @@ class RecomputedBlocks(SavingRunner):
         def run(x: Tensor, *shared: Unpack[Shared]) -> Tensor:
             return self._inner.run(Saving(repeated=repetition.begun), block, x, *shared)
 
-        settings = {"use_reentrant": False, "preserve_rng_state": block in self._stochastic}
-        out: Tensor = checkpoint(run, x, *shared, context_fn=lambda: (first, repetition), **settings)
-        return out
+        return checkpoint(
+            run,
+            x,
+            *shared,
+            use_reentrant=False,
+            preserve_rng_state=block in self._stochastic,
+            context_fn=lambda: (first, repetition),
+        )
 
 
 def _is_stochastic(module: nn.Module) -> bool:

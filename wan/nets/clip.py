@@ -75,8 +75,9 @@ def build_clip(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVisionModel:
     from transformers import CLIPVisionModel
 
     model = CLIPVisionModel(clip_config(shapes))
-    model.post_layernorm = nn.Identity()  # serves the pooled output only, which Wan does not use
-    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # in no file, so never on meta
+    # The norm serves the pooled output only, which Wan does not use. Positions are in no file, so never on meta.
+    model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # any module will do
+    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # type: ignore[assignment]  # a buffer
     return model
 
 

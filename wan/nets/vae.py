@@ -113,7 +113,8 @@ class ResidualBlock(nn.Module):
 
 def attend(qkv: Tensor) -> Tensor:
     """Single-head self-attention: q, k and v, [N, L, 3 C] side by side -> [N, L, C]."""
-    return F.scaled_dot_product_attention(*qkv[:, None].chunk(3, dim=-1))[:, 0]
+    q, k, v = qkv[:, None].chunk(3, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
 class FrameAttention(nn.Module):
