@@ -1,6 +1,6 @@
-"""The blocks of a DiT with their elementwise work fused into few passes over memory. Same weights, same results.
+"""A DiT with its elementwise operations fused into few passes over memory. Same weights, same results.
 
-wan/nets/dit.py is the reference. What differs is rounding: a normalisation and what follows it are rounded once
+wan/nets/dit.py is the reference. Only rounding differs: a normalisation and the operations after it are rounded once
 instead of after each step, so that the error against float64 is no larger.
 """
 
@@ -47,7 +47,7 @@ _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the f
 
 
 class Residual(NamedTuple):
-    """The residual stream between two blocks: stream + addend * gate, which the next normalisation adds up."""
+    """The residual stream between two blocks, stream + addend * gate; the next normalisation computes the sum."""
 
     stream: Tensor  # [B, L, dim] float32
     addend: Tensor  # [B, L, dim]
@@ -55,7 +55,7 @@ class Residual(NamedTuple):
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether the kernels run there."""
+    """Whether the kernels run on the device."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _AMPERE
@@ -244,7 +244,7 @@ class _FusedBlock:
         return run
 
     def infer(self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Residual:
-        """Writes over x."""
+        """Without gradients. Writes over x."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         x, addend, addend_gate = x if isinstance(x, Residual) else (x.contiguous(), None, None)
@@ -269,7 +269,7 @@ class _FusedBlock:
         return Residual(x, self.feed_forward(h), ffn_gate)
 
     def attend(self, q: Tensor, seen: KeysValues) -> Tensor:
-        """As `CrossAttention.attend`; what the user chose for attention serves here too."""
+        """`CrossAttention.attend`, by one operation for text and image unless an attention package was chosen."""
         cross = self.block.cross_attn
         if cross.attention in (sdpa, cudnn):
             repeats = TEXT_LENGTH - seen.text_rows + 1  # how many rows the last one of the text stands for

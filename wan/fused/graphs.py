@@ -1,7 +1,7 @@
-"""CUDA graphs: what the GPU has to do for inputs of one size, recorded once and then started by one call.
+"""CUDA graphs: the kernels for inputs of one size, captured once and then launched by one call.
 
-With few tokens a GPU is done with its kernels faster than Python starts them, one by one. What is replayed reads and
-writes the memory that it was recorded with: inputs are copied there, and a result lasts until the next call.
+With few tokens a GPU finishes its kernels faster than Python launches them one by one. A graph reads and writes the
+memory that it was captured with: inputs are copied there, and a result lasts until the next call.
 """
 
 import gc
@@ -21,20 +21,20 @@ from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 
-# work -> (what does it again, its result): `work` takes nothing and returns a tensor or several
+# work -> (function that repeats it, its result): `work` takes nothing and returns a tensor or several
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
 _MOST_TOKENS = 4096  # of a batch: with more, an H100 takes longer than Python
 
 
 class CudaRecorder:
-    """Its graphs take turns in the same memory."""
+    """Captures CUDA graphs that share one memory pool."""
 
     def __init__(self) -> None:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what compiling left in cycles may hold on to autograd's nodes, which belong to another stream
+        gc.collect()  # cycles that compiling left may hold autograd's nodes, which belong to another stream
         pool = next((other.pool() for other in self._graphs), None)  # with the last of its graphs it is gone
         # Threads that load data may go on meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -44,14 +44,14 @@ class CudaRecorder:
 
 
 class Recorded:
-    """A function of tensors and constants, for constants and sizes that it is made with."""
+    """`work` captured as a CUDA graph for these constants and shapes."""
 
     def __init__(self, record: Recorder, work: Callable[..., Any], *inputs: Any) -> None:
         self._inputs = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in inputs]
         self._replay, self._result = record(partial(work, *self._inputs))
 
     def __call__(self, *inputs: Any) -> Any:
-        """The result, which the next call writes over."""
+        """Result for other tensors of these shapes; the next call writes over it."""
         for own, tensor in zip(self._inputs, inputs, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(tensor, non_blocking=True)
@@ -65,7 +65,7 @@ def graph_passes_(dit: WanDiT, record: Recorder | None = None) -> None:
 
 
 class _GraphedPass:
-    """A PassRunner that replays what `runner` does."""
+    """A PassRunner that captures and replays the kernels of another."""
 
     def __init__(self, runner: PassRunner, record: Recorder) -> None:
         self._runner, self._record = runner, record
@@ -107,7 +107,7 @@ class GraphedGradients:
     def __init__(
         self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter], record: Recorder | None = None
     ) -> None:
-        """loss: of named tensors, returns [B]. parameters: what the gradients are for. record: default CUDA's."""
+        """loss: of named tensors, returns [B]. parameters: to take gradients by. record: default CUDA's."""
         self._loss, self.parameters, self._record = loss, parameters, record or CudaRecorder()
         self._known: set[tuple[Hashable, ...]] = set()  # sizes that kernels have been chosen for
         self._recorded: dict[tuple[Hashable, ...], Recorded] = {}
@@ -137,7 +137,7 @@ class GraphedGradients:
         except torch.OutOfMemoryError:
             if not self._recorded:
                 raise
-        self.release()  # what graphs reserve serves nobody else
+        self.release()  # memory that graphs reserve serves nobody else
         return work(*tensors)
 
     def release(self) -> None:

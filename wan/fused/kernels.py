@@ -1,7 +1,7 @@
 """The fused operations of wan/fused/plain.py, under the same names, as Triton kernels. Imported on CUDA only.
 
-Every kernel reads and writes each number once: at these sizes nothing but memory traffic counts. A program handles one
-row, i.e. one token, and computes in float32.
+Every kernel reads and writes each number once, because memory traffic bounds them all. A program handles one row, i.e.
+one token, and computes in float32.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel takes no None; which inputs it may read is told by its constants."""
+    """`stand_in` instead of None, which kernels do not take; their constants say which inputs they may read."""
     return stand_in if tensor is None else tensor
 
 
@@ -183,7 +183,7 @@ def _residual_norm_backward_kernel(
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """`residual_norm`, with gradients for x and the addend only. Without `dtype` it is `residual_add`."""
+    """Autograd function of `residual_norm`, and without `dtype` of `residual_add`: gradients for x and the addend."""
 
     @staticmethod
     def forward(ctx, x, addend, gate, scale, shift, eps, modulated, dtype):
@@ -193,7 +193,7 @@ class _ResidualNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype, device=x.device) if norm else None
         _residual_norm(x, addend, gate, scale, shift, eps, modulated, new, out)
         ctx.save_for_backward(new if norm else None)
-        ctx.modulation = gate, scale  # not saved: a block that is made again ends with the last tensor that is
+        ctx.modulation = gate, scale  # not saved: recomputing a block ends with the last tensor that is
         ctx.settings = eps, modulated, addend.dtype if add else None
         return new if add else x.view_as(x), out
 
@@ -323,7 +323,7 @@ def rms_rope_(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None,
 
 
 class _RmsRope(torch.autograd.Function):
-    """`rms_rope`, with a gradient for y only."""
+    """Autograd function of `rms_rope`, with a gradient for y only."""
 
     @staticmethod
     def forward(ctx, y, weight, cos, sin, eps):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
-# A plain cast, or one after a division by scales that are kept: of 64 columns of a row, or of a whole row
+# A plain cast; a cast after a division by scales, one per 64 columns of a row; or one per row
 FP8Kind = Literal["cast", "scaled", "rows"]
 SMALLEST_ROW = 1e-12  # a row whose largest number is below is scaled as if this were it
 _MAX = torch.finfo(FP8).max
@@ -71,7 +71,7 @@ def quantize(weight: Tensor, kind: FP8Kind) -> tuple[Tensor, Tensor | None]:
     if kind == "scaled":
         parts = _parts(values)
         smallest = max(_SMALLEST_SCALE, torch.finfo(weight.dtype).tiny)  # 1e-8 is 0 in float16
-        # Rounded first, so that what is divided by here is what `dequantize` multiplies by
+        # Rounded first, so that the division here is by the numbers that `dequantize` multiplies by
         scale = (parts.abs().amax(-1, keepdim=True) / _MAX).clamp(min=smallest).to(weight.dtype)
         values = (parts / scale.float()).reshape(weight.shape)
     return values.clamp(-_MAX, _MAX).to(FP8), scale
@@ -92,7 +92,7 @@ def _parts(weight: Tensor) -> Tensor:
 
 
 class _Fp8Product(torch.autograd.Function):
-    """F.linear whose backward pass dequantises again: what waits for it is 8 bits wide. Only x gets a gradient."""
+    """F.linear that saves 8-bit weights for backward, which dequantises them again. Only x gets a gradient."""
 
     @staticmethod
     def forward(
@@ -111,7 +111,7 @@ class _Fp8Product(torch.autograd.Function):
 class Fp8Linear(nn.Linear):
     """A frozen linear layer with a float8 weight, computed in `compute_dtype`; `weight` is made on each access.
 
-    Its parameters are `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
+    Parameters: `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
     """
 
     scale_weight: nn.Parameter | None
@@ -147,7 +147,7 @@ class Fp8Linear(nn.Linear):
         return Fp8Rows(self.quantized, self.scale_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], both in the compute dtype. Of the kind `rows` it has no gradient."""
+        """[..., in] -> [..., out], both in the compute dtype. The kind `rows` has no gradient."""
         if self.kind == "rows":
             return product_of_rows(quantize_rows(x), self.rows, self.bias, self.compute_dtype)
         inputs = x, self.quantized, self.scale_weight, self.bias, self.compute_dtype
@@ -155,12 +155,12 @@ class Fp8Linear(nn.Linear):
 
 
 def is_dit_weight(name: str) -> bool:
-    """Whether the DiT keeps the weight of the linear layer `name` in fp8: inside blocks it does, others are small."""
+    """Whether the weight of the linear layer `name` of a DiT is kept in fp8: inside blocks; the others are small."""
     return "blocks" in name and not _NEVER.search(name)
 
 
 def is_inner_dit_weight(name: str, blocks: int) -> bool:
-    """The same for the kind `rows`, which rounds inputs too: the first and the last of the blocks stay as they are."""
+    """`is_dit_weight` for the kind `rows`, which rounds inputs too: the first and the last block are left out."""
     return is_dit_weight(name) and not re.match(rf"blocks\.(0|{blocks - 1})\.", name)
 
 
@@ -181,7 +181,7 @@ def use_fp8_(
 
 
 def fp8_entries(layers: Mapping[str, Fp8Linear], key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """An entry of a full state dict -> the entries for the model in which `use_fp8_` put `layers`."""
+    """One entry of a full state dict -> the entries for a model in which `use_fp8_` put `layers`."""
     if key not in layers:
         return {key: tensor}
     quantized, scale = quantize(tensor, layers[key].kind)

@@ -30,7 +30,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def shard_like(example: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, full and the same in all processes, in the dtype of `example` and sharded like it."""
+    """Shards a full tensor, the same in all processes, like `example`, in its dtype and on its device."""
     if not is_sharded(example):
         return tensor.to(example)
     from torch.distributed.tensor import distribute_tensor
@@ -54,7 +54,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nest of dicts and lists with `change` of each tensor in it."""
+    """Apply `change` to each tensor in a nest of dicts and lists."""
     if torch.is_tensor(value):
         return change(value)
     if isinstance(value, dict):

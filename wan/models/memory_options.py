@@ -95,12 +95,12 @@ class MemoryConfig(Section):
         return self.dit_backend == "fused" or (self.dit_backend == "auto" and not self.compile and can_fuse(device))
 
     def records(self, device: torch.device) -> bool:
-        """Whether CUDA graphs replay what the GPU does. Copies of swapped blocks, and offloaded tensors, can't be."""
+        """Whether CUDA graphs replay the kernels. Copies of swapped blocks or offloaded tensors can't be captured."""
         moves = self.blocks_to_swap or self.offloads_activations
         return device.type == "cuda" and self.fuses(device) and not moves
 
     def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
-        """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
+        """Raise ConfigError when the DiT file, stored in this dtype, or the device does not allow an option."""
         if self.blocks_to_swap >= spec.num_layers:
             raise ConfigError(
                 f"--blocks_to_swap {self.blocks_to_swap}: the DiT has {spec.num_layers} blocks; "
@@ -208,7 +208,8 @@ def apply_memory_options_(dit: WanDiT, config: MemoryConfig, device: torch.devic
     """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
 
     From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
-    the backward pass. Each line wraps `dit.runner`, those of fused operations and graphs `dit.pass_runner`.
+    the backward pass. Each step wraps the runner that it finds: `dit.runner`, of fused operations and graphs also
+    `dit.pass_runner`.
     """
     if config.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
