@@ -123,7 +123,7 @@ def memory_plan(
     requests: Sequence[Request],
     guidance: GuidanceConfig,
     device: torch.device,
-) -> Plan:
+) -> Plan[GenerationMemoryConfig]:
     """The one choice that there is, or with --memory auto those that fit. Typed prompts may need what `_TYPED` does."""
     if memory.memory == "manual":
         return Plan.of(memory)

@@ -9,7 +9,7 @@ import torch
 from utils.stopwatch import Stopwatch
 from wan.generation.on_demand import AfterUse, OnDemand
 from wan.lora.merge import Merger
-from wan.models.memory_options import MemoryConfig, apply_memory_options_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, apply_memory_options_
 from wan.models.options import DiTConfig, LoRAConfig
 from wan.models.plan import Plan
 from wan.nets.attention import Attention
@@ -114,7 +114,7 @@ class ModelOnDemand:
     def __init__(
         self,
         files: DiTFiles,
-        plan: Plan,
+        plan: Plan[GenerationMemoryConfig],
         device: torch.device,
         stopwatch: Stopwatch,
         after_use: AfterUse,

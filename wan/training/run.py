@@ -15,6 +15,8 @@ from utils.files import require_writable_dir, written_whole
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
+from wan.models.device import Processes
+from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.options import DiTConfig
 from wan.models.plan import Plan, Room, plan_t5, plan_training
 from wan.models.tasks import TaskSpec
@@ -67,7 +69,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
 
 
 def _train_within(
-    plan: Plan,
+    plan: Plan[TrainingMemoryConfig],
     train: Callable[[TrainingOptions, State | None], None],
     options: TrainingOptions,
     state: State | None,
@@ -81,7 +83,7 @@ def _train_within(
             done = True
         except loop.MemoryRanOut as error:
             if accelerator.num_processes > 1 or not plan.step_down():
-                raise error.__cause__ from None
+                raise error.cause from None
             state = error.state or state
         accelerator.free_memory()
 
@@ -139,7 +141,7 @@ def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int,
 
 def _plan(
     dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
-) -> Plan:
+) -> Plan[TrainingMemoryConfig]:
     """The one choice that there is, or with --memory auto those that fit."""
     if options.memory.memory == "manual":
         return Plan.of(options.memory)
@@ -156,9 +158,9 @@ def _sampler(
     if options.memory.memory == "auto":
         t5 = plan_t5(t5, device, Room.on(device))
     pipeline = Pipeline(models.vae, t5, models.clip, device)
-    share = (accelerator.process_index, accelerator.num_processes)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
     folder = options.save.output_dir / "sample"
-    return Sampler(requests, pipeline, folder, options.save.output_name, share, options.preview.preview)
+    return Sampler(requests, pipeline, folder, options.save.output_name, processes, options.preview.preview)
 
 
 def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:
