@@ -164,7 +164,8 @@ class TrainingMemoryConfig(MemoryConfig):
             raise ConfigError("--blocks_to_swap needs --gradient_checkpointing; give both")
         if self.blocks_to_swap and self.gradient_checkpointing != "all":
             raise ConfigError(
-                f"--gradient_checkpointing {self.gradient_checkpointing}: can't go with --blocks_to_swap; use all"
+                f"--gradient_checkpointing {self.gradient_checkpointing}: can't be combined with --blocks_to_swap; "
+                "use all"
             )
 
     @property
