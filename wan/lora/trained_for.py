@@ -42,7 +42,7 @@ def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class TrainedFor:
-    """What LoRA files say that they were trained for; None where none says it or they differ."""
+    """Layout and size that LoRA files say they were trained for; None where none says it or they differ."""
 
     layout: OneFrameLayout | None
     size: tuple[int, int] | None  # width and height in pixels
