@@ -104,7 +104,7 @@ def explain_training(
     groups: dict[tuple[Any, ...], TrainingItem] = {}
     for item in training_set.items:
         header = read_header(item.latents)
-        groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
+        groups.setdefault((item.dataset, header.bucket, str(item.layout), header.sizes), item)
     lines = []
     for (dataset, size, layout, _), item in list(groups.items())[:SHOWN]:
         lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
