@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     require_writable_dir(save.output_dir, "--output_dir")
     task, requests = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
@@ -91,7 +91,7 @@ def _train_within(
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     task, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
@@ -108,7 +108,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
 def show_timesteps(options: TrainingOptions, mode: str) -> None:
     """Draw the noise levels that a run with these options would train at."""
     options.noise.check()
-    width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
+    width, height = read_config(options.run.dataset_config).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
     show(
         options.noise,

@@ -132,11 +132,11 @@ def _cached_frames(item: TrainingItem) -> list[TableFrame]:
     """The frames of a cached item, controls first, with the share of each that its mask uses."""
     cache = read_latent_cache(item.latents)
     controls, used = len(item.layout.control_indices), dict[int, float]()
-    if cache.conditioning.given is not None:
-        for slot, i in enumerate(cache.layout.clip.order):
-            given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
-            if i < controls and bool((given < 1).any()):
-                used[i] = float(given.mean())
+    known = cache.conditioning.known(cache.latents)[None]
+    for slot, i in enumerate(cache.layout.clip.order):
+        given = frame_of(known, slot, cache.frame_sizes).float()
+        if i < controls and bool((given < 1).any()):
+            used[i] = float(given.mean())
     if cache.target_mask is not None:
         used[controls] = float(cache.target_mask.mean())
     sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)
