@@ -125,8 +125,12 @@ def memory_plan(
     device: torch.device,
 ) -> Plan[GenerationMemoryConfig]:
     """The one choice that there is, or with --memory auto those that fit. Typed prompts may need what `_TYPED` does."""
-    tokens = max([forward_tokens(request, guidance) for request in requests], default=_TYPED)
-    return chosen_plan(memory, lambda: plan_generation(dit, dit.dtype, memory, tokens, Room.on(device)))
+
+    def plan() -> Plan[GenerationMemoryConfig]:
+        tokens = max([forward_tokens(request, guidance) for request in requests], default=_TYPED)
+        return plan_generation(dit, dit.dtype, memory, tokens, Room.on(device))
+
+    return chosen_plan(memory, plan)
 
 
 def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig, common: Recipe) -> None:

@@ -54,11 +54,6 @@ class TrainingItem:
     text: Path
     layout: OneFrameLayout
 
-    @property
-    def dataset(self) -> str:
-        """Number of its dataset, the first part of the key."""
-        return self.key.split("/")[0]
-
 
 @dataclass(frozen=True)
 class BatchItems:
