@@ -67,12 +67,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def read_options_from(self, flag: str) -> None:
-        """Add `flag FILE`: a TOML file of options, checked like the command line, which goes over it.
+        """Add `flag FILE`: a TOML file of options, checked like the command line, which overrides it.
 
         Keys are flag names without hyphens in front; tables only group them.
         """
         self._config_flag = flag
-        self.add_argument(flag, type=Path, help="TOML file with options; those of the command line go over it")
+        self.add_argument(flag, type=Path, help="TOML file with options; those on the command line override it")
 
     def _config_arguments(self, flag: str, args: list[str]) -> list[str]:
         """The options of the file that `flag` names in `args`, as arguments."""

@@ -133,7 +133,7 @@ def parse(text: str, default_layout: str | None = None, default_sizes: ControlSi
 
     As in the reference a missing target_index is 0 and a missing control_index is none. `layout=causal` asks for that
     layout; without the key it is `default_layout`, independent for None. `control_resolution=512x768` and
-    `no_resize_control=true` likewise go over `default_sizes`. FramePack's words are ignored with a warning.
+    `no_resize_control=true` likewise override `default_sizes`. FramePack's words are ignored with a warning.
     Raises ConfigError for anything else.
     """
     values: dict[str, str] = {}

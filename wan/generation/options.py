@@ -57,7 +57,7 @@ class PromptConfig(Section, Prompt):
 
     @property
     def base(self) -> Prompt:
-        """The flags as a prompt; lines go over it."""
+        """The flags as a prompt, which prompt lines override."""
         height, width = self.video_size or (None, None)
         values = {key: getattr(self, key) for key in OPTIONS} | {"width": width, "height": height}
         return Prompt(**values, place="command line")
