@@ -18,8 +18,9 @@ from wan.lora.files import LoRAFile
 from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.options import DiTConfig
-from wan.models.plan import Plan, Room, plan_t5, plan_training
+from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
 from wan.models.tasks import TaskSpec
+from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
 from wan.training.job import TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     require_writable_dir(save.output_dir, "--output_dir")
     task, requests = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
@@ -90,7 +91,7 @@ def _train_within(
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     task, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
@@ -107,9 +108,14 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
 def show_timesteps(options: TrainingOptions, mode: str) -> None:
     """Draw the noise levels that a run with these options would train at."""
     options.noise.check()
-    width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
+    width, height = read_config(options.run.dataset_config).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
-    show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
+    show(
+        options.noise,
+        (height // VAE_STRIDE, width // VAE_STRIDE),
+        mode,
+        folder / f"{options.save.output_name}-timesteps.png",
+    )
 
 
 def _check(
@@ -142,13 +148,9 @@ def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int,
 def _plan(
     dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
 ) -> Plan[TrainingMemoryConfig]:
-    """The one choice that there is, or with --memory auto those that fit."""
-    if options.memory.memory == "manual":
-        return Plan.of(options.memory)
-    dtype, room = options.run.compute_dtype(dit), Room.on(device)
-    plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
-    log.info("memory: %s", plan)
-    return plan
+    memory, network, buckets = options.memory, options.network, training_set.buckets
+    dtype = options.run.compute_dtype(dit)
+    return chosen_plan(memory, lambda: plan_training(dit, dtype, memory, network, weights, buckets, Room.on(device)))
 
 
 def _sampler(
