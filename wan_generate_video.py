@@ -27,7 +27,7 @@ from wan.generation.sweep import SweepConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig
 from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, ReleaseConfig, T5Config, VAEConfig
-from wan.models.plan import Plan, Room, plan_generation, plan_t5
+from wan.models.plan import Plan, Room, chosen_plan, plan_generation, plan_t5
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +125,12 @@ def memory_plan(
     device: torch.device,
 ) -> Plan[GenerationMemoryConfig]:
     """The one choice that there is, or with --memory auto those that fit. Typed prompts may need what `_TYPED` does."""
-    if memory.memory == "manual":
-        return Plan.of(memory)
-    tokens = max([forward_tokens(request, guidance) for request in requests], default=_TYPED)
-    plan = plan_generation(dit, dit.dtype, memory, tokens, Room.on(device))
-    log.info("memory: %s", plan)
-    return plan
+
+    def plan() -> Plan[GenerationMemoryConfig]:
+        tokens = max([forward_tokens(request, guidance) for request in requests], default=_TYPED)
+        return plan_generation(dit, dit.dtype, memory, tokens, Room.on(device))
+
+    return chosen_plan(memory, plan)
 
 
 def decode_files(paths: tuple[Path, ...], pipeline: Pipeline, output: OutputConfig, common: Recipe) -> None:

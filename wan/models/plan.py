@@ -6,7 +6,7 @@ because they cost less time. Generation takes fp8 before that: its short steps w
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -111,6 +111,15 @@ def _flags(memory: MemoryConfig) -> str:
         if value not in (False, 0, "none"):
             words.append(f"--{name}" + ("" if value is True else f" {value}"))
     return " ".join(words) or "nothing to save"
+
+
+def chosen_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
+    """The user's own options, or with --memory auto the plan that `make` returns, which is logged."""
+    if memory.memory == "manual":
+        return Plan.of(memory)
+    plan = make()
+    log.info("memory: %s", plan)
+    return plan
 
 
 def plan_training(

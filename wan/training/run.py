@@ -18,8 +18,9 @@ from wan.lora.files import LoRAFile
 from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.options import DiTConfig
-from wan.models.plan import Plan, Room, plan_t5, plan_training
+from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
 from wan.models.tasks import TaskSpec
+from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
 from wan.training.job import TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
@@ -109,7 +110,12 @@ def show_timesteps(options: TrainingOptions, mode: str) -> None:
     options.noise.check()
     width, height = read_config(options.run.dataset_config).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
-    show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
+    show(
+        options.noise,
+        (height // VAE_STRIDE, width // VAE_STRIDE),
+        mode,
+        folder / f"{options.save.output_name}-timesteps.png",
+    )
 
 
 def _check(
@@ -142,13 +148,9 @@ def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int,
 def _plan(
     dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
 ) -> Plan[TrainingMemoryConfig]:
-    """The one choice that there is, or with --memory auto those that fit."""
-    if options.memory.memory == "manual":
-        return Plan.of(options.memory)
-    dtype, room = options.run.compute_dtype(dit), Room.on(device)
-    plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
-    log.info("memory: %s", plan)
-    return plan
+    memory, network, buckets = options.memory, options.network, training_set.buckets
+    dtype = options.run.compute_dtype(dit)
+    return chosen_plan(memory, lambda: plan_training(dit, dtype, memory, network, weights, buckets, Room.on(device)))
 
 
 def _sampler(

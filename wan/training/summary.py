@@ -1,4 +1,4 @@
-"""What a run says about itself: in the log, in its states and LoRA files, and for `--explain` without being started."""
+"""Texts about a run: the table in the log, the facts in its states, metadata of LoRA files, and `--explain`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
