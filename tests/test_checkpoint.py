@@ -209,7 +209,7 @@ def broken_files(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[Path
         "empty.pth": (b"", "damaged"),
         "noise.pth": (noise, "damaged"),
         "noise.gguf": (noise, "damaged or incomplete" if find_spec("gguf") else "the package gguf"),
-        "model.onnx": (noise, "no model file by its name"),
+        "model.onnx": (noise, "not named like a model file"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
