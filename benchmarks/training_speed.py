@@ -32,8 +32,9 @@ from wan.models.estimate import expected_memory
 from wan.models.memory_options import apply_memory_options_
 from wan.models.tasks import TASKS
 from wan.nets.spec import DiTSpec
-from wan.training.loop import Trainer, TrainingJob
-from wan.training.options import TrainingOptions
+from wan.training.job import TrainingJob
+from wan.training.loop import Trainer
+from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.start import build_accelerator
 
 LAYOUT = OneFrameLayout((0,), 1)
@@ -82,7 +83,7 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     flags += ["--gradient_accumulation_steps", str(arguments.batches)]
     flags += ["--gradient_checkpointing"] if arguments.checkpointing else []
     parsed = wan_train_network.build_parser().parse_args(flags)
-    options = cli.build_group(TrainingOptions, parsed)
+    models, options = cli.build_group(TrainingModels, parsed), cli.build_group(TrainingOptions, parsed)
     accelerator = build_accelerator(DeviceConfig("cpu" if arguments.size == "tiny" else None))
     datasets = read_config(options.run.dataset_config, need_sources=False)
     dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16
@@ -90,7 +91,8 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
         dit = load_dit("dit.safetensors", dtype, accelerator.device)
     network = inject_lora_(dit, options.network)
     apply_memory_options_(dit, options.memory, accelerator.device)
-    job = TrainingJob(TASKS["i2v-14B"], options, datasets, TrainingSet(datasets, 1), dit, network, None, clock)
+    training_set, task = TrainingSet(datasets, 1), TASKS["i2v-14B"]
+    job = TrainingJob(0, task, models, options, datasets, training_set, dit, network, None, clock)
     return Trainer(accelerator, job)
 
 

@@ -20,8 +20,9 @@ from utils.cli import Stopped
 from utils.errors import ConfigError
 from wan.fused import graphs
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.training import loop
+from wan.training.cadence import Cadence
 from wan.training.state import load_state
+from wan.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("workspace")
@@ -119,15 +120,15 @@ def test_what_differs_from_the_state_is_said(tmp_path, caplog):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_a_state_and_says_how_to_go_on(tmp_path, monkeypatch, number):
     straight = train(str(tmp_path / "straight"), steps=9)
-    original = loop.Trainer._after_step
+    original = Cadence.after_step
 
-    def interrupted(self):
-        original(self)
-        if self.progress.step == 3:
+    def interrupted(self, step):
+        original(self, step)
+        if step == 3:
             signal.raise_signal(number)  # arrives while step 4 is under way
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "_after_step", interrupted)
+        patch.setattr(Cadence, "after_step", interrupted)
         with pytest.raises(Stopped, match=r"stopped after step 4 .*--resume") as caught:
             train(str(tmp_path / "stopped"), steps=9)
     assert caught.value.exit_code == 128 + number
@@ -147,7 +148,7 @@ def test_a_run_with_cuda_graphs_equals_one_without(flags, tmp_path, monkeypatch)
 
 
 def test_steps_without_a_finite_loss_change_nothing_are_counted_and_end_the_run(tmp_path, monkeypatch, caplog):
-    original = loop.TrainingStep.batch_loss
+    original = TrainingStep.batch_loss
 
     def poisoned(bad_steps):
         calls = []
@@ -159,7 +160,7 @@ def test_steps_without_a_finite_loss_change_nothing_are_counted_and_end_the_run(
 
         return loss
 
-    monkeypatch.setattr(loop.TrainingStep, "batch_loss", poisoned({3, 5}))
+    monkeypatch.setattr(TrainingStep, "batch_loss", poisoned({3, 5}))
     train(str(tmp_path / "some"), "--save_state", "--stop_after_skipped_steps", "2", steps=6)
     state = load_state(tmp_path / "some/run-state")
     assert (state.progress.step, state.progress.skipped_steps) == (6, 2) and caplog.text.count(
@@ -167,7 +168,7 @@ def test_steps_without_a_finite_loss_change_nothing_are_counted_and_end_the_run(
     ) == 2
     assert all(torch.isfinite(tensor).all() for tensor in state.weights.values())
 
-    monkeypatch.setattr(loop.TrainingStep, "batch_loss", poisoned({4, 5, 6}))
+    monkeypatch.setattr(TrainingStep, "batch_loss", poisoned({4, 5, 6}))
     with pytest.raises(Stopped, match="3 steps in a row") as caught:
         train(str(tmp_path / "all"), "--stop_after_skipped_steps", "3", "--save_every_n_steps", "3", steps=9)
     assert caught.value.exit_code == 1

@@ -245,7 +245,7 @@ def test_impossible_settings_are_refused_by_flag_name(options, message):
 @pytest.mark.parametrize("scheme", ["mode", "logit_normal"])
 def test_a_scheme_without_effect_is_warned_about(scheme, caplog):
     with caplog.at_level(logging.WARNING):
-        NoiseConfig(weighting_scheme=scheme)
+        NoiseConfig(weighting_scheme=scheme).check()
         assert not caplog.records
-        NoiseConfig(weighting_scheme=scheme, timestep_sampling="uniform")
+        NoiseConfig(weighting_scheme=scheme, timestep_sampling="uniform").check()
     assert [f"--weighting_scheme {scheme} has no effect" in record.message for record in caplog.records] == [True]

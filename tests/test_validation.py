@@ -13,6 +13,7 @@ from utils.errors import ConfigError
 from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT, pad_text
 from wan.nets.spec import DiTSpec
+from wan.training.cadence import Every
 from wan.training.loss import flow_matching_loss
 from wan.training.validation import ValidationConfig, Validator, validate
 
@@ -167,9 +168,7 @@ def test_levels_are_the_centres_of_equal_parts_and_keep_different_names():
 
 def test_steps_and_epochs_at_which_to_validate():
     steps, epochs = ValidationConfig(validate_every_n_steps=3), ValidationConfig(validate_every_n_epochs=2)
-    assert [step for step in range(1, 10) if steps.due_after_step(step)] == [3, 6, 9]
-    assert [epoch for epoch in range(1, 6) if epochs.due_after_epoch(epoch)] == [2, 4]
-    assert not steps.due_after_epoch(3) and not epochs.due_after_step(2)
+    assert (steps.every, epochs.every, ValidationConfig().every) == (Every(steps=3), Every(epochs=2), Every())
     assert steps.wanted and epochs.wanted and not ValidationConfig().wanted
 
 

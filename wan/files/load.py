@@ -92,8 +92,13 @@ def _read(checkpoint: Checkpoint, names: Iterable[str], device: torch.device | s
             progress.update(checkpoint.tensors[name].nbytes)
 
 
+def open_dit(path: str | Path, flag: str = "--dit") -> Checkpoint:
+    """The header of a DiT file under official names. ConfigErrors start with `flag`; names are not compared yet."""
+    return layouts.dit_layout(open_checkpoint(path, flag, rename=layouts.dit_name))
+
+
 def _open_dit(path: str | Path, attention: Attention = sdpa) -> tuple[Checkpoint, WanDiT]:
-    checkpoint = layouts.dit_layout(open_checkpoint(path, "--dit", rename=layouts.dit_name))
+    checkpoint = open_dit(path)
     model = _on_meta(checkpoint, lambda shapes: WanDiT(DiTSpec.from_shapes(shapes), attention))
     _check(checkpoint, _shapes_of(model))
     return checkpoint, model
@@ -166,7 +171,7 @@ def merge_again_(
     anyway while nothing else needs that memory. fp8 weights are quantised anew, those of swapped blocks written where
     they wait.
     """
-    checkpoint = layouts.dit_layout(open_checkpoint(path, "--dit", rename=layouts.dit_name))
+    checkpoint = open_dit(path)
     layers = {f"{name}.weight": layer for name, layer in dit.named_modules() if isinstance(layer, Fp8Linear)}
     places = dit.state_dict()
     for name, stored in _read(checkpoint, names, device):

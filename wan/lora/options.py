@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.errors import ConfigError, suggest
 from utils.files import require_file
-from utils.options import option
+from utils.options import Section, option
 
 # `--network_module` -> kind of network; lycoris.kohya says it by `--network_args algo=...`.
 _MODULES = {
@@ -146,63 +146,76 @@ def parse_network_args(pairs: dict[str, str]) -> NetworkArguments:
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(Section):
     """LoRA"""
 
     network_module: str = option(
         "networks.lora_wan",
         help="networks.lora_wan; with the lycoris extra networks.loha, networks.lokr, lycoris.kohya",
     )
-    network_dim: int | None = option(None, help="rank; default 4")
-    network_alpha: float = option(1.0, help="scale = alpha / rank; 0: same as the rank")
-    network_dropout: float | None = option(None, help="dropout between the two LoRA matrices")
+    network_dim: int | None = option(None, minimum=1, rule="must be at least 1; try 16", help="rank; default 4")
+    network_alpha: float = option(
+        1.0,
+        minimum=0,
+        below=math.inf,
+        rule="must be 0 (same as the rank) or above",
+        help="scale = alpha / rank; 0: same as the rank",
+    )
+    network_dropout: float | None = option(
+        None,
+        minimum=0,
+        below=1,
+        rule="must be at least 0 and below 1; try 0.1",
+        help="dropout between the two LoRA matrices",
+    )
     network_args: tuple[str, ...] = option(
         (), help=f"key=value, with keys {', '.join(key.name for key in fields(NetworkArguments))}"
     )
     network_weights: Path | None = option(None, help="LoRA file to start from, of the same modules and ranks")
     dim_from_weights: bool = option(
-        False, help="take modules, ranks and alphas from --network_weights, whatever --network_dim says"
+        False,
+        needs="--network_weights, the file that it takes the ranks from",
+        help="take modules, ranks and alphas from --network_weights, whatever --network_dim says",
     )
     scale_weight_norms: float | None = option(
-        None, help="scale the change of each weight down to this norm after every step"
+        None,
+        above=0,
+        below=math.inf,
+        rule="must be above 0; try 1",
+        help="scale the change of each weight down to this norm after every step",
     )
     base_weights: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT before training")
     base_weights_multiplier: tuple[float, ...] = option((), help="one per --base_weights file; default 1")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.network_module not in _MODULES:
             hint = suggest(self.network_module, _MODULES) or f"; use one of {', '.join(_MODULES)}"
             raise ConfigError(f"--network_module {self.network_module}: not supported{hint}")
-        if self.network_dim is not None and self.network_dim < 1:
-            raise ConfigError(f"--network_dim {self.network_dim}: must be at least 1; try 16")
-        if not 0 <= self.network_alpha < math.inf:
-            raise ConfigError(f"--network_alpha {self.network_alpha}: must be 0 (same as the rank) or above")
-        if self.network_dropout is not None and not 0 <= self.network_dropout < 1:
-            raise ConfigError(f"--network_dropout {self.network_dropout}: must be at least 0 and below 1; try 0.1")
-        if self.scale_weight_norms is not None and not 0 < self.scale_weight_norms < math.inf:
-            raise ConfigError(f"--scale_weight_norms {self.scale_weight_norms}: must be above 0; try 1")
-        for path in (self.network_weights, *self.base_weights):
-            if path is not None:
-                require_file(path, "--network_weights" if path == self.network_weights else "--base_weights")
         self._check_kind()
 
+    def check(self) -> None:
+        """Raise ConfigError unless the files and the package that are asked for are there."""
+        if self.network_weights is not None:
+            require_file(self.network_weights, "--network_weights")
+        for path in self.base_weights:
+            require_file(path, "--base_weights")
+        if self.kind != "lora" and find_spec("lycoris") is None:
+            raise ConfigError(
+                f"--network_module {self.network_module}: needs the package lycoris-lora; "
+                "pip install lycoris-lora, or use networks.lora_wan"
+            )
+
     def _check_kind(self) -> None:
-        """What the kinds of networks do not share."""
+        """Refuse settings that other kinds of networks have and this one lacks."""
         for key in fields(NetworkArguments):
             kinds = key.metadata["kinds"]
             if key.name in self.arguments and kinds and self.kind not in kinds:
                 raise ConfigError(f"--network_args {key.name}: is for {' and '.join(kinds)}, not for {self.kind}")
         if self.extra.algo and self.network_module != "lycoris.kohya":
             raise ConfigError("--network_args algo: is for --network_module lycoris.kohya")
-        if self.dim_from_weights and self.network_weights is None:
-            raise ConfigError("--dim_from_weights needs --network_weights, the file that it takes the ranks from")
         if self.kind == "lora":
             return
-        if find_spec("lycoris") is None:
-            raise ConfigError(
-                f"--network_module {self.network_module}: needs the package lycoris-lora; "
-                "pip install lycoris-lora, or use networks.lora_wan"
-            )
         for flag, given in (("--network_dropout", self.network_dropout), ("--dim_from_weights", self.dim_from_weights)):
             if given:
                 raise ConfigError(f"{flag}: is for networks.lora_wan, not for {self.kind}; leave it out")

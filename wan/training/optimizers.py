@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 
 _SCHEDULES = (
     "constant",
@@ -30,13 +30,15 @@ _SCHEDULES = (
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
     """optimizer and learning rate"""
 
     optimizer_type: str = option("AdamW", help="AdamW, AdamW8bit, Adafactor, a torch.optim class or a dotted path")
     optimizer_args: tuple[str, ...] = option((), help="key=value for the optimizer, e.g. weight_decay=0.01")
-    learning_rate: float = option(2e-6, help="learning rate")
-    max_grad_norm: float = option(1.0, help="clip the gradient norm to this; 0 does not clip")
+    learning_rate: float = option(2e-6, above=0, rule="must be above 0; try 1e-4", help="learning rate")
+    max_grad_norm: float = option(
+        1.0, minimum=0, rule="must be 0 (off) or above", help="clip the gradient norm to this; 0 does not clip"
+    )
     lr_scheduler: str = option("constant", help="learning-rate schedule", choices=_SCHEDULES)
     lr_warmup_steps: str = option("0", help="steps; below 1 or with % a share of all steps")
     lr_decay_steps: str = option("0", help="like --lr_warmup_steps, for warmup_stable_decay")
@@ -48,16 +50,16 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ConfigError(f"--learning_rate {self.learning_rate}: must be above 0; try 1e-4")
-        if self.max_grad_norm < 0:
-            raise ConfigError(f"--max_grad_norm {self.max_grad_norm}: must be 0 (off) or above")
+        super().__post_init__()
         if self.lr_scheduler == "constant" and _steps_of(self.lr_warmup_steps, "--lr_warmup_steps", 1000):
             raise ConfigError(
                 f"--lr_warmup_steps {self.lr_warmup_steps}: the constant schedule has no warmup; "
                 "use --lr_scheduler constant_with_warmup"
             )
         _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
+
+    def check(self) -> None:
+        """Raise ConfigError unless the optimizer is there and takes its arguments. Cheap: before anything loads."""
         build_optimizer(self, [{"params": [torch.zeros(1, requires_grad=True)]}])
 
 

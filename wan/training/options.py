@@ -9,11 +9,14 @@ import torch
 
 from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
+from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
+from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.training.cadence import Every
 from wan.training.optimizers import OptimizerConfig
 from wan.training.samples import SampleConfig
 from wan.training.timesteps import NoiseConfig
@@ -23,27 +26,22 @@ from wan.training.validation import ValidationConfig
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
-def _at_least(low: int, section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name} {value}: must be at least {low}")
-
-
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """training"""
 
     dataset_config: Path = option(help="dataset TOML")
-    max_train_steps: int = option(1600, help="optimizer steps")
-    max_train_epochs: int | None = option(None, help="epochs; overrides --max_train_steps")
-    seed: int | None = option(None, help="seed of everything random; default: a random one")
+    max_train_steps: int = option(1600, minimum=1, help="optimizer steps")
+    max_train_epochs: int | None = option(None, minimum=1, help="epochs; overrides --max_train_steps")
+    seed: int | None = option(None, minimum=0, help="seed of everything random; default: a random one")
     mixed_precision: str | None = option(
         None, help="compute dtype of the DiT; default: what accelerate was given, else no", choices=[*_COMPUTE_DTYPES]
     )
-    gradient_accumulation_steps: int = option(1, help="batches per optimizer step")
-    max_data_loader_n_workers: int = option(8, help="loader processes, at most one per core; 0: none")
-    persistent_data_loader_workers: bool = option(False, help="keep the loader processes between epochs")
+    gradient_accumulation_steps: int = option(1, minimum=1, help="batches per optimizer step")
+    max_data_loader_n_workers: int = option(8, minimum=0, help="loader processes, at most one per core; 0: none")
+    persistent_data_loader_workers: bool = option(
+        False, needs="--max_data_loader_n_workers 1 or more", help="keep the loader processes between epochs"
+    )
     one_frame: bool = option(False, help="sample in one-frame mode; the only mode there is, so it may be left out")
     one_frame_legacy_indices: bool = option(
         False, help="train at time indices 0 ... F-1 whatever the dataset says, as musubi-tuner does"
@@ -55,17 +53,13 @@ class RunConfig:
         None, help="a-b: draw each item's target index from this range, anew in every epoch (experiment)"
     )
     stop_after_skipped_steps: int = option(
-        10, help="stop when the loss or gradient was no finite number in so many steps in a row"
+        10, minimum=1, help="stop when the loss or gradient was no finite number in so many steps in a row"
     )
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "stop_after_skipped_steps")
+        super().__post_init__()
         if self.target_range is not None and self.one_frame_legacy_indices:
             raise ConfigError("--one_frame_target_range and --one_frame_legacy_indices exclude each other; give one")
-        _at_least(1, self, "max_train_steps", "max_train_epochs", "gradient_accumulation_steps")
-        _at_least(0, self, "max_data_loader_n_workers", "seed")
-        if self.persistent_data_loader_workers and self.max_data_loader_n_workers == 0:
-            raise ConfigError("--persistent_data_loader_workers needs --max_data_loader_n_workers 1 or more")
 
     @property
     def target_range(self) -> range | None:
@@ -77,6 +71,10 @@ class RunConfig:
             raise ConfigError(f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, e.g. 1-8")
         return range(int(low), int(high) + 1)
 
+    def batches_per_step(self, num_processes: int) -> int:
+        """Batches of one optimizer step, over all processes."""
+        return self.gradient_accumulation_steps * num_processes
+
     @property
     def precision(self) -> str:
         """`bf16`, `fp16` or `no`: the flag, else what `accelerate launch` was given."""
@@ -85,42 +83,57 @@ class RunConfig:
             raise ConfigError(f"mixed precision '{chosen}' of accelerate is not supported; use --mixed_precision bf16")
         return chosen
 
-    def compute_dtype(self, dit_dtype: str | None) -> torch.dtype | None:
-        """The dtype of the DiT's weights, which is what it computes in; None is the checkpoint's own."""
+    def compute_dtype(self, dit: DiTConfig) -> torch.dtype:
+        """The dtype of the DiT's weights, which is what it computes in: that of the flags, else that of the file."""
         dtype = _COMPUTE_DTYPES[self.precision]
-        if dit_dtype is not None and dtype not in (None, parse_dtype(dit_dtype)):
+        if dit.dit_dtype is not None and dtype not in (None, parse_dtype(dit.dit_dtype)):
             raise ConfigError(
-                f"--dit_dtype {dit_dtype} contradicts --mixed_precision {self.precision}: the DiT computes "
+                f"--dit_dtype {dit.dit_dtype} contradicts --mixed_precision {self.precision}: the DiT computes "
                 "in the dtype of its weights; give one of the two"
             )
-        return dtype
+        return dtype or dit.dtype
 
 
 @dataclass(frozen=True)
-class SaveConfig:
+class SaveConfig(Section):
     """output"""
 
     output_dir: Path = option(help="folder for LoRA files and samples")
     output_name: str = option(help="stem of the LoRA files")
-    save_every_n_epochs: int | None = option(None, help="save after every n epochs")
-    save_every_n_steps: int | None = option(None, help="save after every n steps")
+    save_every_n_epochs: int | None = option(None, minimum=1, help="save after every n epochs")
+    save_every_n_steps: int | None = option(None, minimum=1, help="save after every n steps")
     save_precision: str | None = option(None, help="dtype of the saved LoRA; default float32")
-    save_last_n_epochs: int | None = option(None, help="keep the files of the last n epochs only")
-    save_last_n_steps: int | None = option(None, help="keep the files of the last n steps only")
+    save_last_n_epochs: int | None = option(None, minimum=0, help="keep the files of the last n epochs only")
+    save_last_n_steps: int | None = option(None, minimum=0, help="keep the files of the last n steps only")
     save_state: bool = option(False, help="save a state to resume from with every file, and at the end")
     save_state_on_train_end: bool = option(False, help="save a state at the end")
-    save_last_n_epochs_state: int | None = option(None, help="like --save_last_n_epochs, for states")
-    save_last_n_steps_state: int | None = option(None, help="like --save_last_n_steps, for states")
+    save_last_n_epochs_state: int | None = option(None, minimum=0, help="like --save_last_n_epochs, for states")
+    save_last_n_steps_state: int | None = option(None, minimum=0, help="like --save_last_n_steps, for states")
     resume: str | None = option(None, help="state folder to go on from; auto: the newest of this run, if there is one")
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "save_every_n_epochs", "save_every_n_steps")
-        _at_least(0, self, "save_last_n_epochs", "save_last_n_steps")
-        _at_least(0, self, "save_last_n_epochs_state", "save_last_n_steps_state")
+        super().__post_init__()
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise ConfigError(f"--output_name {self.output_name}: must be a file stem without folders")
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
             raise ConfigError(f"--save_precision {self.save_precision}: use float32, bf16 or fp16")
+
+    @property
+    def every(self) -> Every:
+        """When LoRA files are saved, and states with them."""
+        return Every(self.save_every_n_steps, self.save_every_n_epochs)
+
+    @property
+    def keep_steps_of_states(self) -> int | None:
+        """For how many steps states stay; None: for ever."""
+        last = self.save_last_n_steps_state
+        return self.save_last_n_steps if last is None else last
+
+    @property
+    def keep_epochs_of_states(self) -> int | None:
+        """For how many savings after an epoch states stay; None: for ever."""
+        last = self.save_last_n_epochs_state
+        return self.save_last_n_epochs if last is None else last
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,7 +145,7 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
-class MetadataConfig:
+class MetadataConfig(Section):
     """metadata"""
 
     training_comment: str | None = option(None, help="stored in the file")
@@ -174,8 +187,20 @@ class MetadataConfig:
 
 
 @dataclass(frozen=True)
+class TrainingModels:
+    """The model files of a run, and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionSwitches
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
-    """All sections of a run, and the model files that its metadata names."""
+    """The sections of a run that are not about its model files."""
 
     run: RunConfig
     network: NetworkConfig
@@ -189,5 +214,3 @@ class TrainingOptions:
     validation: ValidationConfig
     tracking: TrackingConfig
     metadata: MetadataConfig
-    dit: Path | None = None
-    vae: Path | None = None

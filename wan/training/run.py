@@ -1,8 +1,9 @@
 """A training run from its settings to its files: checks first, then encoders, DiT and LoRA, then the loop."""
 
 import logging
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -14,31 +15,19 @@ from utils.files import require_writable_dir, written_whole
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
-from wan.models.device import DeviceConfig
-from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
+from wan.models.options import DiTConfig
 from wan.models.plan import Plan, Room, plan_t5, plan_training
 from wan.models.tasks import TaskSpec
 from wan.training import loop, start
-from wan.training.options import TrainingOptions
+from wan.training.job import TrainingJob
+from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.samples import Sampler
 from wan.training.state import State, remove_leftovers
-from wan.training.summary import explain_training as explained
+from wan.training.summary import explain_training
 from wan.training.timestep_plot import show
 from wan.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingModels:
-    """The model files of a run, and where they run."""
-
-    dit: DiTConfig
-    vae: VAEConfig
-    t5: T5Config
-    clip: CLIPConfig
-    device: DeviceConfig
-    attention: AttentionSwitches
 
 
 def run(models: TrainingModels, options: TrainingOptions) -> None:
@@ -59,6 +48,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         remove_leftovers(save.output_dir, save.output_name)
         _write_settings(models, options)
     step = state.progress.step if state else 0
+    session_id = random.SystemRandom().getrandbits(32)
     settings = cli.values(models, options)
     plan = _plan(models.dit, options, training_set, weights, accelerator.device)
     with Tracker.open(
@@ -70,7 +60,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
             dit, network = start.load_trainable(
                 models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
             )
-            job = loop.TrainingJob(task, options, datasets, training_set, dit, network, sampler, tracker)
+            job = TrainingJob(session_id, task, models, options, datasets, training_set, dit, network, sampler, tracker)
             loop.Trainer(accelerator, job, state).run()
 
         _train_within(plan, train, options, state, accelerator)
@@ -108,12 +98,13 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     weights = start.network_start(models.dit, options.network, state)
     options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
     if accelerator.is_main_process:
-        lines = explained(options, models.dit, task, training_set, weights, accelerator.num_processes)
+        lines = explain_training(options, models.dit, task, training_set, weights, accelerator.num_processes)
         print(*lines, sep="\n")
 
 
 def show_timesteps(options: TrainingOptions, mode: str) -> None:
     """Draw the noise levels that a run with these options would train at."""
+    options.noise.check()
     width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
     show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
@@ -124,7 +115,10 @@ def _check(
 ) -> tuple[TaskSpec, list[Request]]:
     """The task and the sample requests; headers of all files that will be needed have been looked at."""
     task = models.dit.check()
-    options.run.compute_dtype(models.dit.dit_dtype)
+    options.run.compute_dtype(models.dit)
+    options.network.check()
+    options.optimizer.check()
+    options.noise.check()
     options.tracking.check()
     sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
     requests = options.samples.requests(task, sampling)
@@ -149,8 +143,7 @@ def _plan(
     """The one choice that there is, or with --memory auto those that fit."""
     if options.memory.memory == "manual":
         return Plan.of(options.memory)
-    dtype = options.run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
-    room = Room.on(device)
+    dtype, room = options.run.compute_dtype(dit), Room.on(device)
     plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
     log.info("memory: %s", plan)
     return plan

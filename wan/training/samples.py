@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.errors import ConfigError
 from utils.files import written_whole
-from utils.options import option
+from utils.options import Section, option
 from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.prompt_lines import Prompt, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TaskSpec
+from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
 
@@ -25,23 +25,17 @@ _DEFAULTS = Prompt(width=256, height=256, sample_steps=20)
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     """sample images"""
 
     sample_prompts: Path | None = option(None, help="prompts to sample, .txt, .toml or .json")
-    sample_at_first: bool = option(False, help="sample before training")
-    sample_every_n_epochs: int | None = option(None, help="sample after every n epochs")
-    sample_every_n_steps: int | None = option(None, help="sample after every n steps")
-
-    def __post_init__(self) -> None:
-        for name in ("sample_every_n_epochs", "sample_every_n_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
-            if value is not None and self.sample_prompts is None:
-                raise ConfigError(f"--{name} needs --sample_prompts FILE")
-        if self.sample_at_first and self.sample_prompts is None:
-            raise ConfigError("--sample_at_first needs --sample_prompts FILE")
+    sample_at_first: bool = option(False, needs="--sample_prompts FILE", help="sample before training")
+    sample_every_n_epochs: int | None = option(
+        None, minimum=1, needs="--sample_prompts FILE", help="sample after every n epochs"
+    )
+    sample_every_n_steps: int | None = option(
+        None, minimum=1, needs="--sample_prompts FILE", help="sample after every n steps"
+    )
 
     def requests(self, task: TaskSpec, sampling: SamplingConfig) -> list[Request]:
         """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
@@ -50,13 +44,10 @@ class SampleConfig:
         prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
         return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether samples are wanted after this optimizer step (counted from 1)."""
-        return self.sample_every_n_steps is not None and step % self.sample_every_n_steps == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether samples are wanted after this epoch (counted from 1)."""
-        return self.sample_every_n_epochs is not None and epoch % self.sample_every_n_epochs == 0
+    @property
+    def every(self) -> Every:
+        """When samples are drawn."""
+        return Every(self.sample_every_n_steps, self.sample_every_n_epochs)
 
 
 class Sampler:

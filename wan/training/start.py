@@ -2,12 +2,14 @@
 
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
 from utils.randomness import seeded
@@ -20,9 +22,12 @@ from wan.models.memory_options import apply_memory_options_
 from wan.models.options import DiTConfig, build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
-from wan.training.optimizers import optimizer_class
+from wan.training.job import TrainingJob
+from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
 from wan.training.options import SaveConfig, TrainingOptions
 from wan.training.state import State, load_state, newest_state
+from wan.training.step import TrainingStep
+from wan.training.validation import Validator, validate
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +58,42 @@ def load_trainable(
     if AcceleratorState().is_fsdp2:
         _check_sharding(options)
         device = torch.device("cpu")  # from where each block is shared out on its own: no GPU has to hold all of them
-    dtype = options.run.compute_dtype(config.dit_dtype)
-    dit = config.load(device, dtype, merger, attention, options.memory)
+    dit = config.load(device, options.run.compute_dtype(config), merger, attention, options.memory)
     network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
     apply_memory_options_(dit, options.memory, device)
     return dit, network
+
+
+def build_step(accelerator: Accelerator, job: TrainingJob, total_steps: int) -> TrainingStep:
+    """The optimizer step over the job's DiT, which accelerate wraps for the processes that there are."""
+    options = job.options
+    groups = job.network.param_groups(options.optimizer.learning_rate, options.network.loraplus_lr_ratio)
+    optimizer = build_optimizer(options.optimizer, groups)
+    scheduler = build_scheduler(options.optimizer, optimizer, total_steps)
+    # All processes read the same file: only what is trained is worth sending around at the start.
+    frozen = [name for name, parameter in job.dit.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(job.dit, frozen)
+    model, optimizer = accelerator.prepare(job.dit, optimizer)
+    seed = job.training_set.seed
+    return TrainingStep(accelerator, model, job.network, optimizer, scheduler, job.task, options, seed)
+
+
+def build_validator(accelerator: Accelerator, job: TrainingJob, step: TrainingStep) -> Validator | None:
+    """What measures the loss on the items held back; None unless the options ask for it."""
+    validation = job.options.validation
+    if not validation.wanted:
+        return None
+    measure = partial(
+        validate,
+        step.batch_loss,
+        job.training_set.validation,
+        validation.levels,
+        job.training_set.seed,
+        accelerator.device,
+        (accelerator.process_index, accelerator.num_processes),
+        accelerator.reduce,
+    )
+    return Validator(job.dit, job.network.disabled, measure)
 
 
 def _check_sharding(options: TrainingOptions) -> None:

@@ -7,6 +7,7 @@ All randomness of training has an address (seed, epoch, item), so there are no r
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -25,27 +26,50 @@ log = logging.getLogger(__name__)
 
 _SUFFIXES = r"(-\d{6}|-step\d{8})?(-state)?"  # of all files and folders that a run writes beside its samples
 _WEIGHTS, _OPTIMIZER, _PROGRESS = "model.safetensors", "optimizer.bin", "progress.json"
+_LOSS_WINDOW = 100  # steps that the shown loss is averaged over
+
+Facts = dict[str, Any]
+"""Settings of a run by name, as JSON holds them: a resumed run compares its own with those of the state."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands. `epoch` counts finished epochs, `items` those seen in the one after, over all processes."""
+    """Where a run stands, the same in all processes."""
 
     step: int = 0
-    epoch: int = 0
-    items: int = 0
+    epoch: int = 0  # finished epochs
+    items: int = 0  # seen in the epoch after those, over all processes
     skipped_steps: int = 0  # for a loss or gradient that was no number
     losses: tuple[float, ...] = ()  # the latest, for the shown average
     started: float = 0.0  # Unix time of the first start
 
+    @property
+    def average_loss(self) -> float:
+        """Mean loss of the latest steps; NaN before the first."""
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    def add_step(self, items: int, loss: float | None) -> None:
+        """Count a step that has used up `items` of the epoch; loss: None when the step updated nothing."""
+        self.step += 1
+        self.items += items
+        if loss is None:
+            self.skipped_steps += 1
+        else:
+            self.losses = (*self.losses[1 - _LOSS_WINDOW :], loss)
+
+    def end_epoch(self, items: int) -> None:
+        """Count the epoch as finished if all its `items` have been seen."""
+        if self.items == items:
+            self.epoch, self.items = self.epoch + 1, 0
+
 
 @dataclass(frozen=True)
 class State:
-    """What a state folder holds."""
+    """The contents of a state folder."""
 
     path: Path
     progress: Progress
-    facts: dict[str, Any]  # settings of the run that wrote it, to tell what differs
+    facts: Facts  # of the run that wrote it
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]  # state dicts: optimizer, scheduler, scaler
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.loader import TrainingBatch, clip_for
+from utils.errors import ConfigError
 from utils.randomness import address_seed, seeded
 from wan.frames import condition
 from wan.fused.graphs import GraphedGradients
 from wan.lora.network import LoRANetwork
-from wan.memory.sharding import full_tensor
+from wan.memory.sharding import full_tensor, load_optimizer_state, optimizer_state
 from wan.models.tasks import TaskSpec
 from wan.nets.conditioning import Conditioning
 from wan.nets.dit import pad_text
@@ -98,6 +99,28 @@ class TrainingStep:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Name of each group of parameters -> its current rate."""
+        rates = self.scheduler.get_last_lr()
+        return {group["name"]: float(rate) for group, rate in zip(self.optimizer.param_groups, rates, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of optimizer, schedule and gradient scaler. With sharded weights all processes have to call it."""
+        return {
+            "optimizer": optimizer_state(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], place: str) -> None:
+        """Go on from a `state_dict`. Raises ConfigError, beginning with `place`, when the optimizer is another one."""
+        try:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{place}: its optimizer does not fit ({error}); use the same settings") from None
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
 
     def release_memory(self) -> None:
         """Give back what is kept between steps, for work of another kind."""

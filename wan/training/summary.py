@@ -1,6 +1,7 @@
-"""What a run tells about itself before it starts."""
+"""What a run says about itself: in the log, in its states and LoRA files, and for `--explain` without being started."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
@@ -13,7 +14,61 @@ from wan.models.estimate import expected_memory, forward_flops, meta_dit, time_t
 from wan.models.options import DiTConfig
 from wan.models.tasks import TaskSpec
 from wan.nets.spec import VAE_STRIDE, DiTSpec
+from wan.training.job import RunLength, TrainingJob
+from wan.training.metadata import lora_metadata
 from wan.training.options import TrainingOptions
+from wan.training.state import Facts, Progress
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The texts of one run, in any of its processes."""
+
+    job: TrainingJob
+    length: RunLength
+    processes: int
+
+    def table(self) -> str:
+        """The lines that are logged at the start, one per name and value."""
+        job, options, length = self.job, self.job.options, self.length
+        dit_dtype, saved_dtype = dtype_name(job.dit.dtype), dtype_name(options.save.dtype)
+        memory = expected_memory(job.dit, job.network, job.dit.spec, job.training_set.buckets, options.memory)
+        rows = [
+            task_row(job.task, job.dit.spec),
+            *dataset_rows(job.training_set),
+            ("network", str(job.network.summary())),
+            ("precision", f"DiT {dit_dtype}, LoRA float32, saved as {saved_dtype}"),
+            ("steps", f"{length.total_steps} in {length.epochs} epochs of {length.steps_per_epoch}"),
+            ("batches per step", f"{options.run.gradient_accumulation_steps} in {self.processes} processes"),
+            ("seed", str(job.training_set.seed)),
+            ("expected memory", memory),
+        ]
+        return "\n".join(table(rows))
+
+    def facts(self) -> Facts:
+        """Settings that a resumed run should share with the run that wrote the state."""
+        run, optimizer = self.job.options.run, self.job.options.optimizer
+        return {
+            "seed": self.job.training_set.seed,
+            "processes": self.processes,
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "items": len(self.job.training_set.items),
+            "steps_per_epoch": self.length.steps_per_epoch,
+            "total_steps": self.length.total_steps,
+            "precision": run.precision,
+            "optimizer_type": optimizer.optimizer_type,
+            "learning_rate": optimizer.learning_rate,  # that of the state goes on
+            "lr_scheduler": optimizer.lr_scheduler,
+        }
+
+    def metadata(self, progress: Progress) -> dict[str, str]:
+        """The metadata of a LoRA file that is written now."""
+        return lora_metadata(self.job, self.length, progress)
+
+
+def task_row(task: TaskSpec, spec: DiTSpec) -> tuple[str, str]:
+    """The row that names task and model."""
+    return "task", f"{task.name}, {spec.num_layers} blocks of width {spec.dim}"
 
 
 def dataset_rows(training_set: TrainingSet) -> list[tuple[str, str]]:
@@ -55,13 +110,13 @@ def explain_training(
         frames = _cached_frames(item)
         lines += [*frame_table(item.layout, frames), tokens_line(item.layout, frames, task.clip_images), ""]
     lines += left_out(len(groups))
-    dtype = run.compute_dtype(dit.dit_dtype) or dit.stored_dtype
+    dtype = run.compute_dtype(dit)
     held, network = meta_dit(dit, dtype, memory, options.network, weights)
-    steps = len(training_set.epoch_steps(1, run.gradient_accumulation_steps * processes))
-    total = run.max_train_epochs * steps if run.max_train_epochs else run.max_train_steps
+    length = RunLength.of(run, training_set, processes)
+    steps, total = length.steps_per_epoch, length.total_steps
     epoch = sum(_training_flops(dit.spec, training_set, recomputed=memory.gradient_checkpointing != "none"))
     rows = [
-        ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
+        task_row(task, dit.spec),
         *dataset_rows(training_set),
         ("network", str(network.summary())),
         ("precision", f"DiT {dtype_name(dtype)}, LoRA float32"),

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.files import written_whole
-from utils.options import option
+from utils.options import Section, option
 from utils.randomness import stratified_uniform
 from wan.training.timesteps import NoiseConfig, loss_weight, sample_noise_levels
 
@@ -31,7 +31,7 @@ _WHITE, _BLACK, _GREY, _BLUE, _ORANGE = "#ffffff", "#222222", "#dddddd", "#3b75a
 
 
 @dataclass(frozen=True)
-class TimestepPlotConfig:
+class TimestepPlotConfig(Section):
     """noise level plot"""
 
     show_timesteps: str | None = option(

@@ -9,12 +9,13 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 from wan.generation.sampling import shifted
 
 log = logging.getLogger(__name__)
@@ -40,44 +41,49 @@ TIMESTEP_SAMPLING = (
     *("sigma", "uniform", "sigmoid", "shift", "flux_shift", "flux2_shift", "ideogram4_shift", "qwen_shift"),
     *("krea2_shift", "logsnr", "qinglong_flux", "qinglong_qwen"),
 )
+_POSITIVE: dict[str, Any] = {"above": 0, "below": math.inf, "rule": "must be above 0; 1 is neutral"}
+_FINITE: dict[str, Any] = {"above": -math.inf, "below": math.inf, "rule": "must be a finite number"}
 WEIGHTING_SCHEMES = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
+class NoiseConfig(Section):
     """noise levels of training"""
 
     timestep_sampling: str = option("sigma", help="distribution of the noise levels", choices=TIMESTEP_SAMPLING)
-    discrete_flow_shift: float = option(1.0, help="for shift and sigma: above 1 trains more at high noise")
-    sigmoid_scale: float = option(1.0, help="for sigmoid and all shifts: above 1 spreads levels towards both ends")
+    discrete_flow_shift: float = option(1.0, **_POSITIVE, help="for shift and sigma: above 1 trains more at high noise")
+    sigmoid_scale: float = option(
+        1.0, **_POSITIVE, help="for sigmoid and all shifts: above 1 spreads levels towards both ends"
+    )
     weighting_scheme: str = option(
         "none", help="logit_normal, mode: distribution in sigma; others: loss weight", choices=WEIGHTING_SCHEMES
     )
-    logit_mean: float = option(0.0, help="for logit_normal and logsnr")
-    logit_std: float = option(1.0, help="for logit_normal and logsnr")
-    mode_scale: float = option(1.29, help="for mode")
+    logit_mean: float = option(0.0, **_FINITE, help="for logit_normal and logsnr")
+    logit_std: float = option(1.0, **_POSITIVE, help="for logit_normal and logsnr")
+    mode_scale: float = option(1.29, **_FINITE, help="for mode")
     min_timestep: int | None = option(None, help="lowest noise level times 1000 (0 when unset)")
     max_timestep: int | None = option(None, help="highest noise level times 1000 (1000 when unset)")
     preserve_distribution_shape: bool = option(
         False, help="draw again outside min/max instead of squeezing the distribution into the range"
     )
-    num_timestep_buckets: int | None = option(None, help="at least 2: spread levels evenly over an epoch")
+    num_timestep_buckets: int | None = option(
+        None,
+        minimum=2,
+        rule="use at least 2, or leave it out",
+        help="at least 2: spread levels evenly over an epoch",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in (("timestep_sampling", TIMESTEP_SAMPLING), ("weighting_scheme", WEIGHTING_SCHEMES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"--{name} {getattr(self, name)}: unknown; use one of {', '.join(choices)}")
-        for name in ("discrete_flow_shift", "sigmoid_scale", "logit_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name} {getattr(self, name)}: must be above 0; 1 is neutral")
-        for name in ("logit_mean", "mode_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"--{name} {getattr(self, name)}: must be a finite number")
-        low, high = self.min_timestep or 0, _STEPS if self.max_timestep is None else self.max_timestep
+        low, high = self.limits
         if not 0 <= low < high <= _STEPS:
             raise ConfigError(f"--min_timestep {low} --max_timestep {high}: use 0 <= min < max <= {_STEPS}")
-        if self.num_timestep_buckets is not None and self.num_timestep_buckets < 2:
-            raise ConfigError(f"--num_timestep_buckets {self.num_timestep_buckets}: use at least 2, or leave it out")
+
+    def check(self) -> None:
+        """Log a warning about a setting without effect."""
         if self.weighting_scheme in ("logit_normal", "mode") and self.timestep_sampling != "sigma":
             log.warning(
                 "--weighting_scheme %s has no effect with --timestep_sampling %s; it belongs to sigma",
@@ -85,9 +91,15 @@ class NoiseConfig:
             )
 
     @property
+    def limits(self) -> tuple[int, int]:
+        """Lowest and highest noise level times 1000."""
+        return self.min_timestep or 0, _STEPS if self.max_timestep is None else self.max_timestep
+
+    @property
     def range(self) -> tuple[float, float]:
         """Lowest and highest noise level, in 0..1."""
-        return (self.min_timestep or 0) / _STEPS, (_STEPS if self.max_timestep is None else self.max_timestep) / _STEPS
+        low, high = self.limits
+        return low / _STEPS, high / _STEPS
 
 
 def sample_noise_levels(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from utils.errors import ConfigError
 from utils.files import read_toml, require_writable_dir, written_whole
-from utils.options import option
+from utils.options import Section, option
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _SECRET = re.compile(r"token(?!izer)|api_?key|password|secret", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Section):
     """logging"""
 
     logging_dir: Path | None = option(None, help="folder for TensorBoard logs, a new one inside for each run")
@@ -41,6 +41,7 @@ class TrackingConfig:
     log_config: bool = option(False, help="send the settings of the run to the logs, without keys and folders")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "tensorboard" in self.trackers and self.logging_dir is None:
             raise ConfigError(f"--log_with {self.log_with} needs --logging_dir FOLDER")
         for name in ("log_prefix", "log_tracker_name"):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dataset.loader import BatchItems, TrainingBatch, ValidationSet, load_batch
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 from utils.randomness import seeded
+from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
 
@@ -22,25 +23,27 @@ _MOST_LEVELS = 100  # so that three digits name a level
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Section):
     """validation"""
 
     validation_split: float = option(
         0.0, help="share (at most 0.5) or number of the items to validate with instead of training on them"
     )
-    validate_every_n_steps: int | None = option(None, help="validate at the start and after every n steps")
-    validate_every_n_epochs: int | None = option(None, help="validate at the start and after every n epochs")
-    validation_levels: int = option(5, help="noise levels, evenly spread, that each item is tried at")
+    validate_every_n_steps: int | None = option(None, minimum=1, help="validate at the start and after every n steps")
+    validate_every_n_epochs: int | None = option(None, minimum=1, help="validate at the start and after every n epochs")
+    validation_levels: int = option(
+        5,
+        minimum=1,
+        maximum=_MOST_LEVELS,
+        rule=f"use 1 to {_MOST_LEVELS}",
+        help="noise levels, evenly spread, that each item is tried at",
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         split = self.validation_split
         if not (0 <= split <= 0.5 or (split >= 1 and split.is_integer())):
             raise ConfigError(f"--validation_split {split:g}: must be a share up to 0.5 or a number of items; try 0.1")
-        for name in ("validate_every_n_steps", "validate_every_n_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 1 <= self.validation_levels <= _MOST_LEVELS:
-            raise ConfigError(f"--validation_levels {self.validation_levels}: use 1 to {_MOST_LEVELS}")
         if split and not self.wanted:
             raise ConfigError("--validation_split needs --validate_every_n_steps N or --validate_every_n_epochs N")
 
@@ -54,13 +57,10 @@ class ValidationConfig:
         """The centres of equal parts of 0..1: 0.1, 0.3, 0.5, 0.7, 0.9."""
         return tuple((2 * i + 1) / (2 * self.validation_levels) for i in range(self.validation_levels))
 
-    def due_after_step(self, step: int) -> bool:
-        """Whether to validate after this optimizer step (counted from 1)."""
-        return self.validate_every_n_steps is not None and step % self.validate_every_n_steps == 0
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether to validate after this epoch (counted from 1)."""
-        return self.validate_every_n_epochs is not None and epoch % self.validate_every_n_epochs == 0
+    @property
+    def every(self) -> Every:
+        """When the run validates, besides once before its first step."""
+        return Every(self.validate_every_n_steps, self.validate_every_n_epochs)
 
     def check(self, validation_set: ValidationSet) -> None:
         """Raise ConfigError when there is nothing to validate with; warn when items are held back for nothing."""

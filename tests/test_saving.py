@@ -4,24 +4,27 @@ import errno
 
 import pytest
 
-from wan.training.checkpoints import Checkpoints
+from wan.training.cadence import Cadence
 from wan.training.options import SaveConfig
+from wan.training.saving import Saver
 
 
-def keeper(folder, write=None, **settings) -> Checkpoints:
+def keeper(folder, write=None, **settings) -> Saver:
     config = SaveConfig(output_dir=folder, output_name="run", **settings)
-    return Checkpoints(config, write or (lambda path: path.write_text("lora")), write or (lambda path: path.mkdir()))
+    return Saver(config, write or (lambda path: path.write_text("lora")), write or (lambda path: path.mkdir()))
 
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def run_steps(checkpoints: Checkpoints, steps: int) -> None:
+def cadence(saver: Saver) -> Cadence:
+    return Cadence([saver.lora_action, saver.state_action])
+
+
+def run_steps(saver: Saver, steps: int) -> None:
     for step in range(1, steps + 1):
-        if checkpoints.step_due(step):
-            checkpoints.save_step(step)
-            checkpoints.save_step_state(step)
+        cadence(saver).after_step(step)
 
 
 def test_every_file_is_kept_unless_told_otherwise(tmp_path):
@@ -46,11 +49,9 @@ def test_states_have_a_limit_of_their_own(tmp_path):
 
 @pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6]), (0, [6]), (1, [6]), (2, [4, 6])])
 def test_files_of_epochs_long_past_are_deleted(tmp_path, keep, left):
-    checkpoints = keeper(tmp_path, save_every_n_epochs=2, save_last_n_epochs=keep, save_state=True)
+    saver = keeper(tmp_path, save_every_n_epochs=2, save_last_n_epochs=keep, save_state=True)
     for epoch in range(1, 9):
-        if checkpoints.epoch_due(epoch, last=epoch == 8):
-            checkpoints.save_epoch(epoch)
-            checkpoints.save_epoch_state(epoch)
+        cadence(saver).after_epoch(epoch, step=10 * epoch, last=epoch == 8)
     assert names(tmp_path) == sorted(f"run-{epoch:06d}{end}" for epoch in left for end in (".safetensors", "-state"))
 
 

@@ -1,0 +1,90 @@
+"""What a run trains, on what, for how long, and in which batches."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from dataset.config import DatasetsConfig
+from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, rank_slice
+from wan.lora.network import LoRANetwork
+from wan.models.tasks import TaskSpec
+from wan.nets.dit import WanDiT
+from wan.training.options import RunConfig, TrainingModels, TrainingOptions
+from wan.training.samples import Sampler
+from wan.training.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """The parts of a run, checked and loaded. Without sample prompts `sampler` is None."""
+
+    session_id: int  # tells the files of this run from those of others
+    task: TaskSpec
+    models: TrainingModels
+    options: TrainingOptions
+    datasets: DatasetsConfig
+    training_set: TrainingSet
+    dit: WanDiT  # carries the layers of `network` and is otherwise frozen
+    network: LoRANetwork
+    sampler: Sampler | None
+    tracker: Tracker
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run trains, in optimizer steps over the batches of all processes."""
+
+    steps_per_epoch: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, run: RunConfig, training_set: TrainingSet, num_processes: int) -> "RunLength":
+        """Length of a run with these settings; `max_train_epochs` comes before `max_train_steps`."""
+        steps = len(training_set.epoch_steps(1, run.batches_per_step(num_processes)))
+        return cls(steps, run.max_train_steps if run.max_train_epochs is None else run.max_train_epochs * steps)
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs, the last one possibly cut short."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """The batches of one optimizer step."""
+
+    batches: list[TrainingBatch]  # of this process
+    items: int  # in the batches of all processes; where those lack a batch, one is repeated
+    new_items: int  # without those repeated
+
+
+class StepLoader:
+    """Loads the steps of an epoch (counted from 1) in the order of `TrainingSet.epoch_steps`."""
+
+    def __init__(self, training_set: TrainingSet, run: RunConfig, process_index: int, num_processes: int) -> None:
+        self._training_set, self._process, self._processes = training_set, process_index, num_processes
+        self._batches_per_step = run.batches_per_step(num_processes)
+        self._loader = BatchLoader(run.max_data_loader_n_workers, run.persistent_data_loader_workers)
+
+    def items(self, epoch: int) -> int:
+        """How many items the epoch has, over all processes."""
+        return sum(map(_items, self._plans(epoch)))
+
+    def remaining(self, epoch: int, seen: int) -> Iterator[StepBatches]:
+        """The steps of the epoch that come after its first `seen` items."""
+        steps = self._plans(epoch)
+        while steps and seen > 0:
+            seen -= _items(steps.pop(0))
+        slices = [[rank_slice(plans, i, self._processes) for i in range(self._processes)] for plans in steps]
+        loaded = self._loader.load([plan for by_process in slices for plan in by_process[self._process]])
+        for plans, by_process in zip(steps, slices, strict=True):
+            batches = list(islice(loaded, len(by_process[self._process])))
+            yield StepBatches(batches, sum(map(_items, by_process)), _items(plans))
+
+    def _plans(self, epoch: int) -> list[list[BatchItems]]:
+        return self._training_set.epoch_steps(epoch, self._batches_per_step)
+
+
+def _items(plans: Sequence[BatchItems]) -> int:
+    return sum(len(plan.items) for plan in plans)
