@@ -22,9 +22,9 @@ from tests.test_preview import FLAGS
 from utils.errors import ConfigError
 from wan.lora.options import NetworkConfig
 from wan.memory import host
+from wan.models.checkpoints import T5Checkpoint
 from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, meta_dit, training_parts
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.models.options import T5Config
 from wan.models.plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
 from wan.nets.spec import DiTSpec
 from wan.training.step import TrainingStep
@@ -244,18 +244,18 @@ def test_the_recipe_names_what_was_chosen(monkeypatch):
 
 @pytest.fixture
 def room_for_less_than_t5(monkeypatch):
-    t5 = T5Config(Path(MODELS["t5"]))
-    bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.t5, weights_only=True).values())
+    t5 = T5Checkpoint(Path(MODELS["t5"]))
+    bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.path, weights_only=True).values())
     assert t5.size(torch.device("cpu")) == bytes_in_float32
     monkeypatch.setattr(Room, "on", lambda device: Room(bytes_in_float32 - 1, math.inf))
     return bytes_in_float32
 
 
 def test_t5_stays_as_it_is_where_it_fits(room_for_less_than_t5):
-    config, cpu = T5Config(Path(MODELS["t5"])), torch.device("cpu")
-    assert plan_t5(config, cpu, Room(room_for_less_than_t5, 0)) == config
-    assert plan_t5(config, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(config, fp8_t5=True)
-    assert replace(config, t5_dtype="bf16").size(cpu) == room_for_less_than_t5 // 2
+    t5, cpu = T5Checkpoint(Path(MODELS["t5"])), torch.device("cpu")
+    assert plan_t5(t5, cpu, Room(room_for_less_than_t5, 0)) == t5
+    assert plan_t5(t5, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(t5, fp8=True)
+    assert replace(t5, chosen_dtype=torch.bfloat16).size(cpu) == room_for_less_than_t5 // 2
 
 
 def test_pictures_and_recipes_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5, caplog):
