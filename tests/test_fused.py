@@ -1,6 +1,7 @@
 """The fused DiT and VAE against the reference, with their operations in plain PyTorch. The kernels: test_kernels.py."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
