@@ -12,9 +12,11 @@ from utils.files import require_writable_dir
 from wan.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from wan.frames import table
 from wan.generation import explain
+from wan.generation.experts import DiTFiles, ModelOnDemand
 from wan.generation.explain import forward_tokens
 from wan.generation.guidance import GuidanceConfig
-from wan.generation.options import MergedModelConfig, PromptConfig
+from wan.generation.on_demand import AfterUse
+from wan.generation.options import MergedModelConfig, PromptConfig, write_merged_model
 from wan.generation.outputs import OutputConfig, read_latent, result_stem, save_image
 from wan.generation.pipeline import Pipeline
 from wan.generation.preview import PreviewConfig
@@ -23,10 +25,9 @@ from wan.generation.request import Request, SamplingConfig
 from wan.generation.run import Generation
 from wan.generation.sweep import SweepConfig
 from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
+from wan.models.memory_options import GenerationMemoryConfig
 from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, ReleaseConfig, T5Config, VAEConfig
 from wan.models.plan import Plan, Room, plan_generation, plan_t5
-from wan.nets.dit import WanDiT
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     if explaining and (merged.save_merged_model or args.latent_path or args.interactive):
         raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
     if merged.save_merged_model is not None:
-        merged.write(dit, lora)
+        write_merged_model(merged.save_merged_model, dit, lora)
         return
     prompts, sampling, guidance, output, sweep, preview = (cli.build(section, args) for section in _OPTIONS)
     output.log_substitute()
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     cells = [cell for prompt in prompts.prompts() for cell in sweep.cells(prompt, task, sampling, trained, lora)]
     t5.check(dit.spec)
     clip.check(dit.spec)
-    used = dict.fromkeys([cell.multipliers for cell in cells] or [lora.lora_multiplier])
-    mergers = {multipliers: lora.merger(dit, multipliers) for multipliers in used}
+    choices = [cell.multipliers for cell in cells] or [lora.lora_multiplier]
+    files_of_dit = DiTFiles.checked(dit, lora, attention.function, dict.fromkeys(choices))
     memory.check(dit.spec, dit.stored_dtype, device)
     guidance.check(dit.spec.num_layers)
     requests = [cell.request for cell in cells]
@@ -90,18 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         print(*explain.explain_generation(requests, task, dit, plan.memory, guidance), sep="\n")
         return
 
-    def load(multipliers: tuple[float, ...], memory: GenerationMemoryConfig, to: torch.device) -> WanDiT:
-        network = dit.load(to, merger=mergers[multipliers], attention=attention.function, memory=memory)
-        apply_memory_options_(network, memory, to)
-        return network
-
-    def merge_again(network: WanDiT, multipliers: tuple[float, ...]) -> None:
-        dit.merge_again_(network, device, mergers[multipliers])
-
+    after_use = AfterUse.KEEP if prompts.interactive else AfterUse.DROP
+    pipeline = Pipeline(vae, t5, clip, device, after_use)
     generation = Generation(
-        pipeline=Pipeline(vae, t5, clip, device, wanted_again=prompts.interactive),
-        load=load,
-        merge_again=merge_again,
+        pipeline=pipeline,
+        models=(ModelOnDemand(files_of_dit, plan, device, pipeline.stopwatch, after_use),),
         plan=plan,
         task=task.name,
         loras=lora.names,
@@ -114,10 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     if not prompts.interactive:
         generation.make(cells)
         return
-    kept = generation.loaded_on_demand(lora.lora_multiplier, wanted_again=True)
     for group in prompts.typed(task, sampling, trained, lora):
         try:
-            generation.make(group, kept)
+            generation.make(group)
         except KeyboardInterrupt:
             log.error("stopped; Ctrl-D ends the program")
         except ConfigError as error:

@@ -26,7 +26,7 @@ from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig, apply_memory_options_
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.spec import CLIP_TOKENS, DiTSpec
 from wan.training.loss import flow_matching_loss
 

@@ -39,7 +39,8 @@ from wan.memory.recompute import recompute_blocks_
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.context import StepCache, pad_text
+from wan.nets.dit import BlockRunner, WanDiT
 from wan.nets.spec import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 from wan.nets.vae import WanVAE
 from wan.training.loss import flow_matching_loss
@@ -144,17 +145,15 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
     """Training steps: forward, backward, clipping and AdamW, with as much recomputed as the row says."""
 
     @cache
-    def trained() -> tuple[WanDiT, LoRANetwork, torch.optim.Optimizer, list]:
+    def trained() -> tuple[WanDiT, LoRANetwork, torch.optim.Optimizer, BlockRunner]:
         dit = model()
         network = inject_lora_(dit, NETWORK)
-        return dit.train(), network, optimizer_of(network), [block.forward for block in dit.blocks]
+        return dit.train(), network, optimizer_of(network), dit.runner
 
     for width, height, mode in sizes(bench, STEPS):
 
         def prepare(shape=(width, height, 2), mode=mode):
-            dit, network, optimizer, originals = trained()
-            for block, original in zip(dit.blocks, originals, strict=True):
-                block.forward = original
+            dit, network, optimizer, dit.runner = trained()
             if mode != "none":
                 recompute_blocks_(dit, only_needed=mode == "auto")
             gradients = gradients_of(dit, network, recorded=not bench.tiny)

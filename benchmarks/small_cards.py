@@ -35,10 +35,11 @@ from benchmarks.random_model import SPECS, random_checkpoint
 from dataset.loader import BucketCount
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
+from wan.memory.margins import PLAN_MARGIN
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
-from wan.models.plan import SPARE, Plan, Room, plan_generation, plan_training
-from wan.nets.dit import StepCache
+from wan.models.plan import Plan, Room, plan_generation, plan_training
+from wan.nets.context import StepCache
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
@@ -48,7 +49,7 @@ CARDS = (  # what for, GB of the GPU and of the host
 
 def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Plan:
     """What the planner chooses for a card of that size, in GB, that nothing else uses, and so much host memory."""
-    room = Room(card * 1e9 * (1 - SPARE), host * 1e9)
+    room = Room(card * 1e9 * (1 - PLAN_MARGIN), host * 1e9)
     dtype = torch.float32 if bench.tiny else torch.bfloat16
     dit = SimpleNamespace(spec=bench.spec, stored_dtype=torch.bfloat16, dtype=dtype)
     if kind == "training":

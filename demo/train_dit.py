@@ -14,7 +14,8 @@ from demo.optimise import optimise
 from demo.recordings import Recordings, as_video, given_frames, video_mask
 from wan.nets.clip import encode_image
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import Context, CrossAttention, WanDiT, split_heads
+from wan.nets.context import Context
+from wan.nets.dit import CrossAttention, WanDiT, split_heads
 from wan.nets.spec import TEXT_LENGTH
 from wan.nets.vae import WanVAE
 from wan.training.timesteps import add_noise, network_timestep, shifted, velocity_target

@@ -1,15 +1,19 @@
 """A small DiT with random weights, inputs for it and its LoRA gradients: what the memory options must not change."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.generation.experts import Experts
+from wan.generation.pipeline import Encoded, denoise
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import Block, WanDiT
 from wan.nets.spec import DiTSpec
 
 SPEC = DiTSpec("i2v", dim=128, ffn_dim=192, num_layers=4, in_dim=36, text_dim=32, image_dim=48)
@@ -60,6 +64,17 @@ def arguments(device: torch.device = CPU, batch: int = 1, spec: DiTSpec = SPEC) 
     return latents.to(device), conditioning, *(tensor.to(device) for tensor in tensors)
 
 
+def watch_blocks_(model: WanDiT, seen: Callable[[int, Tensor], object]) -> None:
+    """Call `seen` with the number of each block and its input before the runner runs it."""
+    numbers, runner = {block: number for number, block in enumerate(model.blocks)}, model.runner
+
+    def watched(block: Block, x: Tensor, *shared) -> Tensor:
+        seen(numbers[block], x)
+        return runner(block, x, *shared)
+
+    model.runner = watched
+
+
 def all_rows(text: Tensor) -> Tensor:
     """A text from `pad_text` with the rows that it leaves out, for models that are not ours."""
     return F.pad(text, (0, 0, 0, 512 - text.shape[1]))
@@ -69,6 +84,11 @@ def velocity(model: WanDiT, **options) -> Tensor:
     """Without gradients, on the CPU."""
     with torch.inference_mode():
         return model(*arguments(model.patch_embedding.weight.device, **options)).cpu()
+
+
+def denoised(dit: WanDiT, item: Encoded, **options) -> Tensor:
+    """The latents that one DiT makes of an encoded request, on the CPU. options: see `denoise`."""
+    return denoise(Experts.one(dit, item.request.guidance), item, CPU, **options)
 
 
 def lora_gradients(model: WanDiT, network: LoRANetwork, **options) -> Tensor:

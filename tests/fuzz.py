@@ -71,7 +71,8 @@ from wan.files import load, tokenizer
 from wan.files.formats import open_checkpoint
 from wan.frames import layout
 from wan.generation import outputs, recipe
-from wan.generation.prompt_lines import Prompt, parse_line, read_file
+from wan.generation.prompt import Prompt
+from wan.generation.prompt_lines import GENERATION, TRAINING, parse_line, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.lora.files import read_lora
 from wan.lora.merge import check_lora
@@ -142,16 +143,16 @@ def requested(prompts: list[Prompt]) -> None:
 
 
 def generated_from(path: Path) -> None:
-    requested(read_file(path, "--from_file", training=False))
+    requested(read_file(path, "--from_file", GENERATION))
 
 
 def sampled_from(path: Path) -> None:
-    requested(read_file(path, "--sample_prompts", training=True))
+    requested(read_file(path, "--sample_prompts", TRAINING))
 
 
 def typed(path: Path) -> None:
     for line in path.read_bytes().decode(errors="surrogateescape").splitlines():
-        requested([parse_line(line, "line", training=False)])
+        requested([parse_line(line, "line", GENERATION)])
 
 
 def trained_with(path: Path) -> None:

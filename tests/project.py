@@ -19,7 +19,7 @@ from dataset.config import read_config
 from dataset.loader import TrainingBatch, TrainingSet, load_batch
 from demo.tiny_models import FILES
 from wan.generation.pipeline import Encoded, Pipeline
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.models.tasks import TASKS
@@ -125,7 +125,7 @@ def pipeline() -> Pipeline:
 
 
 def encoded(line: str, task: str) -> Encoded:
-    request = Request.resolve(parse_line(line, "test", training=True), TASKS[task], SamplingConfig(exact_size=True))
+    request = Request.resolve(parse_line(line, "test", TRAINING), TASKS[task], SamplingConfig(exact_size=True))
     return pipeline().encode([request])[0]
 
 

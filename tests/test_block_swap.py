@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import save_file
 
 import wan.memory.block_swap
-from tests.dit_cases import CPU, DEVICES, SPEC, lora_gradients, random_dit, velocity, with_lora
+from tests.dit_cases import CPU, DEVICES, SPEC, lora_gradients, random_dit, velocity, watch_blocks_, with_lora
 from wan.files.load import load_dit
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import Fp8Linear
-from wan.models.memory_options import recompute_blocks_
+from wan.memory.recompute import recompute_blocks_
 
 COUNTS = [1, 2, 3, 4]
 
@@ -86,8 +86,7 @@ def test_each_block_is_sent_for_while_the_one_before_it_computes(copies):
     network = with_lora(model)
     swap_blocks_(model, 4, CPU)
     at_start = []
-    for block in model.blocks:
-        block.forward = lambda *args, _run=block.forward: at_start.append(list(copies)) or _run(*args)
+    watch_blocks_(model, lambda _number, _x: at_start.append(list(copies)))
     recompute_blocks_(model)
     lora_gradients(model, network)
     forward = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]

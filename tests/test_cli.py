@@ -92,6 +92,12 @@ def test_settings_written_as_toml_are_read_back_as_they_were(tmp_path):
     assert parse_file(tmp_path, cli.to_toml(section)) == section
 
 
+@pytest.mark.parametrize("name", [r"C:\Users\x7", "rate 1\x1f", 'say "hi", you', "猫 # [a]", "two\nlines", "\\"])
+def test_settings_with_difficult_letters_are_read_back_too(tmp_path, name):
+    section = Example(name, files=(Path(name.replace("\\", "/")), Path("b, c=['d']")))
+    assert parse_file(tmp_path, cli.to_toml(section)) == section
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

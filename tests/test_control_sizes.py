@@ -19,6 +19,7 @@ from dataset.check import check
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from dataset.sources import find_all_items
+from tests.dit_cases import denoised
 from tests.project import (
     I2V,
     MODELS,
@@ -38,8 +39,7 @@ from tests.test_explain import rows
 from tests.test_reasoning import Alone
 from utils.errors import ConfigError
 from wan.frames.sizes import ControlSizes
-from wan.generation.pipeline import denoise
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.recipe import read as read_recipe
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TASKS
@@ -155,11 +155,11 @@ def test_the_noise_of_the_target_is_the_same_whatever_the_controls(name):
     results = []
     for words in (text, text.replace("target_index=7", f"target_index=7,{TEXTS[name]}")):
         for frames in (0, 2):
-            prompt = parse_line(words, "test", training=True)
+            prompt = parse_line(words, "test", TRAINING)
             settings = SamplingConfig(exact_size=True, reasoning_frames=frames)
             request = Request.resolve(prompt, TASKS["i2v-14B"], settings)
             (once,) = pipeline().encode([request])
-            results.append(denoise(Alone(), once, torch.device("cpu")))
+            results.append(denoised(Alone(), once))
             assert results[-1].shape == (16, 1, 6, 6)
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -254,7 +254,7 @@ def test_a_control_that_is_too_small_is_named():
     (problem, *_) = (problem for problem in check(Path("thin.toml")).problems if problem.code == "D36")
     assert problem.file.endswith("cat.png") and problem.fix == "use another image"
     prompt = I2V.replace("start/cat", "thin/cat").replace("target_index=1", "target_index=1,no_resize_control=true")
-    request = parse_line(f"{prompt} --i data/start/cat.png", "line 3", training=True)
+    request = parse_line(f"{prompt} --i data/start/cat.png", "line 3", TRAINING)
     with pytest.raises(ConfigError, match=r"line 3: control image .*cat\.png: 300x12 pixels leave a side below 16"):
         Request.resolve(request, TASKS["i2v-14B"], SamplingConfig())
 

@@ -27,9 +27,9 @@ from demo.world import LIGHTS, PLACES, sample_scene
 from wan.files.load import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_vae
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.layout import parse
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import GENERATION, parse_line
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.nets.t5 import encode_text
 from wan.nets.vae import CausalConv3d, ChannelNorm
 
@@ -285,7 +285,7 @@ def test_the_data_of_a_lesson_is_what_the_scripts_read(lesson, tmp_path, monkeyp
     read_config(f"{lesson.name}/dataset.toml", need_sources=True)
     lines = (tmp_path / lesson.name / "prompts.txt").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
-        prompt = parse_line(line, "prompts.txt", training=False)
+        prompt = parse_line(line, "prompts.txt", GENERATION)
         assert prompt.seed == number and "school photo" in prompt.prompt
         assert parse(prompt.one_frame).control_indices == lesson.controls
         controls = [load_picture(tmp_path / path) for path in prompt.control_image_path]
@@ -432,7 +432,7 @@ def test_masks_and_other_tests_are_written_for_the_scripts(tmp_path):
     }
     for folder in ("i2v", "i2v/others"):
         (line,) = (tmp_path / folder / "prompts.txt").read_text(encoding="utf-8").splitlines()
-        prompt = parse_line(line, "prompts.txt", training=False)
+        prompt = parse_line(line, "prompts.txt", GENERATION)
         assert prompt.control_image_mask_path == tuple(f"{folder}/test/000_{i}_mask.png" for i in range(2))
         mask = load_picture(tmp_path / prompt.control_image_mask_path[0])
         assert torch.equal(mask[0] == 255, lesson.example(0, held_out=True).masks[0])

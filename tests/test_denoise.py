@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dit_cases import CPU, SPEC, random_dit
+from tests.dit_cases import CPU, SPEC, denoised, random_dit
 from tests.helpers import rel_l2
 from wan.frames.layout import OneFrameLayout
 from wan.generation import sampling
 from wan.generation.guidance import GuidanceConfig
-from wan.generation.pipeline import Encoded, denoise, initial_noise
+from wan.generation.pipeline import Encoded, initial_noise
 from wan.generation.request import Request
 from wan.generation.sampling import SOLVERS
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 STEPS, SCALE = 4, 3.0
 UNCOND = {"slg_mode": "uncond", "slg_layers": "1", "slg_end": 0.5}
@@ -96,7 +96,7 @@ def written_out(item: Encoded, guidance: GuidanceConfig) -> torch.Tensor:
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_the_latents_are_those_of_the_formula(settings):
     guidance, item = GuidanceConfig(**settings), encoded()
-    assert rel_l2(denoise(random_dit(), item, CPU, guidance=guidance), written_out(item, guidance)) < 1e-5
+    assert rel_l2(denoised(random_dit(), item, guidance=guidance), written_out(item, guidance)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_latents_are_those_of_the_formula(settings):
 )
 def test_both_passes_of_a_step_are_one_batch_unless_they_are_to_be_separate(case, passes):
     dit = Recorder()
-    denoise(dit, encoded(), CPU, guidance=GuidanceConfig(**CASES[case]))
+    denoised(dit, encoded(), guidance=GuidanceConfig(**CASES[case]))
     assert dit.passes == passes
 
 
@@ -126,8 +126,8 @@ def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(
         seen.append(latents[0])
         return dit(latents, *rest, **cache)
 
-    free = denoise(dit, replace(item, request=replace(item.request, solver=solver)), CPU)
-    pinned = denoise(note, replace(item, request=replace(item.request, solver=solver, pin_controls=True)), CPU)
+    free = denoised(dit, replace(item, request=replace(item.request, solver=solver)))
+    pinned = denoised(note, replace(item, request=replace(item.request, solver=solver, pin_controls=True)))
     noise = initial_noise((16, 2, 4, 6), item.request.seed, CPU, False)
     control = item.condition[4:, 0]
     for latents, sigma in zip(seen, sampling.schedule(solver, STEPS, item.request.shift).sigmas, strict=False):
@@ -140,5 +140,5 @@ def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(
 
 def test_without_guidance_there_is_one_pass_per_step():
     dit = Recorder()
-    denoise(dit, encoded(guidance=1.0), CPU)
+    denoised(dit, encoded(guidance=1.0))
     assert dit.passes == [(1,)] * STEPS

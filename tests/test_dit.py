@@ -11,7 +11,8 @@ from tests.dit_cases import all_rows
 from tests.helpers import golden, manifest_shapes, rel_l2
 from wan.nets.attention import sdpa
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache, WanDiT, pad_text
+from wan.nets.context import StepCache, pad_text
+from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 
 SPECS = {

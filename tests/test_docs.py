@@ -25,7 +25,7 @@ from tests.photos import PHOTOS, photo, write_pairs
 from tests.test_options import FLAGS
 from tests.tiny_checkpoints import write_tiny_checkpoints
 from utils.errors import ConfigError
-from wan.generation import prompt_lines, recipe
+from wan.generation import prompt, recipe
 from wan.lora.files import read_lora
 from wan.lora.options import NetworkArguments
 
@@ -131,7 +131,7 @@ def test_the_migration_page_lists_the_flags_of_each_kind(heading, kind):
 
 def test_every_flag_and_key_that_the_migration_page_names_is_known():
     flags = {flag for kinds in FLAGS.values() for names in kinds.values() for flag in names.split()}
-    assert set(re.findall(r"--(\w+)", MIGRATION)) <= flags | set(prompt_lines._OPTIONS)
+    assert set(re.findall(r"--(\w+)", MIGRATION)) <= flags | set(prompt.LETTERS)
     named = {word for row in table("Datasets", MIGRATION) for word in code(row[0]) if re.fullmatch(r"\w+", word)}
     assert named <= {*config._FIELDS, *config._REFUSED, "target_mask"}
 
@@ -153,7 +153,7 @@ def test_every_prompt_option_is_in_the_table_with_its_key():
     options = {}
     for names, keys, *_ in table("Prompt lines")[1:]:
         options |= dict(zip(re.findall(r"--(\w+)", names), re.findall(r"`(\w+)`", keys), strict=True))
-    assert options == {name: key for name, (key, _) in prompt_lines._OPTIONS.items()}
+    assert options == {letters: option.key for letters, option in prompt.LETTERS.items()}
 
 
 def test_the_picture_sizes_in_the_text_are_right():

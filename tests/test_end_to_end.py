@@ -30,7 +30,7 @@ from tests.project import (
 )
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import GENERATION, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.lora.trained_for import TrainedFor
 from wan.models.options import LoRAConfig
@@ -235,7 +235,7 @@ def test_auto_takes_the_size_of_the_lora_where_none_is_given():
 
     def asked(one_frame: str, size: str = "") -> tuple[int, int]:
         line = f"a cat --ci data/start/cat.png --of {one_frame} {size}"
-        prompt = parse_line(line, "test", training=False)
+        prompt = parse_line(line, "test", GENERATION)
         return Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(), trained).asked
 
     assert asked("auto") == (48, 48) and asked("auto", "--w 64 --h 32") == (64, 32)

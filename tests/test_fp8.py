@@ -14,7 +14,8 @@ from tests.helpers import golden, rel_l2
 from wan.files.load import dit_dtype, load_dit, load_t5
 from wan.lora.module import add_delta
 from wan.memory.fp8 import FP8, Fp8Linear, dequantize, fp8_entries, is_dit_weight, quantize, quantize_rows, use_fp8_
-from wan.nets.dit import pad_text
+from wan.nets.conditioning import Conditioning
+from wan.nets.context import pad_text
 from wan.nets.t5 import encode_text, t5_key, t5_shapes
 
 KINDS = ["cast", "scaled"]
@@ -228,9 +229,8 @@ def test_the_reference_output_is_met_within_the_error_of_fp8(tiny, kind):
     model = load_dit(tiny["i2v"], torch.float32, CPU, fp8=kind)
     text = pad_text([case["context0"]])
     with torch.inference_mode():
-        out = model(
-            *(case["x0"][None], case["y0"][None], case["t"][:1], text), case["clip_fea"][:1], torch.tensor([[0, 8]])
-        )
+        conditioning = Conditioning(case["y0"][None], case["clip_fea"][:1, None])
+        out = model(case["x0"][None], conditioning, case["t"][:1], text, torch.tensor([[0, 8]]))
     assert rel_l2(out[0], case["out0_f_0_8"]) < 0.08
 
 

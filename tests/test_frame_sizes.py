@@ -17,8 +17,9 @@ from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution
 from wan.fused import plain as fused_plain
 from wan.fused.dit import fuse_
-from wan.fused.graphs import GraphedGradients, graph_forward_
-from wan.nets.dit import Context, StepCache, timestep_features
+from wan.fused.graphs import GraphedGradients, graph_passes_
+from wan.nets.context import Context, StepCache
+from wan.nets.dit import timestep_features
 from wan.nets.rope import rope_angles
 from wan.nets.tokens import token_count
 from wan.training.loss import flow_matching_loss
@@ -214,7 +215,7 @@ def test_the_number_of_tokens_is_that_of_the_frames():
 
 def test_steps_of_other_sizes_are_recorded_apart():
     plain, model, record = random_dit(), random_dit(), Rerun()
-    graph_forward_(model, record)
+    graph_passes_(model, record)
     caches = {sizes: StepCache() for sizes in (None, SIZES)}
     with torch.no_grad():
         for sizes in (None, SIZES, SIZES, None, SIZES):

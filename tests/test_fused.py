@@ -10,7 +10,7 @@ from torch import nn
 
 import wan.models.memory_options
 import wan.models.options
-from tests.dit_cases import CPU, SPEC, arguments, lora_gradients, random_dit, velocity, with_lora
+from tests.dit_cases import CPU, SPEC, arguments, lora_gradients, random_dit, velocity, watch_blocks_, with_lora
 from tests.helpers import rel_l2
 from utils.errors import ConfigError
 from wan.fused import plain as fused_plain
@@ -20,10 +20,11 @@ from wan.memory.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
 from wan.models import checkpoints
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 from wan.models.options import VAEConfig
+from wan.nets import vae
 from wan.nets.attention import sdpa
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache
-from wan.nets.vae import WanVAE
+from wan.nets.context import StepCache
+from wan.nets.vae import ChannelNorm, FrameAttention, SiLU, WanVAE
 
 
 def fused(model, **options):
@@ -87,7 +88,7 @@ def test_samples_during_training_agree():
 @pytest.mark.parametrize("name", ["norm3.weight", "self_attn.norm_q.weight", "modulation"])
 def test_parameters_that_the_kernels_have_no_gradient_for_are_trained_on_the_plain_path(name):
     model = fused(random_dit())
-    model.blocks[1].forward.operations = None  # an error if it used them
+    model.runner.blocks[model.blocks[1]].operations = None  # an error if it used them
     parameter = model.blocks[1].get_parameter(name).requires_grad_()
     model(*arguments()).square().mean().backward()
     assert parameter.grad.norm() > 0
@@ -96,8 +97,7 @@ def test_parameters_that_the_kernels_have_no_gradient_for_are_trained_on_the_pla
 @torch.no_grad()
 def test_between_blocks_the_last_addition_is_left_to_the_next():
     model, kinds = fused(random_dit()), []
-    for block in model.blocks:
-        block.forward = lambda x, *rest, run=block.forward: kinds.append(type(x)) or run(x, *rest)
+    watch_blocks_(model, lambda _number, x: kinds.append(type(x)))
     velocity(model)
     assert kinds == [torch.Tensor, Residual, Residual, Residual]
 
@@ -278,6 +278,18 @@ def test_the_fused_vae_agrees(frames, vaes):
     latents = plain.encode(pixels)
     assert rel_l2(other.encode(pixels), latents) < 1e-5
     assert rel_l2(other.decode(latents), plain.decode(latents)) < 1e-5
+
+
+@torch.no_grad()
+def test_plain_operations_undo_the_fusing_of_a_vae(vaes):
+    plain, other = vaes
+    for module in other.modules():
+        for kind, operation in ((ChannelNorm, vae.channel_norm), (SiLU, F.silu), (FrameAttention, vae.attend)):
+            if isinstance(module, kind):
+                module.operation = operation
+    other.load_state_dict({name: tensor.clone() for name, tensor in plain.state_dict().items()}, assign=True)
+    pixels = torch.rand(1, 3, 5, 16, 24) * 2 - 1
+    assert torch.equal(other.decode(other.encode(pixels)), plain.decode(plain.encode(pixels)))
 
 
 def test_all_convolutions_of_an_image_but_the_first_get_channels_last_inputs_and_weights(vaes, monkeypatch):

@@ -9,10 +9,11 @@ from torch import Tensor
 from tests.dit_cases import CPU, DEVICES, arguments, random_dit, with_lora
 from tests.helpers import rel_l2
 from wan.fused.dit import can_fuse, fuse_
-from wan.fused.graphs import CudaRecorder, GraphedGradients, graph_forward_
+from wan.fused.graphs import CudaRecorder, GraphedGradients, graph_passes_
 from wan.memory.recompute import recompute_blocks_
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.nets.dit import StepCache, WanDiT
+from wan.nets.context import StepCache
+from wan.nets.dit import WanDiT
 from wan.training.loss import flow_matching_loss
 
 NAMES = ("latents", "conditioning", "text", "frame_indices")
@@ -77,7 +78,7 @@ def steps(model, device: torch.device, cache: StepCache, **options) -> list[Tens
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 def test_replayed_passes_equal_plain_ones(device):
     plain, model, record = on_device(random_dit(), device), on_device(random_dit(), device), recorder(device)
-    graph_forward_(model, record)
+    graph_passes_(model, record)
     kept = {batch: StepCache() for batch in (1, 2)}
     for batch in (1, 2, 1):
         expected = steps(plain, device, StepCache(), batch=batch)
@@ -89,7 +90,7 @@ def test_replayed_passes_equal_plain_ones(device):
 
 def test_a_new_prompt_and_left_out_blocks_have_graphs_of_their_own():
     plain, model, record = random_dit(), random_dit(), Rerun()
-    graph_forward_(model, record)
+    graph_passes_(model, record)
     latents, conditioning, timesteps, text, *shared = arguments()
     for words in (text, text.flip(1)):
         cache = StepCache()
@@ -102,7 +103,7 @@ def test_a_new_prompt_and_left_out_blocks_have_graphs_of_their_own():
 
 def test_gradients_calls_without_a_cache_and_large_batches_are_not_recorded(monkeypatch):
     model, record = random_dit(), Rerun()
-    graph_forward_(model, record)
+    graph_passes_(model, record)
     cache = StepCache()
     model(*arguments(), cache=cache)
     model(*arguments(), cache=cache)
@@ -118,7 +119,7 @@ def test_gradients_calls_without_a_cache_and_large_batches_are_not_recorded(monk
 
 def test_without_memory_for_a_graph_passes_stay_plain():
     plain, model = random_dit(), random_dit()
-    graph_forward_(model, Full())
+    graph_passes_(model, Full())
     expected = steps(plain, CPU, StepCache())
     assert all(map(torch.equal, steps(model, CPU, StepCache()), expected))
 

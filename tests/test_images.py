@@ -12,7 +12,16 @@ from PIL import Image, ImageOps
 
 from utils import images
 from utils.errors import ConfigError
-from utils.images import check_image, floor16, from_pixels, open_image, resize_to_fill, size_for_area, to_pixels
+from utils.images import (
+    check_image,
+    floor16,
+    from_pixels,
+    open_image,
+    open_masked,
+    resize_to_fill,
+    size_for_area,
+    to_pixels,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +41,52 @@ def opened(image, path, **save):
 # Opening
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+UPRIGHT = {  # EXIF orientation -> the picture as it is to be seen, [height, width, channels]
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored[::-1].swapaxes(0, 1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+}
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
 def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path, suffix, orientation):
     path = tmp_path / f"photo.{suffix}"
     picture = Image.fromarray(np.kron(noise(3, 2), np.ones((16, 16, 1), np.uint8)))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture.save(path, exif=exif, quality=95)
-    stored = Image.open(path)
-    upright = ImageOps.exif_transpose(stored).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(open_image(path, "x")), np.asarray(upright))
-    assert check_image(path, "x") == upright.size == ((48, 32) if orientation < 5 else (32, 48))
+    picture.save(path, exif=turned(orientation), quality=95)
+    stored = picture if suffix == "tiff" else Image.open(path)  # Pillow turns a TIFF by itself
+    np.testing.assert_array_equal(open_image(path, "x"), UPRIGHT[orientation](np.asarray(stored)))
+    assert check_image(path, "x") == ((48, 32) if orientation < 5 else (32, 48))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_a_transparent_picture_is_turned_with_its_alpha_channel(tmp_path, orientation):
+    levels = noise(7, 5, channels=4)
+    Image.fromarray(levels).save(tmp_path / "photo.png", exif=turned(orientation))
+    rgb, alpha = open_masked(tmp_path / "photo.png", "x")
+    np.testing.assert_array_equal(np.dstack([rgb, alpha]), UPRIGHT[orientation](levels))
+
+
+def test_exif_data_behind_the_pixels_of_a_png_change_neither_size_nor_pixels(tmp_path):
+    path, levels = tmp_path / "late.png", noise(7, 5)
+    Image.fromarray(levels).save(path, exif=turned(6))
+    content = path.read_bytes()
+    start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
+    path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    assert ImageOps.exif_transpose(Image.open(path)).size == (5, 7)
+    assert check_image(path, "x") == (7, 5)
+    np.testing.assert_array_equal(open_image(path, "x"), levels)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])

@@ -18,7 +18,7 @@ from wan.lora.files import read_lora
 from wan.lora.merge import Merger, check_lora
 from wan.lora.module import add_delta, weight_delta
 from wan.lora.network import inject_lora_, save_lora
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 
 @pytest.mark.parametrize("multiplier", [1, 0.6])

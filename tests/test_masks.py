@@ -22,7 +22,7 @@ from utils.images import open_image, open_masked
 from wan.frames.condition import loss_weights, stack_condition
 from wan.frames.encode import latent_mask
 from wan.frames.layout import OneFrameLayout
-from wan.generation.prompt_lines import parse_line
+from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.models.checkpoints import VAECheckpoint
 from wan.models.tasks import TASKS
@@ -266,7 +266,7 @@ def test_the_same_images_with_another_mask_are_encoded_anew():
         I2V.replace("control_index=0,target_index=1", "control_index=4,target_index=0"),
     )
     resolved = [
-        Request.resolve(parse_line(line, "test", training=True), TASKS["i2v-14B"], SamplingConfig(exact_size=True))
+        Request.resolve(parse_line(line, "test", TRAINING), TASKS["i2v-14B"], SamplingConfig(exact_size=True))
         for line in lines
     ]
     together = pipeline().encode(resolved)
@@ -298,7 +298,7 @@ def test_a_wrong_mask_is_named_in_one_line(masked, spoil, words):
 
 
 def test_masks_come_one_per_control():
-    prompt = parse_line(f"{FLF2V} --cim data/start/cat.png", "here", training=True)
+    prompt = parse_line(f"{FLF2V} --cim data/start/cat.png", "here", TRAINING)
     with pytest.raises(ConfigError, match=r"here: 1 masks \(--cim\) for 2 control images; give one per image"):
         Request.resolve(prompt, TASKS["flf2v-14B"], SamplingConfig())
 

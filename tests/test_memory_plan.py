@@ -281,18 +281,17 @@ def test_samples_of_training_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypat
 # Host memory
 
 
-def test_linux_says_how_much_is_available(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 200 kB\nMemFree: 1 kB\nMemAvailable:      150 kB\n")
-    assert host._linux(tmp_path / "meminfo") == 150 * 1024 and host._linux(tmp_path / "absent") is None
-
-
-def test_a_container_may_have_less(tmp_path):
-    assert host._container(tmp_path) is None
+def test_a_container_may_have_less(tmp_path, monkeypatch):
+    machine = host.psutil.virtual_memory()._replace(available=400)
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: machine)
+    assert host.available_memory(tmp_path) == 400
     for name, text in (("memory.max", "1000"), ("memory.current", "700"), ("memory.stat", "anon 5\ninactive_file 50")):
         (tmp_path / name).write_text(text + "\n")
-    assert host._container(tmp_path) == 350
+    assert host.available_memory(tmp_path) == 350
+    (tmp_path / "memory.current").write_text("600\n")
+    assert host.available_memory(tmp_path) == 400
     (tmp_path / "memory.max").write_text("max\n")
-    assert host._container(tmp_path) is None
+    assert host.available_memory(tmp_path) == 400
 
 
 def test_this_machine_has_memory():

@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import wan.generation.run
-from tests.dit_cases import CPU
+from tests.dit_cases import CPU, denoised
 from tests.project import I2V, generate, pipeline, train
 from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
 from wan.generation import sampling
-from wan.generation.pipeline import Pipeline, denoise, initial_noise
+from wan.generation.pipeline import Pipeline, initial_noise
 from wan.generation.preview import LatentPreview, PreviewConfig, synthetic_images
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 FLAGS = [
@@ -102,7 +102,7 @@ def test_each_step_tells_the_image_that_it_predicts(solver, count):
     def towards(latents, condition, timesteps, *_others, **_more):
         return (latents - goal) / levels[float(timesteps[0])]
 
-    result = denoise(towards, item, CPU, watch=lambda step, latents: seen.append((step, latents)))
+    result = denoised(towards, item, watch=lambda step, latents: seen.append((step, latents)))
     assert [step for step, _ in seen] == list(range(5))
     for _, latents in seen:
         assert_close(latents, goal, rtol=0, atol=1e-4)
@@ -111,7 +111,7 @@ def test_each_step_tells_the_image_that_it_predicts(solver, count):
 
 def test_the_first_prediction_is_the_formula():
     item, seen = encoded(0, 0, solver="vanilla"), []
-    denoise(Alone(), item, CPU, watch=lambda _step, latents: seen.append(latents))
+    denoised(Alone(), item, watch=lambda _step, latents: seen.append(latents))
     noise, network = initial_noise((16, 2, 4, 6), 1, CPU, False), Alone()
     inputs = noise[None], Conditioning(item.condition[None]), torch.tensor([1000.0])
     texts = [pad_text([text]) for text in (item.text, item.negative)]
@@ -121,9 +121,7 @@ def test_the_first_prediction_is_the_formula():
 
 
 def test_watching_changes_nothing():
-    assert torch.equal(
-        denoise(Alone(), encoded(2, 2), CPU, watch=lambda *_: None), denoise(Alone(), encoded(2, 2), CPU)
-    )
+    assert torch.equal(denoised(Alone(), encoded(2, 2), watch=lambda *_: None), denoised(Alone(), encoded(2, 2)))
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ import json
 
 import pytest
 
+from utils import cli
 from utils.errors import ConfigError
-from wan.generation.prompt_lines import Prompt, parse_line, read_file
+from wan.generation.options import PromptConfig
+from wan.generation.prompt import FLAGS, Prompt
+from wan.generation.prompt_lines import GENERATION, TRAINING, Dialect, parse_line, read_file
 
 
-def line(text: str, training: bool = True) -> Prompt:
-    return parse_line(text, "here", training=training)
+def line(text: str, dialect: Dialect = TRAINING) -> Prompt:
+    return parse_line(text, "here", dialect)
 
 
 def test_the_documented_line_is_read_and_the_last_of_a_repeated_option_wins():
@@ -49,15 +52,30 @@ def test_a_line_may_hold_options_only_and_an_empty_negative_prompt():
     assert (prompt.prompt, prompt.negative_prompt, prompt.width) == ("", "", 64)
 
 
+@pytest.mark.parametrize("option", [option for option in FLAGS.values() if option.letters], ids=lambda o: o.key)
+def test_flag_line_toml_and_json_give_the_same_value(option, tmp_path):
+    text = {int: "32", float: "1.5", str: "a b"}[option.kind]
+    value = option.kind(text)
+    (tmp_path / "p.toml").write_text(f"[prompt]\n{option.key} = {value!r}\n", encoding="utf-8")
+    (tmp_path / "p.json").write_text(json.dumps([{option.key: value}]), encoding="utf-8")
+    given = [line(f"--{option.letters} {text}")]
+    given += [prompt for file in ("p.toml", "p.json") for prompt in read_file(tmp_path / file, "--from_file", TRAINING)]
+    parser = cli.Parser()
+    cli.add_fields(parser, PromptConfig)
+    prompt = () if option.key == "prompt" else ("--prompt", "")
+    given.append(cli.build(PromptConfig, parser.parse_args([*prompt, f"--{option.flag}", text])).base)
+    assert {getattr(prompt, option.key) for prompt in given} == {(value,) if option.is_list else value}
+
+
 def test_g_is_the_guidance_scale_in_generation_only():
-    assert line("a --g 3", training=False).cfg_scale == 3.0
+    assert line("a --g 3", GENERATION).cfg_scale == 3.0
     assert line("a --g 3").cfg_scale is None
-    assert line("a --l 4 --g 3", training=False).cfg_scale == 3.0
+    assert line("a --l 4 --g 3", GENERATION).cfg_scale == 3.0
 
 
 def test_a_negative_seed_means_a_random_one_in_training():
     assert line("a --d -1").seed is None
-    assert line("a --d -1", training=False).seed == -1
+    assert line("a --d -1", GENERATION).seed == -1
 
 
 @pytest.mark.parametrize(
@@ -99,7 +117,7 @@ def test_text_toml_and_json_files_give_the_same_prompts(tmp_path):
         json.dumps([{"prompt": "a", "width": 64, "control_image_path": ["c.png"]}, "b --w 32"]), encoding="utf-8"
     )
     for name in ("p.txt", "p.toml", "p.json"):
-        prompts = read_file(tmp_path / name, "--sample_prompts", training=True)
+        prompts = read_file(tmp_path / name, "--sample_prompts", TRAINING)
         assert [(p.prompt, p.width, p.control_image_path) for p in prompts] == [("a", 64, ("c.png",)), ("b", 32, None)]
 
 
@@ -118,12 +136,13 @@ def test_text_toml_and_json_files_give_the_same_prompts(tmp_path):
         ("p.toml", "[prompt\n", ["p.toml"]),
         ("p.toml", "width = 3\n", ["[prompt]"]),
         ("p.toml", "[prompt]\nsubset = 3\n", ["[[prompt.subset]]"]),
+        ("p.toml", "[prompt]\nsubset = [3]\n", ["prompt.subset[0]", "is a int"]),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_place(tmp_path, name, content, words):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        read_file(tmp_path / name, "--sample_prompts", training=True)
+        read_file(tmp_path / name, "--sample_prompts", TRAINING)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -131,4 +150,4 @@ def test_a_missing_or_undecodable_file_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     for name, word in (("none.txt", "does not exist"), ("latin.txt", "UTF-8")):
         with pytest.raises(ConfigError, match=word):
-            read_file(tmp_path / name, "--from_file", training=False)
+            read_file(tmp_path / name, "--from_file", GENERATION)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.dit_cases import CPU, SPEC, random_dit
+from tests.dit_cases import CPU, SPEC, denoised, random_dit
 from tests.project import MODELS, generate, pipeline
 from utils.errors import ConfigError
 from utils.images import open_image
@@ -17,13 +17,13 @@ from wan.frames.encode import encode_video, frame_pixels
 from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.reasoning import ReasoningFrames
 from wan.generation.guidance import GuidanceConfig
-from wan.generation.pipeline import Encoded, denoise, initial_noise
-from wan.generation.prompt_lines import parse_line
+from wan.generation.pipeline import Encoded, initial_noise
+from wan.generation.prompt_lines import GENERATION, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.generation.sampling import SOLVERS, sample, schedule
 from wan.models.tasks import TASKS
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 
 pytestmark = pytest.mark.usefixtures("workspace")
 LINE = "a cat --ci data/start/cat.png --of control_index=0,target_index=7{} --w 48 --h 32 --d 7 --l 2"
@@ -99,7 +99,7 @@ def test_without_room_or_controls_there_is_one_line():
         SamplingConfig(reasoning_frames=-1)
     with pytest.raises(ConfigError, match="--reasoning_steps 0: must be at least 1"):
         SamplingConfig(reasoning_steps=0)
-    prompt = parse_line(LINE.format("").replace("target_index=7", "target_index=1"), "line 1", training=False)
+    prompt = parse_line(LINE.format("").replace("target_index=7", "target_index=1"), "line 1", GENERATION)
     with pytest.raises(ConfigError, match=r"line 1: --reasoning_frames 2: .* 0 free time indices"):
         Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(reasoning_frames=2))
 
@@ -107,21 +107,21 @@ def test_without_room_or_controls_there_is_one_line():
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("layout", ["control_index=0,target_index=7", "control_index=9,target_index=2"])
 def test_a_network_that_ignores_other_frames_makes_what_it_makes_without_them(solver, layout):
-    plain = denoise(Alone(), encoded(0, 0, layout, solver), CPU)
+    plain = denoised(Alone(), encoded(0, 0, layout, solver))
     for count, steps in ((1, 1), (3, 2), (6, 5), (2, 9)):
-        assert torch.equal(denoise(Alone(), encoded(count, steps, layout, solver), CPU), plain)
+        assert torch.equal(denoised(Alone(), encoded(count, steps, layout, solver)), plain)
 
 
 def test_a_network_that_sees_other_frames_makes_something_else():
     dit = random_dit()
-    results = [denoise(dit, encoded(count, steps), CPU) for count, steps in ((0, 0), (2, 1), (2, 2), (3, 2))]
+    results = [denoised(dit, encoded(count, steps)) for count, steps in ((0, 0), (2, 1), (2, 2), (3, 2))]
     for i, result in enumerate(results):
         assert all(not torch.equal(result, other) for other in results[:i])
 
 
 def test_they_take_part_in_the_first_steps_only():
     network = Alone()
-    denoise(network, encoded(2, 3), CPU, guidance=GuidanceConfig(separate_passes=True))
+    denoised(network, encoded(2, 3), guidance=GuidanceConfig(separate_passes=True))
     assert [indices for indices, _ in network.calls] == [(0, 2, 4, 7)] * 6 + [(0, 7)] * 4
     first, last = network.calls[0][1], network.calls[-1][1]
     assert torch.equal(first[:, [0, 3]], last) and torch.equal(first[:, 1], first[:, 3])
@@ -144,7 +144,7 @@ def written_out(item: Encoded, steps: int) -> Tensor:
 def test_the_result_is_that_of_euler_with_the_frames_cut_off_in_between():
     item = encoded(2, 3, solver="vanilla")
     item = replace(item, negative=None, request=replace(item.request, guidance=1.0))
-    assert_close(denoise(random_dit(), item, CPU), written_out(item, 3), rtol=1e-4, atol=1e-5)
+    assert_close(denoised(random_dit(), item), written_out(item, 3), rtol=1e-4, atol=1e-5)
 
 
 def test_the_noise_of_the_target_does_not_depend_on_them():
@@ -156,7 +156,7 @@ def test_the_noise_of_the_target_does_not_depend_on_them():
 
 
 def resolved(layout: str = "", steps: int = 4, **settings: object) -> Request:
-    prompt = parse_line(f"{LINE.format(layout)} --s {steps}", "line", training=False)
+    prompt = parse_line(f"{LINE.format(layout)} --s {steps}", "line", GENERATION)
     return Request.resolve(prompt, TASKS["i2v-14B"], SamplingConfig(**settings))
 
 

@@ -6,10 +6,11 @@ from torch import Tensor
 
 import wan.fused.dit
 import wan.memory.recompute
-from tests.dit_cases import CPU, SPEC, attention, lora_gradients, random_dit, velocity, with_lora
+from tests.dit_cases import CPU, SPEC, attention, lora_gradients, random_dit, velocity, watch_blocks_, with_lora
 from wan.fused import plain as fused_plain
 from wan.fused.dit import fuse_
 from wan.memory.recompute import kept_blocks, measured, recompute_blocks_
+from wan.memory.runner import Saver, Saving
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -20,8 +21,7 @@ def test_any_plan_gives_the_same_gradients(kept, offload, monkeypatch):
     network = with_lora(plain)
     model = random_dit()
     other, calls = with_lora(model), []
-    for number, block in enumerate(model.blocks):
-        block.forward = lambda *args, n=number, run=block.forward: calls.append(n) or run(*args)
+    watch_blocks_(model, lambda number, _x: calls.append(number))
     recompute_blocks_(model, offload, only_needed=True)
     for options in ({}, {}, {"batch": 2}):
         calls.clear()
@@ -51,7 +51,7 @@ def test_a_size_is_measured_once(monkeypatch):
 def test_what_autograd_keeps_is_counted_without_the_weights():
     layer = torch.nn.Linear(64, 64).requires_grad_(False)
     x = torch.randn(3, 64, requires_grad=True)
-    out, size = measured(lambda y: layer(y.sin()).cos(), layer, x)
+    out, size = measured(Saver(lambda block, y: block(y.sin()).cos()), Saving(), layer, x)
     assert size == 2 * x.nbytes  # of sin its input, of the layer its weight, of cos its input
     assert torch.equal(out, layer(x.sin()).cos())
 
@@ -71,15 +71,14 @@ def test_a_lean_block_keeps_less_and_has_the_same_gradients():
     for save_less in (False, True):
         model = random_dit()
         network, sizes = with_lora(model), []
-        for block in fused(model).blocks:
-            run = block.forward.save_less if save_less else block.forward
+        runner, saving = fused(model).runner, Saving(less=save_less)
 
-            def count(*inputs, block=block, run=run, sizes=sizes):
-                out, size = measured(run, block, *inputs)
-                sizes.append(size)
-                return out
+        def count(*inputs, runner=runner, saving=saving, sizes=sizes):
+            out, size = measured(runner, saving, *inputs)
+            sizes.append(size)
+            return out
 
-            block.forward = count
+        model.runner = count
         results.append((lora_gradients(model, network, batch=2), sizes))
     (expected, whole), (found, less) = results
     assert torch.equal(found, expected) and expected.norm() > 0
@@ -95,9 +94,9 @@ def test_a_plan_with_lean_blocks_gives_the_same_gradients(kept, monkeypatch):
     plain, model = fused(random_dit()), fused(random_dit())
     network, other = with_lora(plain), with_lora(model)
     ways = []
-    for number, block in enumerate(model.blocks):
-        block.forward.train = lambda *inputs, n=number, run=block.forward.train: (
-            ways.append((n, inputs[-1] is wan.memory.recompute.recomputed)) or run(*inputs)
+    for number, block in enumerate(model.runner.blocks.values()):
+        block.train = lambda saving, *inputs, n=number, run=block.train: (
+            ways.append((n, saving.less)) or run(saving, *inputs)
         )
     recompute_blocks_(model, only_needed=True)
     expected = lora_gradients(plain, network)

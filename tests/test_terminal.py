@@ -6,7 +6,6 @@ import select
 import signal
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ CODE = """
 import sys
 sys.modules["prompt_toolkit"] = None
 from pathlib import Path
+from wan.generation import terminal
 from wan.generation.terminal import typed_lines
 for line in typed_lines("> ", Path({path!r})):
     print("got", repr(line), flush=True)
@@ -73,7 +73,7 @@ def test_lines_are_kept_for_the_next_run_and_ctrl_c_drops_one_and_ctrl_d_ends(tm
     assert history.read_text(encoding="utf-8") == "a cat 猫\nb\n"
     at_a_terminal(history, (UP + UP + " looks up\n", "got 'a cat 猫 looks up'\r\n> "), (CTRL_D, "end"))
     assert history.read_text(encoding="utf-8") == "a cat 猫\nb\na cat 猫 looks up\n"
-    assert [path.name for path in history.parent.iterdir()] == ["history"]
+    assert [path.name for path in history.parent.iterdir()] == ["history"] and history.stat().st_mode & 0o077 == 0
 
 
 def test_a_history_that_cannot_be_written_is_none(tmp_path):
@@ -93,44 +93,39 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_prompt_toolkit_is_used_where_it_is_installed(tmp_path, monkeypatch):
-    history, given = tmp_path / "history", []
-    history.write_text("old\n")
+def typed_with_prompt_toolkit(keys: str, history: Path, monkeypatch) -> list[str]:
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
 
-    class PromptSession:
-        def __init__(self, history):
-            given.extend(history)
-            self._keys = iter(["x", KeyboardInterrupt, "y", EOFError])
-
-        def prompt(self, text):
-            key = next(self._keys)
-            if isinstance(key, str):
-                return key
-            raise key
-
-    for name, content in {"": {"PromptSession": PromptSession}, ".history": {"InMemoryHistory": list}}.items():
-        module = types.ModuleType(f"prompt_toolkit{name}")
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("sys.stdin", Terminal())
-    assert list(typed_lines("> ", history)) == ["x", "y"]
-    assert given == ["old"] and history.read_text() == "old\nx\ny\n"
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        pipe.send_text(keys)
+        return list(typed_lines("> ", history))
 
 
-def test_the_history_has_an_end_and_survives_damage(tmp_path, monkeypatch):
+def test_prompt_toolkit_keeps_lines_in_a_file_of_its_own(tmp_path, monkeypatch):
+    history = tmp_path / "state" / "history"
+    assert typed_with_prompt_toolkit(f"a cat 猫\rb{CTRL_C}c\r{CTRL_D}", history, monkeypatch) == ["a cat 猫", "c"]
+    (file,) = history.parent.iterdir()
+    assert file.name == "history.prompt_toolkit" and file.stat().st_mode & 0o077 == 0
+    file.write_bytes(file.read_bytes() + b"\n+\xff\x00 damage\n\n# a comment\n+d\n")
+    session = terminal._asker(history).__self__
+    assert list(session.history.load_history_strings()) == ["d", "\ufffd\x00 damage", "c", "a cat 猫"]
+
+
+def test_prompt_toolkit_goes_on_without_a_history_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    keys = f"a\rb\r{CTRL_D}"
+    assert typed_with_prompt_toolkit(keys, tmp_path / "file" / "history", monkeypatch) == ["a", "b"]
+
+
+def test_the_history_has_an_end_and_survives_damage(tmp_path):
+    pytest.importorskip("readline")
     history = tmp_path / "history"
     history.write_bytes(b"\xff\x00\n" + b"x\n" * 5000)
-    lines = iter(["new"])
-
-    def ask(_prompt):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr(terminal, "_asker", lambda found: ask)
-    assert list(typed_lines("> ", history)) == ["new"]
+    at_a_terminal(history, ("new\n", "got 'new'\r\n> "), (CTRL_D, "end"))
     assert history.read_text(encoding="utf-8").splitlines() == ["x"] * 999 + ["new"]
 
 

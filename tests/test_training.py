@@ -11,7 +11,7 @@ from utils.randomness import seeded
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
-from wan.models.memory_options import recompute_blocks_
+from wan.memory.recompute import recompute_blocks_
 from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec

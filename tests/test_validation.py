@@ -11,7 +11,8 @@ from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, loa
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import WanDiT, pad_text
+from wan.nets.context import pad_text
+from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 from wan.training.cadence import Every
 from wan.training.loss import flow_matching_loss

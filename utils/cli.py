@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import toml
+import tomli_w
 
 from utils.errors import ConfigError, suggest
 from utils.files import read_toml
-from utils.options import Option, built_sections, declared_options, is_section
+from utils.options import Option, built_sections, declared_options, flag_name, is_section
 from utils.text import one_line
 
 log = logging.getLogger(__name__)
@@ -127,12 +127,14 @@ def add_fields(parser: Parser, *kinds: type) -> None:
         group = parser.add_argument_group((section.__doc__ or section.__name__).strip().splitlines()[0])
         hints = typing.get_type_hints(section)
         for field, declared in declared_options(section):
-            parser.know(group.add_argument(f"--{field.name}", **_argparse_keywords(field, declared, hints[field.name])))
+            parser.know(
+                group.add_argument(f"--{flag_name(field)}", **_argparse_keywords(field, declared, hints[field.name]))
+            )
 
 
 def build(section: type[Built], args: argparse.Namespace) -> Built:
     """The section filled from parsed arguments. Raises ConfigError when it refuses the values."""
-    return section(**{field.name: getattr(args, field.name) for field, _ in declared_options(section)})
+    return section(**{field.name: getattr(args, flag_name(field)) for field, _ in declared_options(section)})
 
 
 def build_group(group: type[Built], args: argparse.Namespace) -> Built:
@@ -213,7 +215,7 @@ def file_named(flag: str, args: Sequence[str]) -> Path | None:
 def values(*groups: object) -> dict[str, Any]:
     """The value of each option of built sections, and of groups of them, by name."""
     sections = [section for group in groups for section in built_sections(group)]
-    return {field.name: getattr(one, field.name) for one in sections for field, _ in declared_options(type(one))}
+    return {flag_name(field): getattr(one, field.name) for one in sections for field, _ in declared_options(type(one))}
 
 
 def settings(*groups: object) -> dict[str, Any]:
@@ -224,7 +226,7 @@ def settings(*groups: object) -> dict[str, Any]:
 
 def to_toml(*groups: object) -> str:
     """The settings of built sections as TOML, which `read_options_from` reads again."""
-    return toml.dumps(settings(*groups))
+    return tomli_w.dumps(settings(*groups))
 
 
 def _plain(value: Any) -> Any:
@@ -267,7 +269,7 @@ def _value(flag: str, action: argparse.Action, word: str, place: str) -> Any:
 def _argparse_keywords(field: "dataclasses.Field[Any]", declared: Option, hint: Any) -> dict[str, Any]:
     keywords: dict[str, Any] = {"help": declared.help.replace("%", "%%")}
     required = field.default is dataclasses.MISSING
-    kind, many = _value_type(hint)
+    kind, many = value_type(hint)
     if kind is bool:
         return keywords | {"action": "store_true"}
     keywords |= {"type": kind, "choices": declared.choices, "required": required}
@@ -280,7 +282,7 @@ def _argparse_keywords(field: "dataclasses.Field[Any]", declared: Option, hint: 
     return keywords | declared.argparse_keywords
 
 
-def _value_type(hint: Any) -> tuple[type, bool]:
+def value_type(hint: Any) -> tuple[type, bool]:
     """`int | None` -> (int, False); `tuple[Path, ...]` -> (Path, True)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))

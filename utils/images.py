@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import ConfigError
@@ -30,17 +30,8 @@ IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES
 STEP = 16
 """Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
 
-_ORIENTATION = 0x0112  # EXIF tag; the transposes for its values 2..8 are from the EXIF 2.32 standard, section 4.6.4
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
+_ORIENTATION = ExifTags.Base.Orientation
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
 
 _transparency_noticed = False
 
@@ -207,11 +198,18 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _turn_upright(image: Image.Image, orientation: int) -> None:
+    """Turn decoded pixels in place; `orientation`, of the header, counts and not what the decoder has found later."""
+    image.info.clear()
+    image.getexif()[_ORIENTATION] = orientation
+    ImageOps.exif_transpose(image, in_place=True)
+
+
 def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
     """Upright RGB image and, when it has transparent pixels, its alpha channel."""
     try:
         with Image.open(path) as image:
-            turn, alpha = _UPRIGHT.get(_orientation(image)), None
+            orientation, alpha = _orientation(image), None
             if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
                 rgb = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             elif image.has_transparency_data:
@@ -219,8 +217,9 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
                 rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
             else:
                 rgb = image.convert("RGB")
-        if turn is not None:
-            rgb, alpha = rgb.transpose(turn), alpha and alpha.transpose(turn)
+        for part in (rgb, alpha):
+            if part is not None:
+                _turn_upright(part, orientation)
         return rgb, None if alpha is None or alpha.getextrema()[0] == 255 else alpha
     except Exception as error:  # Pillow's decoders raise nearly any type on broken files
         raise _unreadable(path, what, error) from None

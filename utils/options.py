@@ -15,6 +15,7 @@ class Option:
     """What `option` declares of a field beside its name, type and default."""
 
     help: str
+    flag: str | None
     choices: Sequence[str] | None
     minimum: float | None
     maximum: float | None
@@ -52,6 +53,7 @@ def option(
     default: Any = dataclasses.MISSING,
     *,
     help: str,
+    flag: str | None = None,
     choices: Sequence[str] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
@@ -61,7 +63,7 @@ def option(
     needs: str | None = None,
     **argparse_keywords: Any,
 ) -> Any:
-    """A field of a `Section` that is also a flag `--<field name>`.
+    """A field of a `Section` that is also a flag `--<field name>`, or `--<flag>` where that is given.
 
     The annotation gives the type: `str`, `int`, `float`, `Path`, `bool` (a switch), `X | None` (optional) or
     `tuple[X, ...]` (any number of values after the flag). Without a default the flag is required.
@@ -74,7 +76,7 @@ def option(
     gives `--log_with wandb needs --logging_dir FOLDER`. An option is unset when it is None, False, 0, empty or "none".
     Further keywords (`nargs`, `metavar`) go to argparse.
     """
-    declared = Option(help, choices, minimum, maximum, above, below, rule, needs, argparse_keywords)
+    declared = Option(help, flag, choices, minimum, maximum, above, below, rule, needs, argparse_keywords)
     return dataclasses.field(default=default, metadata={Option.KEY: declared})
 
 
@@ -92,14 +94,14 @@ class Section:
             value = getattr(self, field.name)
             if not declared.admits(value):
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise ConfigError(f"--{field.name} {shown}: {declared.bounds}")
+                raise ConfigError(f"--{flag_name(field)} {shown}: {declared.bounds}")
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
             if declared.needs is not None and value not in _OFF:
                 needed = declared.needs.split()[0].strip("-,;")
                 if getattr(self, needed) in _OFF:
                     words = f" {value}" if isinstance(value, str) else ""
-                    raise ConfigError(f"--{field.name}{words} needs {declared.needs}")
+                    raise ConfigError(f"--{flag_name(field)}{words} needs {declared.needs}")
 
 
 def declared_options(section: type) -> Iterator[tuple["dataclasses.Field[Any]", Option]]:
@@ -107,6 +109,12 @@ def declared_options(section: type) -> Iterator[tuple["dataclasses.Field[Any]", 
     for field in dataclasses.fields(section):
         if Option.KEY in field.metadata:
             yield field, field.metadata[Option.KEY]
+
+
+def flag_name(field: "dataclasses.Field[Any]") -> str:
+    """The flag of a field made by `option`, without hyphens in front."""
+    declared: Option = field.metadata[Option.KEY]
+    return declared.flag or field.name
 
 
 def is_section(kind: type) -> bool:

@@ -1,7 +1,6 @@
 """A contact sheet of a dataset, as HTML and PNG: the frames of each item as the model will see them."""
 
 import base64
-import html
 import io
 import logging
 import textwrap
@@ -20,6 +19,7 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
 from utils.images import from_pixels, open_masked, resize_to_fill
 from utils.options import option
+from utils.pages import render
 from wan.frames.encode import latent_mask
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.sizes import frame_of
@@ -35,16 +35,7 @@ _MARGIN, _LINE, _FONT = 12, 16, 13
 _LETTERS = 40  # a line of the text column in the PNG
 _CAPTION_LINES = 6
 
-_PAGE = """<!DOCTYPE html>
-<html><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px sans-serif; margin: 1em }}
-section {{ display: flex; gap: 12px; border-top: 1px solid #ccc; padding: 12px 0 }}
-img {{ outline: 1px solid #ccc }}
-.text {{ flex: 0 0 260px }} .tiles {{ display: flex; flex-wrap: wrap; gap: 12px }}
-figure {{ margin: 0 }} figcaption {{ font-size: 12px; max-width: 224px; overflow-wrap: anywhere }}
-</style></head><body><h1>{title}</h1><p>{note}</p>
-{rows}</body></html>
-"""
+_TEMPLATE = Path(__file__).with_name("sheet.html.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,23 +176,13 @@ def _small(image: Image.Image) -> Image.Image:
 
 def to_html(title: str, note: str, rows: Sequence[Row]) -> str:
     """A page that holds its pictures, so that it can be moved."""
-    sections = []
-    for row in rows:
-        facts = "<br>".join(map(html.escape, row.facts))
-        lines = "".join(f'<div class="tiles">{"".join(map(_figure, line))}</div>' for line in row.lines)
-        sections.append(
-            f'<section><div class="text">{facts}<p>{html.escape(row.caption)}</p></div><div>{lines}</div></section>\n'
-        )
-    return _PAGE.format(title=html.escape(title), note=html.escape(note), rows="".join(sections))
+    return render(_TEMPLATE, title=title, note=note, rows=rows, data_url=_data_url)
 
 
-def _figure(tile: Tile) -> str:
-    caption = f"<figcaption>{html.escape(tile.title)}<br>{html.escape(tile.name)}</figcaption>"
-    if tile.image is None:
-        return f"<figure>{caption}</figure>"
+def _data_url(image: Image.Image) -> str:
     data = io.BytesIO()
-    tile.image.save(data, "PNG")
-    return f'<figure><img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">{caption}</figure>'
+    image.save(data, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def to_png(rows: Sequence[Row]) -> Image.Image:

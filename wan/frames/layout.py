@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size, parse_resolution
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.tokens import FrameSizes
@@ -33,7 +33,7 @@ _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
+class LayoutConfig(Section):
     """one-frame layout"""
 
     one_frame_layout: str | None = option(

@@ -4,35 +4,42 @@ wan/nets/dit.py is the reference. What differs is rounding: a normalisation and 
 instead of after each step, so that the error against float64 is no larger.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.lora.layers import LoRALinear
 from wan.lora.product import cast_low_rank, lora_products
 from wan.memory.fp8 import Fp8Linear, Fp8Rows, product_of_rows
-from wan.memory.recompute import is_recomputing, recomputed
+from wan.memory.runner import Saving, SavingRunner
 from wan.nets.attention import cudnn, sdpa
+from wan.nets.context import Context, KeysValues, Prepared
 from wan.nets.dit import (
     Block,
-    Context,
+    BlockRunner,
     CrossAttention,
     Head,
-    KeysValues,
     Linear32,
     SelfAttention,
+    Shared,
     WanDiT,
-    run_layers,
     split_heads,
+    timestep_features,
 )
-from wan.nets.spec import PATCH
+from wan.nets.spec import PATCH, TEXT_LENGTH
+from wan.nets.tokens import FrameSizes, inner_tokens, token_grid, with_padding
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _AMPERE = (8, 0)  # the compute capability from which GPUs compute in bfloat16
 _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the fastest of torch's
@@ -54,7 +61,7 @@ def can_fuse(device: torch.device) -> bool:
 
 
 def fuse_(dit: WanDiT, device: torch.device, swapped: int = 0, operations: ModuleType | None = None) -> None:
-    """Let the blocks and the head of `dit` compute with fused operations, those of wan/fused/kernels.py unless given.
+    """Let `dit` compute with fused operations, those of wan/fused/kernels.py unless given.
 
     swapped: of that many blocks, the last ones, the weights will move, so that q, k and v can't be one matrix. The
     blocks keep the attention function they were handed, but torch's own becomes cuDNN's on the GPUs it is made for.
@@ -66,25 +73,44 @@ def fuse_(dit: WanDiT, device: torch.device, swapped: int = 0, operations: Modul
         for module in dit.modules():
             if isinstance(module, SelfAttention | CrossAttention) and module.attention is sdpa:
                 module.attention = cudnn
-    for layer in (*dit.time_embedding, *dit.time_projection):
-        if isinstance(layer, Linear32):
-            layer.forward = partial(_linear32, layer, operations)
-    dit.patch_embedding.forward = partial(_patches, dit.patch_embedding)
+    dit.runner = FusedBlocks(dit, dit.runner, operations, swapped)
+    dit.pass_runner = partial(_predict, operations)
+
+
+def _predict(
+    operations: ModuleType,
+    dit: WanDiT,
+    latents: Tensor,
+    channels: Tensor | None,
+    timesteps: Tensor,
+    prepared: Prepared,
+    skip_blocks: frozenset[int],
+    frame_sizes: FrameSizes | None,
+) -> Tensor:
+    """`WanDiT.predict`, whose blocks hand each other a Residual where no gradients are asked for."""
+    x = latents if channels is None else torch.cat([latents, channels], dim=1)
+    x, grid = _patches(dit.patch_embedding, x.to(dit.dtype)), token_grid(latents.shape[2:])
+    x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+    time = _in_float32(operations, dit.time_embedding, timestep_features(timesteps, dit.spec.freq_dim))
+    modulation = _in_float32(operations, dit.time_projection, time).unflatten(1, (6, -1))
     for number, block in enumerate(dit.blocks):
-        block.forward = _FusedBlock(block, operations, one_matrix=number < len(dit.blocks) - swapped)
-    dit.head.forward = partial(_head, dit.head, operations)
+        if number not in skip_blocks:
+            x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin, runner=dit.runner)
+    return dit.unpatchify(with_padding(_head(dit.head, operations, x, time), grid, frame_sizes), grid)
 
 
 def _patches(layer: nn.Conv3d, x: Tensor) -> Tensor:
     """A convolution whose stride is its kernel, as one matrix product: [B, C, F, H, W] -> [B, dim, f, h, w]."""
-    for axis, size in zip((2, 4, 6), PATCH, strict=True):
-        x = x.unflatten(axis, (-1, size))  # at the end [B, C, f, p, h, q, w, r]
-    tokens = F.linear(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4), layer.weight.flatten(1), layer.bias)
-    return tokens.permute(0, 4, 1, 2, 3)
+    p, q, r = PATCH
+    patches = rearrange(x, "b c (f p) (h q) (w r) -> b f h w (c p q r)", p=p, q=q, r=r)
+    return rearrange(F.linear(patches, layer.weight.flatten(1), layer.bias), "b f h w d -> b d f h w")
 
 
-def _linear32(layer: Linear32, operations: ModuleType, x: Tensor) -> Tensor:
-    return operations.linear32(x.float(), layer.weight, layer.bias)
+def _in_float32(operations: ModuleType, layers: nn.Sequential, x: Tensor) -> Tensor:
+    """layers(x), [B, in] -> [B, out] float32."""
+    for layer in layers:
+        x = operations.linear32(x.float(), layer.weight, layer.bias) if isinstance(layer, Linear32) else layer(x)
+    return x
 
 
 def _head(head: Head, operations: ModuleType, x: Tensor | Residual, time: Tensor) -> Tensor:
@@ -95,49 +121,41 @@ def _head(head: Head, operations: ModuleType, x: Tensor | Residual, time: Tensor
     return head.head(operations.residual_norm(x, None, None, scale, shift, eps, True, torch.float32)[1])
 
 
+class FusedBlocks(SavingRunner):
+    """Runs blocks with fused operations. Without gradients the last addition is left to the next block or the head."""
+
+    saves_less = True
+
+    def __init__(self, dit: WanDiT, runner: BlockRunner, operations: ModuleType, swapped: int) -> None:
+        """runner: for blocks with trained parameters that the operations have no gradient for."""
+        self._plain, last = runner, len(dit.blocks) - swapped
+        self.blocks = {
+            block: _FusedBlock(block, operations, one_matrix=number < last) for number, block in enumerate(dit.blocks)
+        }
+
+    def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
+        fused = self.blocks[block]
+        if not torch.is_grad_enabled():
+            return cast(Tensor, fused.infer(x, *shared))  # read by `infer` or `_head` alone
+        trained = any(parameter.requires_grad for norm in fused.norms for parameter in norm.parameters(recurse=False))
+        modulation, *_ = shared
+        if trained or modulation.requires_grad:  # the kernels have gradients for neither
+            return self._plain(block, x, *shared)
+        return fused.train(saving, x, *shared)
+
+
 class _FusedBlock:
-    """In place of `Block.forward`."""
+    """`Block.compute` of one block by fused operations."""
 
     def __init__(self, block: Block, operations: ModuleType, one_matrix: bool) -> None:
         self.block, self.operations, self.one_matrix = block, operations, one_matrix
-        self.plain = block.forward
         attention, cross = block.self_attn, block.cross_attn
         self.norms = [block.norm3, attention.norm_q, attention.norm_k, cross.norm_q, block]
 
-    def __call__(
-        self,
-        x: Tensor | Residual,
-        modulation: Tensor,
-        context: Context,
-        cos: Tensor,
-        sin: Tensor,
-        save_less: bool = False,
-    ) -> Tensor | Residual:
-        """As `Block.forward`; without gradients the last addition is left to who reads the result.
-
-        save_less: of what backward needs, normalisations, rotations and GELU are made again.
-        """
-        if not torch.is_grad_enabled():
-            return self.infer(x, modulation, context, cos, sin)
-        trained = any(parameter.requires_grad for norm in self.norms for parameter in norm.parameters(recurse=False))
-        if trained or modulation.requires_grad:  # the kernels have gradients for neither
-            return self.plain(x, modulation, context, cos, sin)
-        return self.train(x, modulation, context, cos, sin, recomputed if save_less else _kept)
-
-    def save_less(self, *inputs: Tensor | Context) -> Tensor:
-        """The forward pass that keeps less for backward; see wan/memory/recompute.py."""
-        return self(*inputs, save_less=True)
-
     def train(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        context: Context,
-        cos: Tensor,
-        sin: Tensor,
-        again: Callable[..., AbstractContextManager[None]],
+        self, saving: Saving, x: Tensor, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """Every operation has a gradient. again: `recomputed`, or what takes its place where tensors are kept."""
+        """With gradients. To save less, normalisations, rotations and GELU are recomputed in backward."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         layers = self.layers_with_lora(dtype)
@@ -152,35 +170,51 @@ class _FusedBlock:
 
         own = block.self_attn
         x, normed = norm(x.contiguous(), None, None, scale, shift, eps, True)
-        with again(normed):
+        with saving.recipes(normed):
             q, k, v = layers(normed[0], own.q, own.k, own.v)
         q, k = rotate(q, own.norm_q, cos, sin), rotate(k, own.norm_k, cos, sin)
-        with again(q, k):
+        with saving.recipes(q, k):
             h = own.attention(split_heads(q[0]), split_heads(k[0]), split_heads(v)).flatten(2)
         (h,) = layers(h, own.o)
 
         weights, cross = block.norm3, block.cross_attn
         x, normed = norm(x, h, gate, weights.weight[None], weights.bias[None], eps, False)
-        with again(normed):
+        with saving.recipes(normed):
             (q,) = layers(normed[0], cross.q)
-        q, seen = rotate(q, cross.norm_q, None, None), cross.keys_values(context, layers)
-        with again(q):
+        q, seen = rotate(q, cross.norm_q, None, None), self.keys_values(context, layers)
+        with saving.recipes(q):
             h = self.attend(split_heads(q[0]), seen).flatten(2)
         (h,) = layers(h, cross.o)
 
         x, normed = norm(x, h, None, ffn_scale, ffn_shift, eps, True)
         first, gelu, last = block.ffn
-        with again(normed):
+        with saving.recipes(normed):
             (h,) = layers(normed[0], first)
         hidden = gelu(h), partial(gelu, h)
-        with again(hidden):
-            (h,) = layers(hidden[0], last, read=not is_recomputing())
+        with saving.recipes(hidden):
+            (h,) = layers(hidden[0], last, read=not saving.repeated)
         return run.residual_add(x, h, ffn_gate)
 
-    def layers_with_lora(self, dtype: torch.dtype) -> Callable[..., Sequence[Tensor]]:
-        """What takes the place of `run_layers`: layers of one input, all with LoRA, are one operation in `dtype`.
+    def keys_values(self, context: Context, layers: Callable[..., Sequence[Tensor]]) -> KeysValues:
+        """`CrossAttention.keys_values` with the projections of one input made by `layers`."""
+        if context.kept is not None:
+            return context.kept
+        cross = self.block.cross_attn
+        keys, values = layers(context.text, cross.k, cross.v)
+        keys = cross.norm_k(keys)
+        if cross.has_image:
+            image_keys, image_values = layers(context.image, cross.k_img, cross.v_img)
+            keys = torch.cat([keys, cross.norm_k_img(image_keys)], dim=1)
+            values = torch.cat([values, image_values], dim=1)
+        made = KeysValues(split_heads(keys), split_heads(values), context.text_rows)
+        if context.keep:
+            context.kept = made
+        return made
 
-        Called in each pass, before any of them: the LoRA matrices of the block are cast together.
+    def layers_with_lora(self, dtype: torch.dtype) -> Callable[..., Sequence[Tensor]]:
+        """A function (x, *layers) -> their outputs: layers that share an input and all carry LoRA are one operation.
+
+        To be called in each pass, before any of them: the LoRA matrices of the block are cast to `dtype` together.
         """
         own, cross, (first, _, last) = self.block.self_attn, self.block.cross_attn, self.block.ffn
         groups = [(own.q, own.k, own.v), (own.o,), (cross.q,), (cross.k, cross.v), (cross.o,), (first,), (last,)]
@@ -192,7 +226,7 @@ class _FusedBlock:
         cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
 
         def run(x: Tensor, *layers: nn.Module, read: bool = True) -> Sequence[Tensor]:
-            return lora_products(x, layers, cast[layers], read) if layers in cast else run_layers(x, *layers)
+            return lora_products(x, layers, cast[layers], read) if layers in cast else [layer(x) for layer in layers]
 
         return run
 
@@ -222,7 +256,8 @@ class _FusedBlock:
         """As `CrossAttention.attend`; what the user chose for attention serves here too."""
         cross = self.block.cross_attn
         if cross.attention in (sdpa, cudnn):
-            return self.operations.cross_attention(q, seen.keys, seen.values, seen.text_rows, seen.repeats)
+            repeats = TEXT_LENGTH - seen.text_rows + 1  # how many rows the last one of the text stands for
+            return self.operations.cross_attention(q, seen.keys, seen.values, seen.text_rows, repeats)
         return cross.attend(q, seen)
 
     def project(self, h: Tensor | Fp8Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,11 +288,6 @@ class _FusedBlock:
             rows = h if isinstance(h, Fp8Rows) else self.operations.quantized(h)
             return product_of_rows(rows, Fp8Rows(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
         return layer(h)
-
-
-def _kept(*made: tuple[Tensor, Callable[[], Tensor]]) -> AbstractContextManager[None]:
-    """In place of `recomputed`: autograd keeps the tensors themselves."""
-    return nullcontext()
 
 
 def _takes_rows(layer: nn.Module) -> bool:

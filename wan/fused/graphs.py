@@ -6,7 +6,7 @@ writes the memory that it was recorded with: inputs are copied there, and a resu
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache
+from wan.nets.context import Prepared
+from wan.nets.dit import PassRunner, WanDiT
 from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
@@ -59,39 +59,39 @@ class Recorded:
         return self._result
 
 
-def graph_forward_(dit: nn.Module, record: Recorder | None = None) -> None:
-    """Replay `dit.forward`, from the second call with the same StepCache on. record: default CUDA's."""
-    dit.forward = _GraphedForward(dit.forward, record or CudaRecorder())
+def graph_passes_(dit: WanDiT, record: Recorder | None = None) -> None:
+    """Replay passes of `dit`, from the second call with the same StepCache on. record: default CUDA's."""
+    dit.pass_runner = _GraphedPass(dit.pass_runner, record or CudaRecorder())
 
 
-class _GraphedForward:
-    """In place of `WanDiT.forward`."""
+class _GraphedPass:
+    """A PassRunner that replays what `runner` does."""
 
-    def __init__(self, forward: Callable[..., Tensor], record: Recorder) -> None:
-        self._forward, self._record = forward, record
-        self._recorded: WeakKeyDictionary[StepCache, dict[tuple, Recorded]] = WeakKeyDictionary()
+    def __init__(self, runner: PassRunner, record: Recorder) -> None:
+        self._runner, self._record = runner, record
+        self._used: WeakSet[Prepared] = WeakSet()  # the first pass makes keys and values, which no graph may own
+        self._recorded: WeakKeyDictionary[Prepared, dict[tuple[Hashable, ...], Recorded]] = WeakKeyDictionary()
         self._fits = True
 
     def __call__(
         self,
+        dit: WanDiT,
         latents: Tensor,
-        conditioning: Conditioning,
+        channels: Tensor | None,
         timesteps: Tensor,
-        text: Tensor,
-        frame_indices: Tensor,
-        skip_blocks: frozenset[int] = frozenset(),
-        cache: StepCache | None = None,
-        frame_sizes: FrameSizes | None = None,
+        prepared: Prepared,
+        skip_blocks: frozenset[int],
+        frame_sizes: FrameSizes | None,
     ) -> Tensor:
         def work(latents: Tensor, channels: Tensor | None, timesteps: Tensor) -> Tensor:
-            shared = text, frame_indices, skip_blocks, cache, frame_sizes
-            return self._forward(latents, conditioning._replace(channels=channels), timesteps, *shared)
+            return self._runner(dit, latents, channels, timesteps, prepared, skip_blocks, frame_sizes)
 
-        inputs = latents, conditioning.channels, timesteps
-        first = cache is None or cache.prepared is None
+        inputs = latents, channels, timesteps
+        first = prepared not in self._used
+        self._used.add(prepared)
         if first or torch.is_grad_enabled() or not self._fits or _tokens(latents, frame_sizes) > _MOST_TOKENS:
             return work(*inputs)
-        found, size = self._recorded.setdefault(cache, {}), (latents.shape, skip_blocks, frame_sizes)
+        found, size = self._recorded.setdefault(prepared, {}), (latents.shape, skip_blocks, frame_sizes)
         if size not in found:
             try:
                 found[size] = Recorded(self._record, work, *inputs)

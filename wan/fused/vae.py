@@ -8,15 +8,17 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from wan.nets.vae import CausalConv3d, ChannelNorm, FrameAttention, WanVAE
+from wan.nets.vae import CausalConv3d, ChannelNorm, FrameAttention, SiLU, WanVAE
 
 Norm = Callable[[Tensor, Tensor, bool], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SCORES = 1 << 26  # attention scores that are in memory at a time: 256 MB in float32
 
 
-def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Callable | None = None) -> None:
+def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Attend | None = None) -> None:
     """Lay the weights out for channels-last convolutions and fuse what is between them; for use without gradients.
 
     normalize, attend: `channel_norm` of wan/fused/vae_kernels.py and `attention` below unless given.
@@ -29,18 +31,18 @@ def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Callable | Non
         elif isinstance(module, CausalConv3d):
             module.weight.data = _last_channels(module.weight.data)
         elif isinstance(module, ChannelNorm):
-            module.forward = partial(_norm, module, normalize, silu=False)
+            module.operation = partial(_norm, normalize, False)
         elif isinstance(module, FrameAttention):
-            module._attend = partial(_attend, module, attend or attention)
-    for first, second in norms_before_silu(vae):
-        first.forward, second.forward = partial(_norm, first, normalize, silu=True), lambda x: x
+            module.operation = partial(_attend, attend or attention)
+    for norm, silu in norms_before_silu(vae):
+        norm.operation, silu.operation = partial(_norm, normalize, True), lambda x: x
 
 
-def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, nn.SiLU]]:
+def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, SiLU]]:
     """The pairs of layers that one kernel can do."""
     for sequence in vae.modules():
         for first, second in pairwise(sequence) if isinstance(sequence, nn.Sequential) else ():
-            if isinstance(first, ChannelNorm) and isinstance(second, nn.SiLU):
+            if isinstance(first, ChannelNorm) and isinstance(second, SiLU):
                 yield first, second
 
 
@@ -49,19 +51,30 @@ def _last_channels(weight: Tensor) -> Tensor:
     return weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
 
 
-def _norm(norm: ChannelNorm, normalize: Norm, x: Tensor, silu: bool) -> Tensor:
+def _norm(normalize: Norm, silu: bool, x: Tensor, gamma: Tensor) -> Tensor:
     """[B, C, T, H, W] or [B, C, H, W] -> the same"""
     if x.ndim == 4:
-        return normalize(x, norm.gamma, silu)
-    frames = normalize(x.transpose(1, 2).flatten(0, 1), norm.gamma, silu)
+<<<<<<< HEAD
+        return normalize(x, gamma, silu)
+    frames = normalize(x.transpose(1, 2).flatten(0, 1), gamma, silu)
     return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _attend(attend: Attend, qkv: Tensor) -> Tensor:
+    """[N, L, 3 C] -> [N, L, C]"""
+    return torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
+=======
+        return normalize(x, norm.gamma, silu)
+    frames = normalize(rearrange(x, "b c t h w -> (b t) c h w"), norm.gamma, silu)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 def _attend(layer: FrameAttention, attend: Callable, frames: Tensor) -> Tensor:
     """[B * T, C, H, W] -> the same"""
-    qkv = layer.to_qkv(layer.norm(frames)).flatten(2).transpose(1, 2)  # [B * T, H * W, 3 C]
+    qkv = rearrange(layer.to_qkv(layer.norm(frames)), "b c h w -> b (h w) c")
     out = torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
-    return layer.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+    return layer.proj(rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2]))
+>>>>>>> trunk
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 _LARGEST = 8192  # pixels: beyond this, pictures are drawn smaller
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _BACKGROUND, _TEXT, _MISSING = "white", "black", "lightgrey"
 
 
@@ -19,12 +20,12 @@ def draw_grid(rows: Sequence[Sequence[Image.Image | None]], across: Sequence[str
     height = max((picture.height for picture in pictures), default=256)
     shrink = min(1, _LARGEST / (width * len(across)), _LARGEST / (height * len(down)))
     width, height = max(1, int(width * shrink)), max(1, int(height * shrink))
-    font = ImageFont.load_default(max(14, min(width, height) // 16))
-    gap = font.size // 2
+    font_size = max(14, min(width, height) // 16)
+    font, gap = ImageFont.load_default(font_size), font_size // 2
     (top_width, top), (left, left_height) = _room(across, font), _room(down, font)
     column, row_height = max(width, top_width), max(height, left_height)
     size = (gap + len(across) * (column + gap), gap + len(down) * (row_height + gap))
-    left, top = (extent and extent + gap for extent in (left, top))
+    left, top = (extent + gap if extent else 0 for extent in (left, top))
     grid = Image.new("RGB", (left + size[0], top + size[1]), _BACKGROUND)
     draw = ImageDraw.Draw(grid)
     xs = [left + gap + i * (column + gap) for i in range(len(across))]
@@ -38,14 +39,16 @@ def draw_grid(rows: Sequence[Sequence[Image.Image | None]], across: Sequence[str
                 draw.rectangle((x, y, x + column - 1, y + row_height - 1), fill=_MISSING)
                 continue
             if shrink < 1:
-                scaled = (max(1, int(side * shrink)) for side in picture.size)
-                picture = picture.resize(tuple(scaled), Image.Resampling.LANCZOS)
+                scaled = max(1, int(picture.width * shrink)), max(1, int(picture.height * shrink))
+                picture = picture.resize(scaled, Image.Resampling.LANCZOS)
             grid.paste(picture, (x + (column - picture.width) // 2, y + (row_height - picture.height) // 2))
     return grid
 
 
-def _room(labels: Sequence[str], font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+def _room(labels: Sequence[str], font: _Font) -> tuple[int, int]:
     """Width and height in pixels that any of the labels needs; 0 when all are empty."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [draw.multiline_textbbox((0, 0), label, font=font) for label in labels if label]
-    return tuple(int(max((box[side] for box in boxes), default=0)) + bool(boxes) for side in (2, 3))
+    if not boxes:
+        return 0, 0
+    return int(max(right for _, _, right, _ in boxes)) + 1, int(max(bottom for *_, bottom in boxes)) + 1

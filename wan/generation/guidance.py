@@ -3,19 +3,19 @@
 from dataclasses import dataclass
 
 from utils.errors import ConfigError
-from utils.options import option
+from utils.options import Section, option
 
 _SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
 
 @dataclass(frozen=True)
-class GuidanceConfig:
+class GuidanceConfig(Section):
     """guidance"""
 
     cfg_skip_mode: str = option(
         "none", help="which steps do without guidance when --cfg_apply_ratio is below 1", choices=_SKIP_MODES
     )
-    cfg_apply_ratio: float | None = option(None, help="share of the steps that use guidance")
+    cfg_apply_ratio: float | None = option(None, help="share of the steps that use guidance", minimum=0, maximum=1)
     separate_passes: bool = option(
         False,
         help="run the passes with and without the prompt one after the other instead of as one batch: less memory",
@@ -31,10 +31,8 @@ class GuidanceConfig:
     slg_end: float = option(0.3, help="share of the steps at whose end it stops")
 
     def __post_init__(self) -> None:
-        ratio = self.cfg_apply_ratio
-        if ratio is not None and not 0 <= ratio <= 1:
-            raise ConfigError(f"--cfg_apply_ratio {ratio}: must be 0 to 1")
-        if self.cfg_skip_mode != "none" and ratio is None:
+        super().__post_init__()
+        if self.cfg_skip_mode != "none" and self.cfg_apply_ratio is None:
             raise ConfigError(f"--cfg_skip_mode {self.cfg_skip_mode} needs --cfg_apply_ratio, e.g. 0.6")
         if not 0 <= self.slg_start <= self.slg_end <= 1:
             raise ConfigError(f"--slg_start {self.slg_start} --slg_end {self.slg_end}: use 0 <= start <= end <= 1")
@@ -43,7 +41,7 @@ class GuidanceConfig:
 
     @property
     def skipped_blocks(self) -> frozenset[int]:
-        """The numbers of `slg_layers`."""
+        """Block numbers of `slg_layers`. ConfigError for other words."""
         try:
             return frozenset(int(part) for part in (self.slg_layers or "").split(",") if part.strip())
         except ValueError:
@@ -55,7 +53,7 @@ class GuidanceConfig:
             raise ConfigError(f"--slg_layers {self.slg_layers}: the DiT has blocks 0 to {blocks - 1}, not {wrong[0]}")
 
     def guided_steps(self, steps: int) -> list[bool]:
-        """For each step whether it uses guidance."""
+        """One entry per step: True where it uses guidance."""
         if self.cfg_skip_mode == "none" or self.cfg_apply_ratio is None:
             return [True] * steps
         if self.cfg_skip_mode == "alternate":
@@ -69,12 +67,12 @@ class GuidanceConfig:
         return [start <= step < start + used for step in range(steps)]
 
     def skips_layers(self, step: int, steps: int) -> bool:
-        """Whether skip-layer guidance acts on this step (counted from 0), if the step is guided at all."""
+        """True when skip-layer guidance acts on this step (counted from 0), provided that the step is guided."""
         return self.slg_mode is not None and int(self.slg_start * steps) <= step < int(self.slg_end * steps)
 
 
 def _alternating(steps: int, ratio: float) -> list[bool]:
-    """Guidance whenever the ratios add up to a whole step."""
+    """Guide a step whenever the ratios of the steps so far add up to a whole one."""
     credit, guided = 0.0, []
     for _ in range(steps):
         credit += ratio

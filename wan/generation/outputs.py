@@ -15,10 +15,12 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
-from utils.options import option
+from utils.options import Section, option
+from wan.generation.prompt import FLAGS
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
 from wan.generation.request import Request
+from wan.nets.spec import LATENT_CHANNELS
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ _VIDEO_TYPES = {"video": "images", "both": "latent_images"}
 
 
 @dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Section):
     """output"""
 
     save_path: Path = option(help="folder for the results")
@@ -39,7 +41,7 @@ class OutputConfig:
 
     @property
     def kinds(self) -> str:
-        """`output_type` after stills have taken the place of videos."""
+        """`output_type` with stills in place of videos."""
         return _VIDEO_TYPES.get(self.output_type, self.output_type)
 
     @property
@@ -51,13 +53,13 @@ class OutputConfig:
         return "latent" in self.kinds
 
     def log_substitute(self) -> None:
-        """Say that there are no videos, where one was asked for."""
+        """Log that stills are written where videos were asked for."""
         if self.output_type in _VIDEO_TYPES:
             log.info("--output_type %s: videos are not supported; a PNG is written", self.output_type)
 
 
 def result_stem(seed: int) -> str:
-    """`<time>_<seed>`, what the names of all files of one image begin with."""
+    """`<time>_<seed>`: the start of the names of all files of one image."""
     return f"{datetime.now().strftime('%Y%m%d-%H%M%S-%f')[:-3]}_{seed}"
 
 
@@ -81,19 +83,14 @@ def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, st
 
 
 def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:
-    """How an image was made. Besides the recipe there is what musubi-tuner writes, or would."""
+    """Metadata of a latent file: the recipe, and the keys that musubi-tuner writes or would write."""
+    options = request.options
     return {
-        "seeds": str(request.seed),
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        **{option.latent: str(options[flag]) for flag, option in FLAGS.items() if option.latent},
         "height": str(request.height),
         "width": str(request.width),
         "video_length": "1",
-        "infer_steps": str(request.steps),
-        "guidance_scale": str(request.guidance),
-        "flow_shift": str(request.shift),
         "task": task,
-        "one_frame_inference": str(request.layout),
         "loras": ", ".join(loras).encode(errors="replace").decode(),  # names of files may be no Unicode
         RECIPE_KEY: str(recipe),
     }
@@ -120,8 +117,10 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
         ) from None
     except Exception:  # torch.load raises many kinds for damaged files and for pickles with code
         raise ConfigError(f"--latent_path {path}: is no latent file; give one that generation wrote") from None
-    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != 16:
-        raise ConfigError(f"--latent_path {path}: holds no latents of 16 channels; give a file that generation wrote")
+    if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != LATENT_CHANNELS:
+        raise ConfigError(
+            f"--latent_path {path}: holds no latents of {LATENT_CHANNELS} channels; give a file that generation wrote"
+        )
     latents = latents.reshape(latents.shape[-4:])
     if latents.shape[1] != 1 and not causal:
         raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")

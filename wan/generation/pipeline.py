@@ -2,14 +2,14 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.images import from_pixels, open_image, open_masked, to_levels
@@ -28,26 +28,30 @@ from wan.frames.encode import (
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import pad_to
 from wan.generation import sampling
+from wan.generation.experts import Experts
 from wan.generation.guidance import GuidanceConfig
+from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import StepCache, WanDiT, pad_text
-from wan.nets.spec import VAE_STRIDE
+from wan.nets.context import StepCache, pad_text
+from wan.nets.spec import LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+log = logging.getLogger(__name__)
+FileVersion = tuple[str, int, int]  # see `_version`
 
 _PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
-_ROOM_FOR_THE_NEXT = 24 << 30  # bytes: umT5-XXL (11 GB) and the activations of any stage
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A request and what the networks make of its texts and images; tensors are float32 on the CPU."""
+    """A request with its texts and images encoded; tensors are float32 on the CPU."""
 
     request: Request
     text: Tensor  # [L, D]
@@ -56,70 +60,34 @@ class Encoded:
     condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order; reasoning frames included
 
 
-class Resident:
-    """A model that is loaded on first use and sits on the device only while it is used.
-
-    Afterwards it is dropped, or, when it is `wanted_again`, parked in host memory unless the device has plenty left.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        load: Callable[[torch.device], nn.Module],
-        device: torch.device,
-        stopwatch: Stopwatch,
-        wanted_again: bool,
-    ) -> None:
-        self._stage, self._stopwatch = f"loading {name}", stopwatch
-        self._load, self._device, self._wanted_again = load, device, wanted_again
-        self._module: nn.Module | None = None
-
-    def forget(self) -> None:
-        """Drop the module: the next use loads it anew."""
-        self._module = None
-
-    @contextmanager
-    def on_device(self) -> Iterator[nn.Module]:
-        """The module on the device, for the length of the block."""
-        with self._stopwatch.stage(self._stage):
-            module = self._load(self._device) if self._module is None else self._module.to(self._device)
-        try:
-            yield module
-        finally:
-            self._module = module if self._wanted_again else None
-            del module
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-                if self._module is not None and torch.cuda.mem_get_info(self._device)[0] < _ROOM_FOR_THE_NEXT:
-                    self._module.to("cpu")
-                    torch.cuda.empty_cache()
-
-
 class Pipeline:
-    """The encoders and the decoder of a run; each is loaded once. The DiT is handed to `denoise` by its owner.
+    """The encoders and the decoder of a run. The DiTs are handed to `denoise` by their owner.
 
-    `wanted_again` keeps T5 and CLIP in host memory after encoding, for runs that do not know all prompts beforehand.
+    after_use: what becomes of T5 and CLIP; runs that do not know all prompts beforehand keep them. The VAE is kept.
     Results are kept by what they were made from, so equal prompts and images are encoded once.
     """
 
     def __init__(
-        self, vae: VAEConfig, t5: T5Config, clip: CLIPConfig, device: torch.device, wanted_again: bool = False
+        self,
+        vae: VAEConfig,
+        t5: T5Config,
+        clip: CLIPConfig,
+        device: torch.device,
+        after_use: AfterUse = AfterUse.DROP,
     ) -> None:
         self.device, self.stopwatch = device, Stopwatch()
-        self._vae = self.loaded_on_demand("VAE", vae.load, wanted_again=True)
-        self._t5 = self.loaded_on_demand("T5", self._load_t5, wanted_again)
-        self._clip = self.loaded_on_demand("CLIP", clip.load, wanted_again)
-        self._t5_config, self._tokenizer = t5, None
+        self._vae = OnDemand("VAE", vae.load, device, self.stopwatch, AfterUse.KEEP)
+        self._t5 = OnDemand("T5", self._load_t5, device, self.stopwatch, after_use)
+        self._clip = OnDemand("CLIP", clip.load, device, self.stopwatch, after_use)
+        self._t5_config = t5
+        self._tokenizer: PreTrainedTokenizerBase  # comes with T5
         self._texts: dict[str, Tensor] = {}
-        self._features: dict[tuple, Tensor] = {}
-        self._conditions: dict[tuple, tuple[OneFrameLayout, Tensor, Tensor]] = {}
+        self._features: dict[FileVersion, Tensor] = {}
+        self._conditions: dict[Hashable, tuple[OneFrameLayout, Tensor, Tensor]] = {}
         self._blanks: dict[tuple[int, int], Tensor] = {}
 
-    def loaded_on_demand(self, name: str, load: Callable[[torch.device], nn.Module], wanted_again: bool) -> Resident:
-        """A model on the pipeline's device, whose loading its stopwatch times."""
-        return Resident(name, load, self.device, self.stopwatch, wanted_again)
-
-    def _load_t5(self, device: torch.device) -> nn.Module:
+    def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
+        model: UMT5EncoderModel
         model, self._tokenizer = self._t5_config.load(device)
         return model
 
@@ -143,7 +111,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
-        """What shows latents roughly: fitted on synthetic pictures and on control images of the requests."""
+        """A `LatentPreview`, fitted on synthetic pictures and on control images of the requests."""
         sizes = {path: _size(request) for request in requests for path in request.controls}
         pixels = synthetic_images()
         for path, size in [*sizes.items()][:_PREVIEW_CONTROLS]:
@@ -154,10 +122,10 @@ class Pipeline:
 
     @torch.inference_mode()
     def _encode_texts(self, texts: set[str]) -> None:
-        texts = sorted(texts - self._texts.keys())
-        if texts:
+        missing = sorted(texts - self._texts.keys())
+        if missing:
             with self._t5.on_device() as t5:
-                for text in tqdm(texts, desc="encoding texts", unit="text", disable=len(texts) < 2):
+                for text in tqdm(missing, desc="encoding texts", unit="text", disable=len(missing) < 2):
                     self._texts[text] = encode_text(t5, self._tokenizer, [text], self.device)[0].float().cpu()
 
     @torch.inference_mode()
@@ -192,7 +160,7 @@ class Pipeline:
 
 @torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors
 def denoise(
-    dit: WanDiT,
+    experts: Experts,
     encoded: Encoded,
     device: torch.device,
     label: str = "denoising",
@@ -205,8 +173,9 @@ def denoise(
     """
     request, guidance = encoded.request, guidance or GuidanceConfig()
     reasoning, condition = request.reasoning, encoded.condition[None].to(device)
-    texts = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
-    texts = dict(zip(texts, pad_text([*texts.values()]).to(device).split(1), strict=True))
+    given = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
+    rows = pad_text([*given.values()]).to(device)
+    texts = {name: rows[number, None] for number, name in enumerate(given)}
     image = encoded.image[None].to(device)
     frame_indices = torch.tensor([reasoning.frame_indices], device=device)
     own = torch.tensor(reasoning.own_slots, device=device)
@@ -218,23 +187,32 @@ def denoise(
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
     timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
     sigmas = schedule.sigmas.tolist()
-    caches = defaultdict(StepCache)
+    expert = experts.at(float(schedule.timesteps[0]))
+    experts.use(expert)  # loads before the progress bar starts
+    caches: dict[tuple[tuple[str, ...], bool], StepCache] = defaultdict(StepCache)
 
-    def velocity(x: Tensor, _timestep: Tensor, step: int) -> Tensor:
+    def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        nonlocal expert
         whole = reasoning.count == 0 or step < request.reasoning_steps
+        if (due := experts.at(float(timestep))) is not expert:
+            expert = due
+            caches.clear()
+        dit = experts.use(expert)
 
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
             frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
-            kept = {"cache": caches[names, whole], "frame_sizes": sizes if whole else own_sizes}
-            inputs = frames[0][None], frames[1], timesteps[step, None]
+            single = frames[0][None], frames[1], timesteps[step, None], image, frames[2]
             latents, conditions, times, images, indices = (
-                tensor.expand(len(names), *tensor.shape[1:]) for tensor in (*inputs, image, frames[2])
+                tensor.expand(len(names), *tensor.shape[1:]) for tensor in single
             )
             text = torch.cat([texts[name] for name in names])
-            return dit(latents, Conditioning(conditions, images), times, text, indices, skip_blocks, **kept)
+            inputs = latents, Conditioning(conditions, images), times, text, indices, skip_blocks
+            found: Tensor = dit(*inputs, cache=caches[names, whole], frame_sizes=sizes if whole else own_sizes)
+            return found
 
-        result = _guided(run, "negative" in texts and guided_steps[step], step, request, guidance)
+        scale = expert.guidance if guided_steps[step] else 1.0
+        result = _guided(run, scale, step, request.steps, guidance)
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
         if request.pin_controls:
@@ -248,20 +226,20 @@ def denoise(
     return condition_module.pick_target(request.layout, latents[:, own], own_sizes).cpu()
 
 
-def _guided(run: Callable[..., Tensor], guided: bool, step: int, request: Request, guidance: GuidanceConfig) -> Tensor:
+def _guided(run: Callable[..., Tensor], scale: float, step: int, steps: int, guidance: GuidanceConfig) -> Tensor:
     """The velocity [16, F, H, W] of a step, of one to three that `run` gives by the names of their texts."""
-    if not guided:
+    if scale == 1:
         return run("prompt")[0]
-    skips_layers = guidance.skips_layers(step, request.steps)
+    skips_layers = guidance.skips_layers(step, steps)
     if skips_layers:
         skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
     if skips_layers and guidance.slg_mode == "uncond":
-        return sampling.guided(run("prompt")[0], skipped, request.guidance)
+        return sampling.guided(run("prompt")[0], skipped, scale)
     if guidance.separate_passes:
         conditional, unconditional = run("prompt")[0], run("negative")[0]
     else:
         conditional, unconditional = run("prompt", "negative")
-    result = sampling.guided(conditional, unconditional, request.guidance)
+    result = sampling.guided(conditional, unconditional, scale)
     return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
 
 
@@ -269,9 +247,11 @@ def _noise(request: Request, device: torch.device) -> Tensor:
     """[16, F, H, W] of all frames, reasoning frames included. That of the target depends on no other frame."""
     layout, reasoning, sizes = request.layout, request.reasoning, request.frame_sizes
     frames, height, width = len(layout.order), request.height // VAE_STRIDE, request.width // VAE_STRIDE
-    noise = initial_noise((16, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count)
+    noise = initial_noise(
+        (LATENT_CHANNELS, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count
+    )
     if sizes is not None:
-        shape = 16, frames, *(max(sides) for sides in zip(*sizes, strict=True))
+        shape = LATENT_CHANNELS, frames, *(max(sides) for sides in zip(*sizes, strict=True))
         of_controls = initial_noise(shape, address_seed(request.seed, "controls"), device, request.cpu_noise)
         controls = [slot for slot in range(frames) if slot != layout.target_slot]
         noise = pad_to(noise, *shape[2:])
@@ -309,19 +289,21 @@ def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tens
         video = condition_module.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
         latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
         own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
-        return condition_module.causal_condition(layout, own), torch.cat([torch.zeros_like(added[:4]), added])
+        return condition_module.causal_condition(layout, own), torch.cat(
+            [torch.zeros_like(added[:MASK_CHANNELS]), added]
+        )
     controls, masks = [], []
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
         image, coverage = open_masked(path, "control image", mask)
         controls.append(encode_images(vae, frame_levels(image, fit.bucket, fit.crop_only)[None])[0])
-        masks.append(coverage and latent_mask(coverage, fit.bucket, fit.crop_only))
+        masks.append(None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only))
     if size not in blanks:
         blanks[size] = encode_blank(vae, *size)
     condition = condition_module.stack_condition(layout, controls, blanks[size], masks).float().cpu()
     return condition, condition[:, [layout.target_slot] * reasoning.count]
 
 
-def _condition_key(request: Request) -> tuple:
+def _condition_key(request: Request) -> Hashable:
     """What the condition depends on, apart from time indices: see `relayout`."""
     controls = tuple(map(_version, request.controls))
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
@@ -333,7 +315,7 @@ def _size(request: Request) -> tuple[int, int]:
     return request.width, request.height
 
 
-def _version(path: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another within a run."""
+def _version(path: Path) -> FileVersion:
+    """Identity of a file's content within a run: resolved path, time of change in ns, size in bytes."""
     status = path.stat()
     return str(path.resolve()), status.st_mtime_ns, status.st_size

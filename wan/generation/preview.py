@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.errors import ConfigError
 from utils.files import written_whole
 from utils.images import from_pixels
-from utils.options import option
+from utils.options import Section, option
 from wan.nets.spec import VAE_STRIDE
 
 _SIDE = 128  # pixels of a synthetic image
@@ -20,16 +19,12 @@ _ROUNDING = 1e-4  # of the largest difference, see `LatentPreview.fit`
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
+class PreviewConfig(Section):
     """preview"""
 
     preview: int | None = option(
-        None, help="while a picture is made, write a rough <name>_preview.png of it after every n steps"
+        None, help="while a picture is made, write a rough <name>_preview.png of it after every n steps", minimum=1
     )
-
-    def __post_init__(self) -> None:
-        if self.preview is not None and self.preview < 1:
-            raise ConfigError(f"--preview {self.preview}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class LatentPreview:
 
     @classmethod
     def fit(cls, pixels: Sequence[Tensor], latents: Sequence[Tensor]) -> "LatentPreview":
-        """By least squares over all latent pixels. pixels: [3, 8 H, 8 W] in [-1, 1] each; latents: [16, 1, H, W]."""
+        """Least-squares fit over all latent pixels. pixels: [3, 8 H, 8 W] in [-1, 1]; latents: [16, 1, H, W] each."""
         means = torch.cat([F.avg_pool2d(image.double().cpu(), VAE_STRIDE).flatten(1).T for image in pixels])
         values = torch.cat([latent.double().cpu().flatten(1).T for latent in latents])
         values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
@@ -62,7 +57,7 @@ class LatentPreview:
             self.image(latents).save(temporary)
 
     def save_each(self, steps: int, path: Path, step: int, latents: Tensor) -> None:
-        """`save` after each so many steps, for who calls it after all of them. step: from 0."""
+        """Save every `steps`-th step; call it after each step (counted from 0)."""
         if (step + 1) % steps == 0:
             self.save(latents, path)
 

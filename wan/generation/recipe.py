@@ -1,4 +1,4 @@
-"""How a picture was made, kept in its PNG or latent file: options that make it again, and what files they used."""
+"""Recipes in PNG and latent files: the options that make a picture again, and fingerprints of the files they name."""
 
 import argparse
 import functools
@@ -20,6 +20,7 @@ from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
+from wan.generation.prompt import FLAGS
 from wan.generation.request import SamplingConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig
@@ -34,16 +35,12 @@ _SECTIONS = (
     *(DiTConfig, VAEConfig, T5Config, CLIPConfig, AttentionConfig, LoRAConfig),
     *(GenerationMemoryConfig, SamplingConfig, GuidanceConfig),
 )
-_OF_A_REQUEST = (
-    *("prompt", "negative_prompt", "one_frame_inference", "control_image_path", "image_path", "end_image_path"),
-    *("control_image_mask_path", "video_size", "infer_steps", "flow_shift", "guidance_scale", "seed"),
-)
 # A file from anywhere may set these and nothing else; above all no option that writes.
 _OPTIONS = frozenset(
-    [*(field.name for section in _SECTIONS for field in fields(section)), *_OF_A_REQUEST, "latent_path"]
+    [*(field.name for section in _SECTIONS for field in fields(section)), *FLAGS, "video_size", "latent_path"]
 )
 _MODELS = ("dit", "vae", "t5", "t5_tokenizer", "clip")
-_IMAGES = ("control_image_path", "control_image_mask_path", "image_path", "end_image_path")
+_IMAGES = tuple(flag for flag, option in FLAGS.items() if option.is_image)
 _FILES = (*_MODELS, "lora_weight", *_IMAGES, "latent_path")
 _WAYS = ("prompt", "latent_path", "from_file", "interactive")
 
@@ -58,12 +55,12 @@ class Recipe:
 
     @classmethod
     def of(cls, device: torch.device, *sections: Any) -> "Recipe":
-        """What all pictures of a run have in common."""
+        """The part of a recipe that all pictures of a run share."""
         options = {name: value for name, value in cli.settings(*sections).items() if name in _OPTIONS}
         return cls({}, {}, _made_by(device)).adding(options)
 
     def adding(self, options: Mapping[str, Any]) -> "Recipe":
-        """With more options, such as `Request.options`."""
+        """This recipe with more options, such as `Request.options`, and fingerprints of the files that they name."""
         found = {_key(path): _fingerprint(Path(path)) for name in _FILES for path in _listed(options.get(name))}
         return replace(self, options={**self.options, **options}, files={**self.files, **found})
 
@@ -159,7 +156,7 @@ def _key(path: str | Path) -> str:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of a file, or of the files in a folder: a tokenizer, or a LoRA of PEFT's."""
+    """Hash of a file, or of all files in a folder (a tokenizer, a LoRA of PEFT's), as 16 hex digits."""
     if path.is_dir():
         parts = [f"{file.name} {_fingerprint(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -1,11 +1,11 @@
-"""What one image is made from: prompts, flags and the task's defaults become a checked `Request`."""
+"""Prompts, flags and the task's defaults become checked requests, one per image."""
 
 import logging
 import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils.errors import ConfigError
 from utils.images import Resize, check_image, check_mask_size, floor16, size_for_area
@@ -15,13 +15,14 @@ from wan.frames import layout as one_frame
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.reasoning import ReasoningFrames
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
-from wan.generation.prompt_lines import Prompt
+from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.sampling import SOLVERS, schedule
 from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
 from wan.nets.tokens import FrameSizes
 
 log = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,13 @@ class SamplingConfig(LayoutConfig):
         False, help="control images keep their size, those above --control_resolution, if given, excepted"
     )
     reasoning_frames: int = option(
-        0, help="frames between control and target that are denoised along in the first steps and then dropped"
+        0,
+        help="frames between control and target that are denoised along in the first steps and then dropped",
+        minimum=0,
     )
-    reasoning_steps: int | None = option(None, help="the steps that they take part in; default: a fifth of all")
+    reasoning_steps: int | None = option(
+        None, help="the steps that they take part in; default: a fifth of all", minimum=1
+    )
     pin_controls: bool = option(
         False,
         help="in each step the control frames are their own images with the step's noise, not what the model makes",
@@ -51,23 +56,21 @@ class SamplingConfig(LayoutConfig):
     )
 
     def __post_init__(self) -> None:
-        _ = self.control_sizes
-        if self.reasoning_frames < 0:
-            raise ConfigError(f"--reasoning_frames {self.reasoning_frames}: must be at least 0")
-        if self.reasoning_steps is not None and self.reasoning_steps < 1:
-            raise ConfigError(f"--reasoning_steps {self.reasoning_steps}: must be at least 1")
+        super().__post_init__()
+        _ = self.control_sizes  # refuses a text that is no resolution
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """What sizes control images get, where the prompt doesn't say."""
+        """Sizes that control images get where the prompt doesn't say."""
         resolution = parse_resolution(self.control_resolution) if self.control_resolution else None
         return ControlSizes(resolution, self.no_resize_control)
 
     def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
-        """For samples like what is trained: in this layout, with controls of these sizes unless flags ask for any."""
+        """Settings of training samples: the layout and control sizes of the training data, unless flags give sizes."""
         resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
-        own = {} if self.control_sizes else {"control_resolution": resolution, "no_resize_control": sizes.no_resize}
-        return replace(self, one_frame_layout=layout, **own)
+        if self.control_sizes:
+            return replace(self, one_frame_layout=layout)
+        return replace(self, one_frame_layout=layout, control_resolution=resolution, no_resize_control=sizes.no_resize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class Request:
 
     @property
     def reasoning(self) -> ReasoningFrames:
-        """Where the reasoning frames sit. ConfigError when there is no room."""
+        """Time indices of the reasoning frames. ConfigError when there is no room."""
         return ReasoningFrames(self.layout, self.reasoning_frames)
 
     @property
@@ -107,7 +110,7 @@ class Request:
 
     @property
     def frame_sizes(self) -> FrameSizes | None:
-        """Those of the layout's own frames."""
+        """Latent (height, width) of the layout's own frames, in time order; None when all are of one size."""
         return self.layout.frame_sizes(self.sizes)
 
     @classmethod
@@ -134,7 +137,7 @@ class Request:
             raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
         control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
-        usual = trained.size if trained.size and prompt.one_frame.strip() == "auto" else (256, 256)
+        usual = trained.size if trained.size and prompt.wants_trained_layout else (256, 256)
         asked = (prompt.width or usual[0], prompt.height or usual[1])
         if sampling.exact_size:
             width, height = map(floor16, asked)
@@ -142,14 +145,11 @@ class Request:
             width, height = size_for_area(*asked, *check_image(clip_images[0], "start image"))
         fits = tuple(_fit(path, layout, (width, height)) for path in controls)
 
-        def given(value, default):
-            return default if value is None else value
-
-        steps = given(prompt.sample_steps, task.steps)
-        shift = given(prompt.discrete_flow_shift, task.default_shift(*asked))
-        guidance = float(given(prompt.cfg_scale, task.guidance_scale))
-        seed = given(prompt.seed, random.SystemRandom().randrange(1 << 32))
-        texts = prompt.prompt or "", given(prompt.negative_prompt, task.negative_prompt)
+        steps = _given(prompt.sample_steps, task.steps)
+        shift = _given(prompt.discrete_flow_shift, task.default_shift(*asked))
+        guidance = float(_given(prompt.cfg_scale, task.guidance_scale))
+        seed = _given(prompt.seed, random.SystemRandom().randrange(1 << 32))
+        texts = prompt.prompt or "", _given(prompt.negative_prompt, task.negative_prompt)
         _check_values(guidance, seed, texts)
         schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
         ReasoningFrames(layout, sampling.reasoning_frames)  # so does this
@@ -172,7 +172,7 @@ class Request:
             cpu_noise=sampling.cpu_noise,
             pin_controls=sampling.pin_controls,
             reasoning_frames=sampling.reasoning_frames,
-            reasoning_steps=given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
+            reasoning_steps=_given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
         )
 
     @property
@@ -182,18 +182,11 @@ class Request:
         A start or end image that is taken from the controls anyway is left out.
         """
         width, height = self.asked
-        options = {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "one_frame_inference": str(self.layout),
+        options = {flag: _as_flag(getattr(self, option.request)) for flag, option in FLAGS.items() if option.request}
+        options |= {
             "one_frame_layout": one_frame.LAYOUTS[self.layout.causal],
-            "control_image_path": [str(path) for path in self.controls],
             "video_size": [height, width],
-            "infer_steps": self.steps,
-            "flow_shift": self.shift,
-            "guidance_scale": self.guidance,
             "sample_solver": self.solver,
-            "seed": self.seed,
         }
         if self.reasoning_frames:
             options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
@@ -204,6 +197,17 @@ class Request:
             if not usual or path != self.controls[usual[i]]:
                 options[name] = str(path)
         return options
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _as_flag(value: Any) -> Any:
+    """A value as JSON and the command line can have it."""
+    if isinstance(value, tuple):
+        return [str(part) for part in value]
+    return str(value) if isinstance(value, OneFrameLayout) else value
 
 
 def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
@@ -225,7 +229,7 @@ def _controls(
         raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
     try:
         name, sizes = sampling.one_frame_layout, sampling.control_sizes
-        if prompt.one_frame.strip() == "auto":
+        if prompt.wants_trained_layout:
             if trained is None:
                 raise ConfigError("no LoRA file names the indices that it was trained at; give them")
             causal = one_frame.is_causal(name) if name else trained.causal
@@ -273,10 +277,10 @@ def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, .
         raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
     fallback = condition.clip_controls(layout, count) if controls else []
     images = []
-    for i, (name, path) in enumerate(zip(("start image", "end image"), given, strict=False)):
-        if path is None:
-            path = controls[fallback[i]]
+    for i, (name, asked) in enumerate(zip(("start image", "end image"), given, strict=False)):
+        path = controls[fallback[i]] if asked is None else Path(asked)
+        if asked is None:
             log.info("%s: no %s given; CLIP sees the control image %s", prompt.place, name, path)
-        check_image(Path(path), name)
-        images.append(Path(path))
+        check_image(path, name)
+        images.append(path)
     return tuple(images)

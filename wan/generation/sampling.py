@@ -8,15 +8,15 @@ lambda = ln(alpha / sigma), and x - sigma * v predicts the image. "Step i" goes 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.errors import ConfigError, suggest
+from wan.nets.spec import TRAINING_TIMESTEPS
 
-SOLVERS = ("unipc", "dpm++", "vanilla")
-_TRAIN_STEPS = 1000
 # UniPC starts just below pure noise, at the first noise level of the training grid, which is kept in float32
 # (official Wan2.1, utils/fm_solvers_unipc.py: sigma_max).
 _UNIPC_START = float(np.float32(0.999))
@@ -24,13 +24,16 @@ _UNIPC_START = float(np.float32(0.999))
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels a run visits, and what the network is told at each of them."""
+    """Noise levels that a run visits, and the timestep that the network gets at each of them."""
 
     sigmas: Tensor  # [steps + 1] float32, falling to exactly 0
     timesteps: Tensor  # [steps] float32 in 0..1000; whole numbers for unipc and dpm++, as in the official code
 
 
-def shifted(sigmas, shift: float):
+Levels = TypeVar("Levels", float, "np.ndarray[Any, np.dtype[np.floating[Any]]]", Tensor)
+
+
+def shifted(sigmas: Levels, shift: float) -> Levels:
     """S(sigma, shift) = shift * sigma / (1 + (shift - 1) * sigma), for floats, arrays and tensors.
 
     Above 1 it moves noise levels up (Esser et al. 2024, "Scaling Rectified Flow Transformers", eq. 23).
@@ -49,12 +52,12 @@ def schedule(solver: str, steps: int, shift: float) -> Schedule:
         raise ConfigError(f"--flow_shift {shift}: must be above 0; 1 leaves the steps evenly spaced")
     if solver == "vanilla":
         sigmas = shifted(torch.linspace(1, 0, steps + 1), shift)
-        timesteps = sigmas[:-1] * _TRAIN_STEPS
+        timesteps = sigmas[:-1] * TRAINING_TIMESTEPS
     else:
         # float64 up to the truncation: which side of a whole number 1000 * sigma falls on depends on the rounding.
         start = _UNIPC_START if solver == "unipc" else 1.0
         levels = torch.from_numpy(shifted(np.linspace(start, 0, steps + 1), shift))
-        sigmas, timesteps = levels.float(), (levels[:-1] * _TRAIN_STEPS).trunc().float()
+        sigmas, timesteps = levels.float(), (levels[:-1] * TRAINING_TIMESTEPS).trunc().float()
     if not (sigmas.diff() < 0).all():
         raise ConfigError(f"--flow_shift {shift}: too large to keep {steps} noise levels apart; try 5")
     return Schedule(sigmas, timesteps)
@@ -77,7 +80,7 @@ def sample(
     velocity(x, timestep, step) is the guided network: x as `noise`, timestep a float32 scalar tensor on the CPU
     (0..1000), step counted from 0; it returns v in the shape of x. progress() is called after each step.
     """
-    step = {"unipc": _UniPC, "dpm++": _DPMSolver2M, "vanilla": _Euler}[solver](schedule.sigmas.tolist())
+    step = _SOLVERS[solver](schedule.sigmas.tolist())
     x = noise.float()
     for i, timestep in enumerate(schedule.timesteps):
         x = step(i, x, velocity(x, timestep, i).float())
@@ -96,7 +99,7 @@ def _log_snr(sigma: float) -> float:
 class _Euler:
     """x' = x + (sigma' - sigma) * v: exact where the path is straight."""
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: list[float]) -> None:
         self.sigmas = sigmas
 
     def __call__(self, i: int, x: Tensor, velocity: Tensor) -> Tensor:
@@ -104,9 +107,9 @@ class _Euler:
 
 
 class _Multistep:
-    """What the two exponential integrators share: log-SNRs, and the images predicted so far."""
+    """Base of the two exponential integrators: log-SNRs, and the images predicted so far."""
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: list[float]) -> None:
         self.sigmas = sigmas
         self.lambdas = [_log_snr(sigma) for sigma in sigmas]
         self.images: list[Tensor] = []  # predictions of this step and the one or two before it, oldest first
@@ -147,9 +150,7 @@ class _UniPC(_Multistep):
     A step first corrects the sample it arrives at, using the velocity just computed there, then predicts the next.
     """
 
-    def __init__(self, sigmas: list[float]):
-        super().__init__(sigmas)
-        self.previous: Tensor | None = None  # the corrected sample the last prediction started from
+    previous: Tensor  # the corrected sample the last prediction started from; set in the first step
 
     def order(self, i: int) -> int:
         """Order of the prediction in step i, and of the correction that follows it: 1 at both ends, else 2."""
@@ -180,3 +181,13 @@ class _UniPC(_Multistep):
         b2 = 2 * ((phi / q - 1) / q - 0.5) / phi
         rho1 = (b1 - b2) / (1 - r)
         return result - self.gain(i) * (rho1 * change + (b1 - rho1) * (end - start))
+
+
+_SOLVERS: dict[str, Callable[[list[float]], Callable[[int, Tensor, Tensor], Tensor]]] = {
+    "unipc": _UniPC,
+    "dpm++": _DPMSolver2M,
+    "vanilla": _Euler,
+}
+"""Noise levels -> a step: (its number, the sample, the velocity) -> the next sample."""
+
+SOLVERS = tuple(_SOLVERS)

@@ -6,31 +6,36 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 from PIL import Image
 
 from utils import cli
 from utils.errors import ConfigError, suggest
-from utils.options import option
+from utils.options import Section, option
 from wan.frames import layout
 from wan.generation.grid import draw_grid
-from wan.generation.prompt_lines import Prompt, parse_value
+from wan.generation.prompt import OPTIONS, Prompt
+from wan.generation.prompt_lines import parse_value
 from wan.generation.request import Request, SamplingConfig
 from wan.lora.trained_for import TrainedFor
 from wan.models.options import LoRAConfig
 from wan.models.tasks import TaskSpec
 
-# What may vary: names on the command line -> where the value goes.
 _OF_PROMPTS = {
-    **{"seed": "seed", "width": "width", "height": "height"},
-    **{"infer_steps": "sample_steps", "guidance_scale": "cfg_scale", "flow_shift": "discrete_flow_shift"},
-    **{"steps": "sample_steps", "guidance": "cfg_scale", "shift": "discrete_flow_shift"},
+    **{option.flag or option.key: option for option in OPTIONS.values() if option.sweep},
+    **{option.sweep: option for option in OPTIONS.values() if option.sweep},
 }
-_OF_SAMPLING = {"sample_solver": "sample_solver", "solver": "sample_solver"}
-_NUMBERS_OF_SAMPLING = ("reasoning_frames", "reasoning_steps")
+"""Name in --sweep -> option of the prompt."""
+
+_OF_SAMPLING = {
+    **{"sample_solver": "sample_solver", "solver": "sample_solver"},
+    **{"reasoning_frames": "reasoning_frames", "reasoning_steps": "reasoning_steps"},
+}
+"""Name in --sweep -> field of `SamplingConfig`."""
+
 _MULTIPLIER = "lora_multiplier"
-_KEYS = (*layout.KEYS, *_OF_PROMPTS, *_OF_SAMPLING, *_NUMBERS_OF_SAMPLING, _MULTIPLIER)
+_KEYS = (*layout.KEYS, *_OF_PROMPTS, *_OF_SAMPLING, _MULTIPLIER)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Axis:
 
     @property
     def target(self) -> str:
-        """What the key sets: two names of one setting have the same."""
-        return {**_OF_PROMPTS, **_OF_SAMPLING}.get(self.key, self.key)
+        """Setting that the key stands for, the same for two names of one setting."""
+        option = _OF_PROMPTS.get(self.key)
+        return option.key if option else _OF_SAMPLING.get(self.key, self.key)
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,12 @@ class SweepImage:
 
     @property
     def suffix(self) -> str:
-        """What file names say of it: `_key-value` for each axis."""
+        """End of the file names: `_key-value` for each axis."""
         return "".join(f"_{label.replace('=', '-').replace(';', '+')}" for label in self.labels)
 
 
 @dataclass(frozen=True)
-class SweepConfig:
+class SweepConfig(Section):
     """comparing settings"""
 
     sweep: tuple[str, ...] = option(
@@ -93,6 +99,7 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         targets = [axis.target for axis in self.axes]
         for axis in self.axes:
             if targets.count(axis.target) > 1:
@@ -119,14 +126,20 @@ class SweepConfig:
             return [SweepImage(Request.resolve(prompt, task, sampling, trained), lora.lora_multiplier)]
         if prompt.seed is None:
             prompt = replace(prompt, seed=random.SystemRandom().randrange(1 << 32))
-        if trained.layout is not None and (prompt.one_frame or "").strip() == "auto":
+        if trained.layout is not None and prompt.wants_trained_layout:
             width, height = trained.size or (None, None)
             prompt = replace(prompt, one_frame=str(trained.layout)).over(Prompt(width=width, height=height))
         first, *others = ([(axis, value) for value in axis.values] for axis in self.axes)
         cells = []
         for row in itertools.product(*others):
             for across in first:
-                cells.append(_cell((across, *row), prompt, task, sampling, trained, lora))
+                labels = tuple(f"{axis.key}={value}" for axis, value in (across, *row))
+                place = f"{prompt.place}: --sweep {' '.join(labels)}"
+                settings = _Settings(replace(prompt, place=place), sampling, lora)
+                for axis, value in (across, *row):
+                    settings = settings.with_value(axis, value, place)
+                request = Request.resolve(settings.prompt, task, settings.sampling, trained)
+                cells.append(SweepImage(request, settings.lora.lora_multiplier, labels))
         return cells
 
     def draw(self, images: Sequence[Image.Image | None]) -> Image.Image:
@@ -136,35 +149,30 @@ class SweepConfig:
         return draw_grid(rows, across, ["\n".join(labels) for labels in itertools.product(*others)])
 
 
-def _cell(
-    chosen: Sequence[tuple[Axis, str]],
-    prompt: Prompt,
-    task: TaskSpec,
-    sampling: SamplingConfig,
-    trained: TrainedFor,
-    lora: LoRAConfig,
-) -> SweepImage:
-    labels = tuple(f"{axis.key}={value}" for axis, value in chosen)
-    place = f"{prompt.place}: --sweep {' '.join(labels)}"
-    prompt, multipliers = replace(prompt, place=place), lora.lora_multiplier
-    indices = {axis.key: value for axis, value in chosen if axis.key in layout.KEYS}
-    if indices:
-        prompt = replace(prompt, one_frame=layout.with_values(prompt.one_frame or "", indices))
-    for axis, value in chosen:
+class _Settings(NamedTuple):
+    """Everything that a sweep may vary."""
+
+    prompt: Prompt
+    sampling: SamplingConfig
+    lora: LoRAConfig  # its multipliers
+
+    def with_value(self, axis: Axis, text: str, place: str) -> "_Settings":
+        """One value set. Raises ConfigError, which starts with `place`, for a value that the setting can't have."""
+        if axis.key in layout.KEYS:
+            one_frame = layout.with_values(self.prompt.one_frame or "", {axis.key: text})
+            return self._replace(prompt=replace(self.prompt, one_frame=one_frame))
         if axis.key in _OF_PROMPTS:
-            prompt = parse_value(axis.target, value, place).over(prompt)
-        elif axis.key in _OF_SAMPLING:
-            sampling = replace(sampling, **{axis.target: value})
-        elif axis.key in _NUMBERS_OF_SAMPLING:
-            sampling = _with_number(sampling, axis.key, value, place)
-        elif axis.key == _MULTIPLIER:
-            multipliers = _multipliers(value, lora, place)
-    return SweepImage(Request.resolve(prompt, task, sampling, trained), multipliers, labels)
+            return self._replace(prompt=parse_value(_OF_PROMPTS[axis.key], text, place).over(self.prompt))
+        if axis.key in _OF_SAMPLING:
+            return self._replace(sampling=_with_value(self.sampling, axis.target, text, place))
+        return self._replace(lora=replace(self.lora, lora_multiplier=_multipliers(text, self.lora, place)))
 
 
-def _with_number(sampling: SamplingConfig, key: str, text: str, place: str) -> SamplingConfig:
+def _with_value(sampling: SamplingConfig, name: str, text: str, place: str) -> SamplingConfig:
+    kind, _ = cli.value_type(get_type_hints(SamplingConfig)[name])
     try:
-        return replace(sampling, **{key: int(text)})
+        changed: dict[str, Any] = {name: kind(text)}
+        return replace(sampling, **changed)
     except ValueError:
         raise ConfigError(f"{place}: is no whole number") from None
     except ConfigError as error:

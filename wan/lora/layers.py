@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from wan.lora.module import add_delta, weight_delta
 from wan.lora.options import NetworkConfig
 from wan.lora.product import lora_products
+from wan.memory.recompute import StochasticLayer
 from wan.memory.sharding import full_tensor
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(StochasticLayer):
     """A frozen linear layer, here called base, and what training adds to its weight.
 
     In train mode the addition is computed beside the base; in eval mode it is merged into the weight for each call, so

@@ -1,18 +1,27 @@
 """Blocks whose frozen weights wait in host memory and are copied to the device just before they are used."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from wan.memory.runner import Saver, Saving, SavingRunner
+from wan.nets.dit import Block, BlockRunner, Shared, WanDiT
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SLOTS = 2  # blocks on the device that those in host memory take turns in: one computes, the next is copied
 _ALIGNMENT = 64  # bytes between the starts of tensors that share a buffer; any dtype can be viewed there
 
 
-def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool = False) -> None:
-    """Keep the frozen parameters of the last `count` of `dit.blocks` in host memory; everything else goes to `device`.
+def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = False) -> None:
+    """Keep the frozen parameters of the last `count` blocks in host memory; everything else goes to `device`.
 
     Two blocks' worth of memory on the device serves all of them in turn, so the device holds the weights of
     `blocks - count + 2` blocks. On CUDA the next block is copied on a stream of its own while one computes.
@@ -21,21 +30,38 @@ def swap_blocks_(dit: nn.Module, count: int, device: torch.device, pinned: bool 
     In the state dict the weights of these blocks are those in host memory; what is written there counts.
     Outputs and gradients stay the same. Backward needs recomputed blocks (`recompute_blocks_`, applied after
     this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
+    Weights that have moved stay where they are: another runner would have to fetch them too.
     """
     blocks = list(dit.blocks)[-count:]
     swapper = _Swapper([_frozen(block) for block in blocks[:SLOTS]], device, pinned)
-    for number, block in enumerate(blocks):
+    for block in blocks:
         swapper.take_over(block)
-        block.forward = partial(swapper.run, number, block.forward)
+    dit.runner = SwappedBlocks(dit.runner, swapper, blocks)
     dit.to(device)
     dit.register_forward_pre_hook(lambda *_: swapper.prefetch(0, after=swapper.now()))
 
-    def show_host_memory(_dit: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict) -> None:
+    def show_host_memory(_dit: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: dict[str, Any]) -> None:
         for number, (block, weights) in enumerate(zip(blocks, swapper.weights(), strict=True), len(dit.blocks) - count):
             names = [name for name, parameter in block.named_parameters() if not parameter.requires_grad]
             state.update(zip([f"{prefix}blocks.{number}.{name}" for name in names], weights, strict=True))
 
     dit.register_state_dict_post_hook(show_host_memory)
+
+
+class SwappedBlocks(SavingRunner):
+    """Fetches the weights of a block before `runner` computes it."""
+
+    def __init__(self, runner: BlockRunner, swapper: _Swapper, blocks: list[nn.Module]) -> None:
+        """blocks: those that `swapper` has taken over, in order."""
+        self._inner, self._swapper = Saver(runner), swapper
+        self._numbers = {block: number for number, block in enumerate(blocks)}
+        self.saves_less = self._inner.saves_less
+
+    def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
+        if block not in self._numbers:
+            return self._inner.run(saving, block, x, *shared)
+        with self._swapper.on_device(self._numbers[block]):
+            return self._inner.run(saving, block, x, *shared)
 
 
 def _places(block: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -91,8 +117,9 @@ class _Swapper:
             slot.content = None
         return self._host
 
-    def run(self, number: int, forward: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """The forward pass of a block, with its weights on the device; then the next block's are sent for."""
+    @contextmanager
+    def on_device(self, number: int) -> Iterator[None]:
+        """Context in which the weights of a block are on the device; then the next block's are sent for."""
         free = self.now()  # from here on nothing reads the other slot
         self.prefetch(number, after=free)
         if self._stream is not None:
@@ -100,8 +127,8 @@ class _Swapper:
         step = -1 if number == self._previous - 1 else 1  # backward recomputes the blocks from the last to the first
         self._previous = number
         try:
-            return forward(*args)
-        finally:  # a recomputed forward ends with an exception as soon as it has what backward needs
+            yield
+        finally:  # a recomputed pass ends with an exception as soon as it has what backward needs
             self.prefetch(number + step, after=free)
 
     def now(self) -> torch.cuda.Event | None:

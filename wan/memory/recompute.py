@@ -1,91 +1,108 @@
-"""Activations that are made again in the backward pass instead of kept: of all blocks, or of as many as memory demands.
+"""Activation checkpointing: blocks drop their activations and recompute them in backward, all or as many as necessary.
 
-A block keeps everything, or all but what few passes over memory make again (it is lean), or nothing but its input.
+Three levels per block: save all; save all but cheap elementwise results (`Saving.less`); save the inputs only.
 """
 
+from __future__ import annotations
+
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-log = logging.getLogger(__name__)
+from wan.memory.margins import RECOMPUTE_MARGIN, TRAINED_BYTES, WEIGHT_BYTES
+from wan.memory.runner import Saver, Saving, SavingRunner, saved_as_recipes
+from wan.nets.dit import Block, BlockRunner, Shared, WanDiT
 
-_SPARE = 0.05  # of the device's memory: what no plan may use, for workspaces and fragments
-_LATER_BYTES = 12  # per trained number: gradient and the two moments of AdamW, which the first step has yet to make
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 ]
-_recomputing = False  # whether a block is being made again
-_kept: list[dict[int, int]] = []  # of each `measured` that runs: storages that autograd keeps, and their bytes
 
 
-def is_recomputing() -> bool:
-    """Whether a forward pass is run again for what backward needs of it, so that nothing reads its result."""
-    return _recomputing
+class StochasticLayer(nn.Module):
+    """A layer that may draw random numbers, which a recomputation has to draw again."""
+
+    is_stochastic: bool = False
 
 
-@contextmanager
-def _recompute(kept: AbstractContextManager) -> Iterator[None]:
-    """Within it a block is made again, but for what `kept` returns of the first time."""
-    global _recomputing
-    _recomputing = True
-    try:
-        with kept:
-            yield
-    finally:
-        _recomputing = False
-
-
-def recompute_blocks_(dit: nn.Module, cpu_offload: bool = False, only_needed: bool = False) -> None:
-    """Recompute the activations of each of `dit.blocks` in the backward pass instead of keeping them.
+def recompute_blocks_(dit: WanDiT, cpu_offload: bool = False, only_needed: bool = False) -> None:
+    """Recompute the activations of each block in the backward pass instead of keeping them.
 
     Gradients are the same; a training step takes about a third more time and keeps one tensor per block, the residual
     stream [B, L, dim]. cpu_offload: it waits in host memory. only_needed: the last blocks keep theirs, as many as fit,
-    which is found out for each size of batch, see `Planner`; the others keep the result of the self attention too.
+    which is found out for each size of batch, see `ActivationBudget`; the others keep the result of the self attention
+    too.
     """
-    planner = ActivationBudget(dit.blocks, partial(_free_memory, dit)) if only_needed else None
-    for number, block in enumerate(dit.blocks):
-        keep = block.forward
-        draws = any(getattr(module, "is_stochastic", False) for module in block.modules())  # LoRA layers with dropout
-        contexts = partial(_contexts, keep_attention=only_needed)
-        recompute = partial(checkpoint, keep, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
-        recompute = partial(_offloaded, recompute) if cpu_offload else recompute
-        block.forward = partial(planner.run, number, keep, recompute) if planner else recompute
+    recomputed = RecomputedBlocks(dit, dit.runner, cpu_offload, keep_attention=only_needed)
+    dit.runner = ActivationBudget(dit, dit.runner, recomputed) if only_needed else recomputed
 
 
-def _contexts(keep_attention: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Those of the forward pass and of its repetition."""
-    first, again = (
-        create_selective_checkpoint_contexts(_ATTENTION) if keep_attention else (nullcontext(), nullcontext())
-    )
-    return first, _recompute(again)
+class RecomputedBlocks(SavingRunner):
+    """Runs blocks so that autograd saves their inputs only."""
+
+    saves_less = False
+
+    def __init__(
+        self, dit: WanDiT, runner: BlockRunner, cpu_offload: bool = False, keep_attention: bool = False
+    ) -> None:
+        """runner: computes a block, now and in the backward pass. keep_attention: its result is saved too."""
+        self._inner, self._cpu_offload, self._keep_attention = Saver(runner), cpu_offload, keep_attention
+        self._stochastic = {block for block in dit.blocks if any(map(_is_stochastic, block.modules()))}
+
+    def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._inner.run(saving, block, x, *shared)
+        if not self._cpu_offload:
+            return self._checkpointed(block, x, *shared)
+        host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
+        with saved_as_recipes((x, partial(host.to, x.device, non_blocking=True))):
+            return self._checkpointed(block, x, *shared)
+
+    def _checkpointed(self, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
+        first, again = nullcontext(), nullcontext()
+        if self._keep_attention:
+            first, again = create_selective_checkpoint_contexts(_ATTENTION)
+        repetition = _Repetition(again)
+
+        def run(x: Tensor, *shared: Unpack[Shared]) -> Tensor:
+            return self._inner.run(Saving(repeated=repetition.begun), block, x, *shared)
+
+        settings = {"use_reentrant": False, "preserve_rng_state": block in self._stochastic}
+        out: Tensor = checkpoint(run, x, *shared, context_fn=lambda: (first, repetition), **settings)
+        return out
 
 
-@contextmanager
-def recomputed(*made: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
-    """Within it autograd keeps, in place of each tensor or a view of it, what makes an equal one when it is needed."""
-    makers = {tensor.data_ptr(): make for tensor, make in made}
+def _is_stochastic(module: nn.Module) -> bool:
+    return isinstance(module, StochasticLayer) and module.is_stochastic
 
-    def pack(tensor: Tensor) -> object:
-        make = makers.get(tensor.data_ptr())
-        return _note(tensor) if make is None else (make, tensor.shape, tensor.stride())
 
-    def unpack(packed: object) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        make, shape, stride = packed
-        return make().as_strided(shape, stride)
+class _Repetition(AbstractContextManager[None]):
+    """The context of a recomputation, which remembers that there was one."""
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    def __init__(self, inner: AbstractContextManager[object]) -> None:
+        self.begun, self._inner = False, inner
+
+    def __enter__(self) -> None:
+        self.begun = True
+        self._inner.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._inner.__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True)
@@ -96,53 +113,56 @@ class RecomputeChoice:
     save_less: bool  # they keep only what takes long to make
 
 
-class ActivationBudget:
-    """Decides for each size of batch how many blocks keep their activations.
+class ActivationBudget(SavingRunner):
+    """Runs as many blocks as memory allows so that autograd saves their activations: the last ones.
 
-    In the first batch of a size the first block keeps them and is measured, and the second block where it can be lean.
+    How many is decided for each size of batch. In the first batch of a size the first block saves its activations and
+    is measured, and the second block where it can save less.
     """
 
-    def __init__(self, blocks: nn.ModuleList, free_memory: Callable[[torch.device], int]) -> None:
-        """free_memory: bytes that activations may take on a device."""
-        self._blocks, self._free_memory = blocks, free_memory
-        self._plans: dict[tuple[int, ...], RecomputeChoice] = {}  # by shape of the residual stream
-        self._measured: dict[tuple[int, ...], tuple[int, int]] = {}  # bytes of the first block, and those that are free
+    saves_less = False
 
-    def run(
-        self, number: int, keep: Callable[..., Tensor], recompute: Callable[..., Tensor], x: Tensor, *shared
-    ) -> Tensor:
-        """The forward pass of a block. keep, recompute: two ways to do it; where `keep.save_less` is, it is a third."""
+    def __init__(self, dit: WanDiT, keep: BlockRunner, recompute: BlockRunner) -> None:
+        """keep, recompute: run a block so that autograd saves its activations, or does not."""
+        self._dit, self._keep, self._recompute = dit, Saver(keep), recompute
+        self._numbers = {block: number for number, block in enumerate(dit.blocks)}
+        self._choices: dict[torch.Size, RecomputeChoice] = {}  # by shape of the residual stream
+        self._measured: dict[torch.Size, tuple[int, int]] = {}  # bytes of the first block, and those that are free
+
+    def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
         if not torch.is_grad_enabled():
-            return keep(x, *shared)
-        save_less = getattr(keep, "save_less", None)
-        if x.shape in self._plans:
-            plan = self._plans[x.shape]
-            kept = save_less if plan.save_less else keep
-            return (kept if number >= len(self._blocks) - plan.kept else recompute)(x, *shared)
+            return self._keep.run(saving, block, x, *shared)
+        number, count = self._numbers[block], len(self._numbers)
+        if x.shape in self._choices:
+            choice = self._choices[x.shape]
+            if number < count - choice.kept:
+                return self._recompute(block, x, *shared)
+            return self._keep.run(Saving(less=choice.save_less), block, x, *shared)
         if x.shape not in self._measured:
-            free = self._free_memory(x.device)
-            out, size = measured(keep, self._blocks[number], x, *shared)
+            free = _free_memory(self._dit, x.device)
+            out, size = measured(self._keep, Saving(), block, x, *shared)
             self._measured[x.shape] = size, free
             kept = self._fitting(x, size)
-            if kept == len(self._blocks) or save_less is None or number + 1 == len(self._blocks):
+            if kept == count or not self._keep.saves_less or number + 1 == count:
                 self._decide(x, RecomputeChoice(kept, save_less=False), size)
             return out
-        out, size = measured(save_less, self._blocks[number], x, *shared)
+        out, size = measured(self._keep, Saving(less=True), block, x, *shared)
         self._decide(x, RecomputeChoice(self._fitting(x, size), save_less=True), size)
         return out
 
     def _fitting(self, x: Tensor, activations: int) -> int:
+        """Blocks that can save so many bytes of activations."""
         whole, free = self._measured[x.shape]
         checkpointed = x.nbytes + x.nbytes // 2  # the stream, and what attention returns in 16 bits
         # As much as a whole block for what backward makes; blocks are recomputed when those that keep theirs are done
-        return kept_blocks(len(self._blocks), activations, checkpointed, free - whole)
+        return kept_blocks(len(self._numbers), activations, checkpointed, free - whole)
 
-    def _decide(self, x: Tensor, plan: RecomputeChoice, size: int) -> None:
-        self._plans[x.shape] = plan
+    def _decide(self, x: Tensor, choice: RecomputeChoice, size: int) -> None:
+        self._choices[x.shape] = choice
         log.info(
             "%d tokens: %.2f GB of activations per block, %.1f GB free, %d of %d blocks are recomputed",
             *(x.shape[0] * x.shape[1], size / 1e9, self._measured[x.shape][1] / 1e9),
-            *(len(self._blocks) - plan.kept, len(self._blocks)),
+            *(len(self._numbers) - choice.kept, len(self._numbers)),
         )
 
 
@@ -155,40 +175,24 @@ def kept_blocks(blocks: int, activations: int, checkpoint_size: int, free: int) 
     return min(max(int((free - blocks * checkpoint_size) // gain), 0), blocks)
 
 
-def measured(forward: Callable[..., Tensor], block: nn.Module, x: Tensor, *shared) -> tuple[Tensor, int]:
-    """forward(x, *shared), that of `block`, and the bytes that autograd keeps for it beside the block's parameters."""
+def measured(
+    runner: SavingRunner, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]
+) -> tuple[Tensor, int]:
+    """Output of a block, and the bytes that autograd saves for it beside the block's parameters."""
     sizes: dict[int, int] = {}
-    _kept.append(sizes)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_note, lambda tensor: tensor):
-            out = forward(x, *shared)
-    finally:
-        _kept.remove(sizes)
-    there = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    return out, sum(size for address, size in sizes.items() if address not in there)
+    saving = replace(saving, sizes=sizes)
+    with torch.autograd.graph.saved_tensors_hooks(saving.note, lambda tensor: tensor):
+        out = runner.run(saving, block, x, *shared)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    return out, sum(size for address, size in sizes.items() if address not in parameters)
 
 
-def _note(tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage()
-    for sizes in _kept:
-        sizes[storage.data_ptr()] = storage.nbytes()
-    return tensor
-
-
-def _free_memory(dit: nn.Module, device: torch.device) -> int:
+def _free_memory(dit: WanDiT, device: torch.device) -> int:
     """Bytes on a GPU that activations may take; elsewhere 0, so that everything is recomputed."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    later = sum(tensor.numel() for tensor in dit.parameters() if tensor.requires_grad) * _LATER_BYTES
-    return int(free + cached - later - _SPARE * total)
-
-
-def _offloaded(forward: Callable[..., Tensor], x: Tensor, *shared) -> Tensor:
-    """`forward` of a checkpointed block, with x kept in host memory; the other inputs are the same for all blocks."""
-    if not torch.is_grad_enabled():
-        return forward(x, *shared)
-    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x.detach(), non_blocking=True)
-    with recomputed((x, partial(host.to, x.device, non_blocking=True))):
-        return forward(x, *shared)
+    # Gradients and moments, which the first step has yet to make; the weights are there
+    later = sum(tensor.numel() for tensor in dit.parameters() if tensor.requires_grad) * (TRAINED_BYTES - WEIGHT_BYTES)
+    return int(free + cached - later - RECOMPUTE_MARGIN * total)

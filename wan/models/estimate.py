@@ -11,6 +11,7 @@ from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.memory.block_swap import SLOTS
 from wan.memory.fp8 import quantize
+from wan.memory.margins import TRAINED_BYTES
 from wan.memory.sharding import local_shard
 from wan.models.checkpoints import DiTCheckpoint
 from wan.models.memory_options import MemoryConfig, TrainingMemoryConfig
@@ -19,7 +20,6 @@ from wan.nets.spec import CLIP_IMAGES, CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 
 Parts = dict[str, float]  # what -> bytes
 
-_TRAINED_BYTES = 16  # per number: weight, gradient and the two moments of AdamW, float32
 _ACTIVATION_BYTES = 64  # per token and channel of a block whose activations are kept
 _CHECKPOINT_BYTES = 4  # per token and channel of a recomputed block: its float32 input
 _PROMPTS = 2  # that a guided step keeps keys and values of, in all blocks
@@ -73,7 +73,7 @@ def training_parts(
         activations = block * (kept + _ACTIVATION_BYTES)
     else:
         activations = block * spec.num_layers * _ACTIVATION_BYTES
-    trained = sum(local_shard(parameter).numel() for parameter in network.parameters()) * _TRAINED_BYTES
+    trained = sum(local_shard(parameter).numel() for parameter in network.parameters()) * TRAINED_BYTES
     return {"frozen weights": frozen, "LoRA and optimizer": trained, "activations": activations}
 
 

@@ -10,15 +10,15 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
 from wan.fused.dit import can_fuse, fuse_
-from wan.fused.graphs import graph_forward_
+from wan.fused.graphs import graph_passes_
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import FP8Kind
 from wan.memory.recompute import recompute_blocks_
+from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
 
 log = logging.getLogger(__name__)
@@ -188,11 +188,11 @@ class GenerationMemoryConfig(MemoryConfig):
             raise ConfigError("--fp8_fast: this GPU does not multiply in fp8 (Ada, Hopper and later do); leave it out")
 
 
-def apply_memory_options_(dit: nn.Module, config: MemoryConfig, device: torch.device) -> None:
+def apply_memory_options_(dit: WanDiT, config: MemoryConfig, device: torch.device) -> None:
     """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
 
     From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
-    the backward pass.
+    the backward pass. Each line wraps `dit.runner`, those of fused operations and graphs `dit.pass_runner`.
     """
     if config.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -202,7 +202,7 @@ def apply_memory_options_(dit: nn.Module, config: MemoryConfig, device: torch.de
     if config.fuses(device):
         fuse_(dit, device, swapped=config.blocks_to_swap)
     if config.records(device):
-        graph_forward_(dit)
+        graph_passes_(dit)
     if config.compile:
         compile_blocks_(dit, config)
     if config.blocks_to_swap:
@@ -212,8 +212,8 @@ def apply_memory_options_(dit: nn.Module, config: MemoryConfig, device: torch.de
         recompute_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
 
 
-def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
-    """Compile the forward pass of each of `dit.blocks`, on its first call and anew for each kind of input.
+def compile_blocks_(dit: WanDiT, config: MemoryConfig) -> None:
+    """Compile the runner of the blocks, on its first call and anew for each kind of input.
 
     The blocks are alike, so that all of them run the program of the first.
     """
@@ -221,11 +221,10 @@ def compile_blocks_(dit: nn.Module, config: MemoryConfig) -> None:
     if mode != config.compile_mode:
         log.warning("--compile_mode %s: used as %s, blocks can't have CUDA graphs", config.compile_mode, mode)
     torch._dynamo.config.cache_size_limit = config.compile_cache_size_limit
-    for block in dit.blocks:
-        block.forward = torch.compile(
-            block.forward,
-            backend=config.compile_backend,
-            mode=mode,
-            dynamic=_DYNAMIC[config.compile_dynamic],
-            fullgraph=config.compile_fullgraph,
-        )
+    dit.runner = torch.compile(
+        dit.runner,
+        backend=config.compile_backend,
+        mode=mode,
+        dynamic=_DYNAMIC[config.compile_dynamic],
+        fullgraph=config.compile_fullgraph,
+    )

@@ -16,6 +16,7 @@ from wan.lora.files import LoRAFile
 from wan.lora.options import NetworkConfig
 from wan.memory.block_swap import SLOTS
 from wan.memory.host import available_memory
+from wan.memory.margins import PLAN_MARGIN
 from wan.models.checkpoints import DiTCheckpoint, T5Checkpoint
 from wan.models.estimate import (
     Parts,
@@ -32,7 +33,6 @@ from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, Trai
 
 log = logging.getLogger(__name__)
 
-SPARE = 0.04  # of the GPU: what no plan may use, for workspaces and fragments
 _HOST_SPARE = 4e9  # bytes
 _LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
 
@@ -50,7 +50,7 @@ class Room:
         if device.type != "cuda":
             return cls(math.inf, math.inf)
         free, total = torch.cuda.mem_get_info(device)
-        return cls(free - SPARE * total, available_memory() - _HOST_SPARE)
+        return cls(free - PLAN_MARGIN * total, available_memory() - _HOST_SPARE)
 
 
 @dataclass(frozen=True)

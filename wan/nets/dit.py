@@ -4,35 +4,19 @@ Precision follows the official code without autocast: time embedding, modulation
 stream and the head are float32; the other layers run in the dtype of the weights (`WanDiT.dtype`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.nets.attention import Attention, sdpa
 from wan.nets.conditioning import Conditioning
+from wan.nets.context import Context, KeysValues, Prepared, StepCache
 from wan.nets.rope import apply_rope, grid_positions, rope_angles
 from wan.nets.spec import CLIP_TOKENS, HEAD_DIM, PATCH, TEXT_LENGTH, DiTSpec
-from wan.nets.tokens import FrameSizes, check_sizes, inner_tokens, with_padding
-
-_ROWS_OF_TEXT = 64  # `pad_text` makes a multiple of it, so that few programs serve texts of all lengths
-
-
-def pad_text(embeddings: list[Tensor]) -> Tensor:
-    """Text embeddings, each [L, text_dim] -> [B, rows, text_dim], zeros after the end.
-
-    The model was trained without a text mask, so zeros up to TEXT_LENGTH take part in the attention. They are all the
-    same: `rows` has room for one of them behind the longest text, which WanDiT takes for all that are left out.
-    ValueError when a text is longer than TEXT_LENGTH.
-    """
-    longest = max(len(embedding) for embedding in embeddings)
-    if longest > TEXT_LENGTH:
-        raise ValueError(f"text embedding of {longest} tokens; at most {TEXT_LENGTH} fit")
-    rows = min((longest // _ROWS_OF_TEXT + 1) * _ROWS_OF_TEXT, TEXT_LENGTH)
-    return torch.stack([F.pad(embedding, (0, 0, 0, rows - len(embedding))) for embedding in embeddings])
+from wan.nets.tokens import FrameSizes, check_sizes, inner_tokens, token_grid, with_padding
 
 
 def timestep_features(timesteps: Tensor, dim: int) -> Tensor:
@@ -67,67 +51,6 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class KeysValues(NamedTuple):
-    """What cross attention makes of its context, [B, rows, N, D] each: first the rows of the text."""
-
-    keys: Tensor
-    values: Tensor
-    text_rows: int
-
-    @property
-    def repeats(self) -> int:
-        """How many rows the last one of the text stands for."""
-        return TEXT_LENGTH - self.text_rows + 1
-
-    @property
-    def text(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all TEXT_LENGTH rows."""
-        return tuple(
-            torch.cat([x[:, : self.text_rows], x[:, self.text_rows - 1, None].expand(-1, self.repeats - 1, -1, -1)], 1)
-            for x in (self.keys, self.values)
-        )
-
-    @property
-    def image(self) -> tuple[Tensor, Tensor]:
-        """Keys and values; of no row in t2v."""
-        return self.keys[:, self.text_rows :], self.values[:, self.text_rows :]
-
-
-@dataclass
-class Context:
-    """What the cross attention of one block looks at.
-
-    tokens: [B, image tokens + text_rows, dim]; 257 image tokens in i2v, 514 in flf2v. The last of the text rows stands
-    for all up to TEXT_LENGTH. keep: the keys and values that the first call makes serve the next ones too.
-    """
-
-    tokens: Tensor
-    text_rows: int
-    keep: bool = False
-    kept: KeysValues | None = None
-
-
-@dataclass
-class Prepared:
-    """What a forward pass makes of text, image and positions, which the steps of a run have in common."""
-
-    cos: Tensor  # [B, L, D / 2] float32
-    sin: Tensor
-    contexts: list[Context]  # one per block
-
-
-@dataclass(eq=False)
-class StepCache:
-    """For several calls with the same text, image, frame indices and sizes: the first fills it, the others reuse it."""
-
-    prepared: Prepared | None = None
-
-
-def run_layers(x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
-    """What each of the layers makes of x."""
-    return [layer(x) for layer in layers]
-
-
 def split_heads(x: Tensor) -> Tensor:
     """[B, L, N * D] -> [B, L, N, D]"""
     return x.unflatten(-1, (-1, HEAD_DIM))
@@ -160,15 +83,18 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def keys_values(self, context: Context, run: Callable[..., Sequence[Tensor]] = run_layers) -> KeysValues:
-        """Those that `context` has kept, or else new ones. run: see `run_layers`."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: [B, L, dim]. Returns [B, L, dim]."""
+        return self.o(self.attend(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
+
+    def keys_values(self, context: Context) -> KeysValues:
+        """Keys and values of the context, or those that it has kept."""
         if context.kept is not None:
             return context.kept
-        image, text = context.tokens[:, : -context.text_rows], context.tokens[:, -context.text_rows :]
-        keys, values = run(text, self.k, self.v)
+        keys, values = self.k(context.text), self.v(context.text)
         keys = self.norm_k(keys)
         if self.has_image:
-            image_keys, image_values = run(image, self.k_img, self.v_img)
+            image_keys, image_values = self.k_img(context.image), self.v_img(context.image)
             keys = torch.cat([keys, self.norm_k_img(image_keys)], dim=1)
             values = torch.cat([values, image_values], dim=1)
         made = KeysValues(split_heads(keys), split_heads(values), context.text_rows)
@@ -176,14 +102,10 @@ class CrossAttention(nn.Module):
             context.kept = made
         return made
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: [B, L, dim]. Returns [B, L, dim]."""
-        return self.o(self.attend(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
-
     def attend(self, q: Tensor, seen: KeysValues) -> Tensor:
-        """What q [B, L, N, D] finds in the text and, added to it, in the image, of the same shape."""
-        found = self.attention(q, *seen.text)
-        return found + self.attention(q, *seen.image) if self.has_image else found
+        """Attention of q to the text plus attention to the image: [B, L, N, D] -> the same."""
+        out = self.attention(q, *seen.text)
+        return out + self.attention(q, *seen.image) if self.has_image else out
 
 
 class Block(nn.Module):
@@ -202,7 +124,19 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        context: Context,
+        cos: Tensor,
+        sin: Tensor,
+        runner: "BlockRunner | None" = None,
+    ) -> Tensor:
+        """Output of `runner`, by default of `compute`: inside of the module's hooks, in which FSDP gathers weights."""
+        return (runner or Block.compute)(self, x, modulation, context, cos, sin)
+
+    def compute(self, x: Tensor, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Tensor:
         """x: [B, L, dim] float32, the residual stream; modulation: [B, 6, dim] float32, from the timestep; context:
         its dtype is what the layers compute in; cos, sin: [B, L, D / 2] float32. Returns [B, L, dim] float32.
         """
@@ -213,6 +147,12 @@ class Block(nn.Module):
         x = x + self.cross_attn(self.norm3(x).to(dtype), context)
         h = self.norm2(x) * (1 + ffn_scale) + ffn_shift
         return x + self.ffn(h.to(dtype)) * ffn_gate
+
+
+Shared = tuple[Tensor, Context, Tensor, Tensor]
+"""Inputs of a block beside the residual stream: modulation, context, cos, sin, see `Block.compute`."""
+BlockRunner = Callable[[Block, Tensor, Tensor, Context, Tensor, Tensor], Tensor]
+"""(block, x, modulation, context, cos, sin) -> x. `Block.compute` is the plain one; others wrap or replace it."""
 
 
 class ImageEmbedding(nn.Module):
@@ -256,7 +196,14 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """Predicts the velocity (noise minus image) of latent frames that sit anywhere on the time axis."""
+    """Predicts the velocity (noise minus image) of latent frames that sit anywhere on the time axis.
+
+    runner: how each block is run. pass_runner: how a pass is run once its inputs are prepared. Faster or smaller ways
+    to compute the same are put there from outside; `Block.compute` and `WanDiT.predict` bring back the plain ones.
+    """
+
+    runner: BlockRunner
+    pass_runner: "PassRunner"
 
     def __init__(self, spec: DiTSpec, attention: Attention = sdpa) -> None:
         super().__init__()
@@ -273,6 +220,7 @@ class WanDiT(nn.Module):
         if spec.image_dim is not None:
             positions = 2 * CLIP_TOKENS if spec.model_type == "flf2v" else 0
             self.img_emb = ImageEmbedding(spec.image_dim, dim, positions)
+        self.runner, self.pass_runner = Block.compute, WanDiT.predict
 
     @property
     def dtype(self) -> torch.dtype:
@@ -302,24 +250,43 @@ class WanDiT(nn.Module):
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
         self._check(latents, conditioning, text, frame_indices, frame_sizes)
+<<<<<<< HEAD
+=======
         channels = conditioning.channels
         x = latents if channels is None else torch.cat([latents, channels], dim=1)
         x = self.patch_embedding(x.to(self.dtype))
         grid = x.shape[2:]
-        x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+        x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
 
+>>>>>>> trunk
         prepared = None if cache is None else cache.prepared
         if prepared is None:
+            grid = token_grid(latents.shape[2:])
             positions = inner_tokens(grid_positions(frame_indices, *grid[1:]), grid, frame_sizes)
             prepared = self._prepare(text, conditioning.clip, positions, keep=cache is not None)
         if cache is not None:
             cache.prepared = prepared
+        return self.pass_runner(self, latents, conditioning.channels, timesteps, prepared, skip_blocks, frame_sizes)
+
+    def predict(
+        self,
+        latents: Tensor,
+        channels: Tensor | None,
+        timesteps: Tensor,
+        prepared: Prepared,
+        skip_blocks: frozenset[int],
+        frame_sizes: FrameSizes | None,
+    ) -> Tensor:
+        """`forward` with its other inputs prepared."""
+        x = latents if channels is None else torch.cat([latents, channels], dim=1)
+        x, grid = self.patch_embedding(x.to(self.dtype)), token_grid(latents.shape[2:])
+        x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
         time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))
         for number, block in enumerate(self.blocks):
             if number not in skip_blocks:
-                x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin)
-        return self._unpatchify(with_padding(self.head(x, time), grid, frame_sizes), grid)
+                x = block(x, modulation, prepared.contexts[number], prepared.cos, prepared.sin, runner=self.runner)
+        return self.unpatchify(with_padding(self.head(x, time), grid, frame_sizes), grid)
 
     def _prepare(self, text: Tensor, clip: Tensor | None, positions: Tensor, keep: bool) -> Prepared:
         angles = rope_angles(positions)
@@ -349,7 +316,16 @@ class WanDiT(nn.Module):
         if frame_sizes is not None:
             check_sizes(frame_sizes, latents.shape[2:])
 
-    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, f * h * w, p * q * r * C] -> [B, C, f * p, h * q, w * r], with (p, q, r) = PATCH."""
+<<<<<<< HEAD
         x = tokens.unflatten(2, (*PATCH, self.spec.out_dim)).unflatten(1, grid)  # [B, f, h, w, p, q, r, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+PassRunner = Callable[[WanDiT, Tensor, Tensor | None, Tensor, Prepared, frozenset[int], FrameSizes | None], Tensor]
+"""(dit, latents, channels, timesteps, prepared, skip_blocks, frame_sizes) -> velocity, see `WanDiT.predict`."""
+=======
+        (f, h, w), (p, q, r) = grid, PATCH
+        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
+>>>>>>> trunk

@@ -48,6 +48,12 @@ def token_count(shape: Sequence[int], sizes: FrameSizes | None) -> int:
     return sum(h * w for h, w in _grids(sizes))
 
 
+def token_grid(shape: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, rows and columns of the tokens of latents [F, H, W]."""
+    frames, height, width = shape
+    return frames // PATCH[0], height // PATCH[1], width // PATCH[2]
+
+
 def _grids(sizes: FrameSizes) -> list[tuple[int, int]]:
     """Rows and columns of the tokens of each slot."""
     return [(rows // PATCH[1], columns // PATCH[2]) for rows, columns in sizes]

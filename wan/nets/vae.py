@@ -9,11 +9,12 @@ it is its own slice of the kernel, the last.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import ConfigError
@@ -49,23 +50,47 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(F.pad(x, (0, 0, 0, 0, self.kernel_size[0] - 1, 0)))
 
 
+def channel_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """L2 normalisation of [B, C, ...] over the channels, times sqrt(C) and a gain of C numbers."""
+    return F.normalize(x, dim=1) * gamma.shape[0] ** 0.5 * gamma.view(-1, *[1] * (x.ndim - 2))
+
+
 class ChannelNorm(nn.Module):
-    """L2 normalisation over the C channels, times sqrt(C) and a gain. `axes`: how many follow the channel axis."""
+    """`channel_norm` with a trained gain. `axes`: how many follow the channel axis.
+
+    operation: computes it; another may take the place of the plain one, which is `channel_norm`.
+    """
+
+    operation: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, dim: int, axes: int = 3) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+        self.operation = channel_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.gamma.shape[0] ** 0.5 * self.gamma.view(-1, *[1] * (x.ndim - 2))
+        return self.operation(x, self.gamma)
 
 
-def _per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+class SiLU(nn.SiLU):
+    """operation: computes it; the plain one is `F.silu`, and another may take its place."""
+
+    operation: Callable[[Tensor], Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operation = F.silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(x)
+
+
+def _per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a 2-D layer to each frame of [B, C, T, H, W], or to the single one of [B, C, H, W]."""
     if x.ndim == 4:
         return layer(x)
-    frames = layer(x.transpose(1, 2).flatten(0, 1))
-    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    frames = layer(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 class ResidualBlock(nn.Module):
@@ -73,10 +98,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = nn.Sequential(
             ChannelNorm(in_dim),
-            nn.SiLU(),
+            SiLU(),
             CausalConv3d(in_dim, out_dim),
             ChannelNorm(out_dim),
-            nn.SiLU(),
+            SiLU(),
             nn.Identity(),  # the place of the official dropout of 0, which the numbering of the keys counts
             CausalConv3d(out_dim, out_dim),
         )
@@ -86,11 +111,22 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + self.residual(x)
 
 
+def attend(qkv: Tensor) -> Tensor:
+    """Single-head self-attention: q, k and v, [N, L, 3 C] side by side -> [N, L, C]."""
+    return F.scaled_dot_product_attention(*qkv[:, None].chunk(3, dim=-1))[:, 0]
+
+
 class FrameAttention(nn.Module):
-    """Single-head attention among the pixels of each frame, with a residual."""
+    """Single-head attention among the pixels of each frame, with a residual.
+
+    operation: computes it; another may take the place of the plain one, which is `attend`.
+    """
+
+    operation: Callable[[Tensor], Tensor]
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.operation = attend
         self.norm = ChannelNorm(dim, axes=2)
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
@@ -100,9 +136,14 @@ class FrameAttention(nn.Module):
 
     def _attend(self, frames: Tensor) -> Tensor:
         """[B * T, C, H, W] -> the same"""
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]  # [B * T, 1 head, H * W, 3 C]
+<<<<<<< HEAD
+        out = self.operation(self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2))  # [B * T, H * W, C]
+        return self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+=======
+        qkv = rearrange(self.to_qkv(self.norm(frames)), "b c h w -> b 1 (h w) c")  # one head
         out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return self.proj(out[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return self.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=frames.shape[2]))
+>>>>>>> trunk
 
 
 class Downsample(nn.Module):
@@ -131,8 +172,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.time_conv is not None and x.ndim == 5 and x.shape[2] > 1:
-            pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B, 2, C, T - 1, H, W]
-            x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+            pairs = rearrange(self.time_conv(x[:, :, 1:]), "b (pair c) t h w -> b c (t pair) h w", pair=2)
+            x = torch.cat([x[:, :, :1], pairs], dim=2)
         return _per_frame(self.resample, x)
 
 
@@ -141,7 +182,7 @@ def _middle(dim: int) -> nn.Sequential:
 
 
 def _head(dim: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(ChannelNorm(dim), nn.SiLU(), CausalConv3d(dim, out_dim))
+    return nn.Sequential(ChannelNorm(dim), SiLU(), CausalConv3d(dim, out_dim))
 
 
 def _encoder(dim: int) -> nn.Sequential:

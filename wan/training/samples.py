@@ -12,8 +12,10 @@ from torch import nn
 
 from utils.files import written_whole
 from utils.options import Section, option
+from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
-from wan.generation.prompt_lines import Prompt, read_file
+from wan.generation.prompt import Prompt
+from wan.generation.prompt_lines import TRAINING, read_file
 from wan.generation.request import Request, SamplingConfig
 from wan.models.tasks import TaskSpec
 from wan.training.cadence import Every
@@ -41,7 +43,7 @@ class SampleConfig(Section):
         """All prompts of the file, checked; none without a file. Seeds are drawn once and stay for the run."""
         if self.sample_prompts is None:
             return []
-        prompts = read_file(self.sample_prompts, "--sample_prompts", training=True)
+        prompts = read_file(self.sample_prompts, "--sample_prompts", TRAINING)
         return [Request.resolve(prompt.over(_DEFAULTS), task, sampling) for prompt in prompts]
 
     @property
@@ -103,7 +105,8 @@ class Sampler:
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
         watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
-        latents = denoise(dit, encoded, self._pipeline.device, f"sample {number}", watch=watch)
+        experts = Experts.one(dit, encoded.request.guidance)
+        latents = denoise(experts, encoded, self._pipeline.device, f"sample {number}", watch=watch)
         if not self._writes:
             return []
         image = self._pipeline.decode(latents)

@@ -21,7 +21,7 @@ from wan.lora.network import LoRANetwork
 from wan.memory.sharding import full_tensor, load_optimizer_state, optimizer_state
 from wan.models.tasks import TaskSpec
 from wan.nets.conditioning import Conditioning
-from wan.nets.dit import pad_text
+from wan.nets.context import pad_text
 from wan.training.loss import flow_matching_loss
 from wan.training.options import TrainingOptions
 from wan.training.timesteps import sample_noise_levels
