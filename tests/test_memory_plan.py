@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 import wan.generation.run
 import wan.training.run
-import wan_generate_video
 from dataset.loader import BucketCount
 from tests.project import MODELS, from_lines, generate, train
 from tests.test_preview import FLAGS
@@ -227,13 +226,13 @@ def test_generation_loads_anew_and_makes_every_picture(monkeypatch):
         from_lines("i2v", "ended", *lines)
     calls.clear()
     choices = plan_of(GenerationMemoryConfig(), SWAPPED_IN_GENERATION)
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: choices)
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: choices)
     made = from_lines("i2v", "scarce", *lines, flags=("--memory", "auto"))
     assert len(calls) == 4 and made == expected
 
 
 def test_the_recipe_names_what_was_chosen(monkeypatch):
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan_of(SWAPPED_IN_GENERATION))
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: plan_of(SWAPPED_IN_GENERATION))
     (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
     (same,) = generate("i2v", "swapped", *FLAGS, "--blocks_to_swap", "1")
     assert path.read_bytes() == same.read_bytes()
@@ -259,7 +258,7 @@ def test_t5_stays_as_it_is_where_it_fits(room_for_less_than_t5):
 
 
 def test_pictures_and_recipes_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5, caplog):
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan_of(GenerationMemoryConfig()))
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: plan_of(GenerationMemoryConfig()))
     (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
     assert caplog.text.count("its weights become fp8") == 1
     (same,) = generate("i2v", "told", *FLAGS, "--fp8_t5")

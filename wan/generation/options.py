@@ -12,13 +12,19 @@ from utils.files import require_writable_dir
 from utils.images import STEP
 from utils.options import Section, option
 from wan.files.load import save_dit
+from wan.generation.guidance import GuidanceConfig
+from wan.generation.outputs import OutputConfig
+from wan.generation.preview import PreviewConfig
 from wan.generation.prompt import OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
 from wan.generation.terminal import history_file, typed_lines
 from wan.lora.trained_for import TrainedFor
-from wan.models.options import DiTConfig, LoRAConfig
+from wan.models.checkpoints import DiTCheckpoint
+from wan.models.device import DeviceConfig
+from wan.models.memory_options import GenerationMemoryConfig
+from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
 from wan.models.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -80,6 +86,37 @@ class PromptConfig(Section, Prompt):
 
 
 @dataclass(frozen=True)
+class GenerationOptions:
+    """The sections of a run that are not about its model files."""
+
+    prompts: PromptConfig
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+    output: OutputConfig
+    sweep: SweepConfig
+    preview: PreviewConfig
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
+        if self.sweep.axes and (prompts.interactive or prompts.latent_path or not self.output.wants_image):
+            raise ConfigError("--sweep needs --prompt or --from_file, and images as --output_type")
+
+
+@dataclass(frozen=True)
+class GenerationModels:
+    """The model files of a run, and how and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionConfig
+    lora: LoRAConfig
+    memory: GenerationMemoryConfig
+
+
+@dataclass(frozen=True)
 class MergedModelConfig(Section):
     """merging"""
 
@@ -94,10 +131,9 @@ class MergedModelConfig(Section):
             raise ConfigError(f"--save_merged_model {path}: must end in .safetensors")
 
 
-def write_merged_model(path: Path, dit: DiTConfig, lora: LoRAConfig) -> None:
+def write_merged_model(path: Path, dit: DiTCheckpoint, lora: LoRAConfig) -> None:
     """Merge in the dtype of the DiT, on the CPU. Names are the official ones; the metadata name the LoRA files."""
     require_writable_dir(path.parent, "--save_merged_model")
-    dit.check()
     merger = lora.merger(dit)
     save_dit(path, dit.load(torch.device("cpu"), merger=merger), {"merged_loras": ", ".join(lora.names)})
     log.info("saved %s", path)

@@ -33,7 +33,7 @@ from wan.generation.guidance import GuidanceConfig
 from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
-from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
 from wan.nets.spec import LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE
@@ -69,9 +69,9 @@ class Pipeline:
 
     def __init__(
         self,
-        vae: VAEConfig,
-        t5: T5Config,
-        clip: CLIPConfig,
+        vae: VAECheckpoint,
+        t5: T5Checkpoint,
+        clip: CLIPCheckpoint,
         device: torch.device,
         after_use: AfterUse = AfterUse.DROP,
     ) -> None:
@@ -79,7 +79,7 @@ class Pipeline:
         self._vae = OnDemand("VAE", vae.load, device, self.stopwatch, AfterUse.KEEP)
         self._t5 = OnDemand("T5", self._load_t5, device, self.stopwatch, after_use)
         self._clip = OnDemand("CLIP", clip.load, device, self.stopwatch, after_use)
-        self._t5_config = t5
+        self._t5_file = t5
         self._tokenizer: PreTrainedTokenizerBase  # comes with T5
         self._texts: dict[str, Tensor] = {}
         self._features: dict[FileVersion, Tensor] = {}
@@ -88,7 +88,7 @@ class Pipeline:
 
     def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
         model: UMT5EncoderModel
-        model, self._tokenizer = self._t5_config.load(device)
+        model, self._tokenizer = self._t5_file.load(device)
         return model
 
     def encode(self, requests: Sequence[Request]) -> list[Encoded]:
@@ -104,10 +104,8 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
         """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
-        with self.stopwatch.stage("decoding"):
-            with self._vae.on_device() as vae:
-                pixels = vae.decode(latents[None].to(self.device))
-            return from_pixels(pixels[0, :, -1].float().cpu())
+        with self.stopwatch.stage("decoding"), self._vae.on_device() as vae:
+            return decode_latents(vae, latents, self.device)
 
     @torch.inference_mode()
     def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
@@ -156,6 +154,12 @@ class Pipeline:
             image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
             condition=request.reasoning.insert(condition_module.relayout(condition, layout, request.layout), added),
         )
+
+
+@torch.inference_mode()
+def decode_latents(vae: WanVAE, latents: Tensor, device: torch.device) -> Image.Image:
+    """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
+    return from_pixels(vae.decode(latents[None].to(device))[0, :, -1].float().cpu())
 
 
 @torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors

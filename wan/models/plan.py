@@ -6,8 +6,9 @@ because they cost less time. Generation takes fp8 before that: its short steps w
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -30,8 +31,11 @@ from wan.models.estimate import (
     training_parts,
 )
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig
+from wan.nets.dit import WanDiT
 
 log = logging.getLogger(__name__)
+Memory = TypeVar("Memory", bound=MemoryConfig)
+Options = dict[str, Any]  # by name
 
 _HOST_SPARE = 4e9  # bytes
 _LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
@@ -54,10 +58,10 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[Memory]):
     """Options, and what they are expected to need."""
 
-    memory: MemoryConfig
+    memory: Memory
     parts: Parts
     host: float = 0
 
@@ -66,10 +70,10 @@ class Choice:
         return sum(self.parts.values())
 
 
-class Plan:
+class Plan(Generic[Memory]):
     """The choices that fit, the best first. `memory` is the one that holds."""
 
-    def __init__(self, choices: Iterable[Choice], room: Room) -> None:
+    def __init__(self, choices: Iterable[Choice[Memory]], room: Room) -> None:
         """choices: the best first. The smallest is taken if none fits."""
         possible = [choice for choice in choices if choice.host <= room.host]
         self._fits = [choice for choice in possible if choice.size <= room.device]
@@ -77,13 +81,9 @@ class Plan:
             self._fits = [min(possible, key=lambda choice: choice.size)]
             log.warning("memory: %s are free, which may not be enough; try smaller pictures", format_bytes(room.device))
 
-    @classmethod
-    def of(cls, memory: MemoryConfig) -> "Plan":
-        """The one choice that somebody else has made."""
-        return cls([Choice(memory, {})], Room(math.inf, math.inf))
-
     @property
-    def memory(self) -> MemoryConfig:
+    def memory(self) -> Memory:
+        """The options that hold."""
         return self._fits[0].memory
 
     def step_down(self) -> bool:
@@ -98,6 +98,15 @@ class Plan:
         choice = self._fits[0]
         host = f"; {format_bytes(choice.host)} in host memory" if choice.host else ""
         return f"{_flags(choice.memory)}; {describe_parts(choice.parts)}{host}"
+
+
+def choose_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
+    """A plan of the user's own options, with no alternative; or with --memory auto the one of `make`, which is logged."""
+    if memory.memory == "manual":
+        return Plan([Choice(memory, {})], Room(math.inf, math.inf))
+    plan = make()
+    log.info("memory: %s", plan)
+    return plan
 
 
 def _flags(memory: MemoryConfig) -> str:
@@ -118,11 +127,11 @@ def plan_training(
     weights: LoRAFile | None,
     buckets: Sequence[BucketCount],
     room: Room,
-) -> Plan:
+) -> Plan[TrainingMemoryConfig]:
     """dtype: of the DiT in memory; weights: the LoRA that training starts from."""
     spec, tokens = checkpoint.spec, largest_batch(buckets)
 
-    def choices() -> Iterator[Choice]:
+    def choices() -> Iterator[Choice[TrainingMemoryConfig]]:
         for fp8 in _precisions(checkpoint, {"fp8_base": True, "fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
             dit, lora = meta_dit(checkpoint, dtype, base, network, weights)
@@ -140,10 +149,10 @@ def plan_training(
 
 def plan_generation(
     checkpoint: DiTCheckpoint, dtype: torch.dtype, memory: GenerationMemoryConfig, tokens: int, room: Room
-) -> Plan:
+) -> Plan[GenerationMemoryConfig]:
     """dtype: of the DiT in memory; tokens: of the largest forward pass."""
 
-    def choices() -> Iterator[Choice]:
+    def choices() -> Iterator[Choice[GenerationMemoryConfig]]:
         for fp8 in _precisions(checkpoint, {"fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
             dit, _ = meta_dit(checkpoint, dtype, base)
@@ -163,18 +172,18 @@ def plan_t5(t5: T5Checkpoint, device: torch.device, room: Room) -> T5Checkpoint:
     return replace(t5, fp8=True)
 
 
-def _precisions(checkpoint: DiTCheckpoint, fp8: dict[str, bool]) -> list[dict[str, bool]]:
+def _precisions(checkpoint: DiTCheckpoint, fp8: Options) -> list[Options]:
     """As the file has it, and in fp8 if the file is not."""
     return [{}] if checkpoint.stored_dtype.itemsize == 1 else [{}, fp8]
 
 
-def _swaps(dit: torch.nn.Module, more: dict) -> Iterator[dict]:
+def _swaps(dit: WanDiT, more: Options) -> Iterator[Options]:
     """Ever more blocks in host memory; fewer than three would save nothing."""
     for count in range(SLOTS + 1, len(dit.blocks)):
         yield {"blocks_to_swap": count, "use_pinned_memory_for_block_swap": True, **more}
 
 
-def _split(dit: torch.nn.Module, swapped: int) -> tuple[int, int]:
+def _split(dit: WanDiT, swapped: int) -> tuple[int, int]:
     """Bytes of frozen weights (on the device, in host memory) with so many blocks swapped."""
     block = frozen_bytes(dit.blocks[-1])
     return frozen_bytes(dit) - max(0, swapped - SLOTS) * block, swapped * block

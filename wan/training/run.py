@@ -16,7 +16,8 @@ from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
 from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
-from wan.models.plan import Plan, Room, plan_t5, plan_training
+from wan.models.memory_options import TrainingMemoryConfig
+from wan.models.plan import Plan, Room, choose_plan, plan_t5, plan_training
 from wan.training import loop, start
 from wan.training.job import TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
@@ -78,7 +79,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
 
 
 def _train_within(
-    plan: Plan,
+    plan: Plan[TrainingMemoryConfig],
     train: Callable[[TrainingOptions, State | None], None],
     options: TrainingOptions,
     state: State | None,
@@ -153,14 +154,11 @@ def _plan(
     training_set: TrainingSet,
     weights: LoRAFile | None,
     device: torch.device,
-) -> Plan:
-    """The one choice that there is, or with --memory auto those that fit."""
-    if options.memory.memory == "manual":
-        return Plan.of(options.memory)
-    dtype, room = options.run.compute_dtype(dit), Room.on(device)
-    plan = plan_training(dit, dtype, options.memory, options.network, weights, training_set.buckets, room)
-    log.info("memory: %s", plan)
-    return plan
+) -> Plan[TrainingMemoryConfig]:
+    dtype, room, buckets = options.run.compute_dtype(dit), Room.on(device), training_set.buckets
+    return choose_plan(
+        options.memory, lambda: plan_training(dit, dtype, options.memory, options.network, weights, buckets, room)
+    )
 
 
 def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerator) -> Sampler:
