@@ -28,6 +28,7 @@ IN_THE_ROOT = {
 # module -> package, where the names differ; None for those on no package index
 PACKAGES = {
     "PIL": "pillow",
+    "_typeshed": None,  # type checkers bring it
     "cv2": "opencv-python-headless",
     "flash_attn_interface": None,  # FlashAttention 3, built from its sources
     "lycoris": "lycoris-lora",

@@ -90,7 +90,7 @@ def _predict(
     """`WanDiT.predict`, whose blocks hand each other a Residual where no gradients are asked for."""
     x = latents if channels is None else torch.cat([latents, channels], dim=1)
     x, grid = _patches(dit.patch_embedding, x.to(dit.dtype)), token_grid(latents.shape[2:])
-    x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+    x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
     time = _in_float32(operations, dit.time_embedding, timestep_features(timesteps, dit.spec.freq_dim))
     modulation = _in_float32(operations, dit.time_projection, time).unflatten(1, (6, -1))
     for number, block in enumerate(dit.blocks):

@@ -54,27 +54,14 @@ def _last_channels(weight: Tensor) -> Tensor:
 def _norm(normalize: Norm, silu: bool, x: Tensor, gamma: Tensor) -> Tensor:
     """[B, C, T, H, W] or [B, C, H, W] -> the same"""
     if x.ndim == 4:
-<<<<<<< HEAD
         return normalize(x, gamma, silu)
-    frames = normalize(x.transpose(1, 2).flatten(0, 1), gamma, silu)
-    return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    frames = normalize(rearrange(x, "b c t h w -> (b t) c h w"), gamma, silu)
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 def _attend(attend: Attend, qkv: Tensor) -> Tensor:
     """[N, L, 3 C] -> [N, L, C]"""
     return torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
-=======
-        return normalize(x, norm.gamma, silu)
-    frames = normalize(rearrange(x, "b c t h w -> (b t) c h w"), norm.gamma, silu)
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
-
-
-def _attend(layer: FrameAttention, attend: Callable, frames: Tensor) -> Tensor:
-    """[B * T, C, H, W] -> the same"""
-    qkv = rearrange(layer.to_qkv(layer.norm(frames)), "b c h w -> b (h w) c")
-    out = torch.stack([attend(*frame.chunk(3, dim=-1)) for frame in qkv])
-    return layer.proj(rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2]))
->>>>>>> trunk
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

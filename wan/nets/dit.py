@@ -250,15 +250,6 @@ class WanDiT(nn.Module):
         Returns [B, 16, F, H, W] float32. ValueError when an input is missing, not wanted or of a wrong size.
         """
         self._check(latents, conditioning, text, frame_indices, frame_sizes)
-<<<<<<< HEAD
-=======
-        channels = conditioning.channels
-        x = latents if channels is None else torch.cat([latents, channels], dim=1)
-        x = self.patch_embedding(x.to(self.dtype))
-        grid = x.shape[2:]
-        x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
-
->>>>>>> trunk
         prepared = None if cache is None else cache.prepared
         if prepared is None:
             grid = token_grid(latents.shape[2:])
@@ -280,7 +271,7 @@ class WanDiT(nn.Module):
         """`forward` with its other inputs prepared."""
         x = latents if channels is None else torch.cat([latents, channels], dim=1)
         x, grid = self.patch_embedding(x.to(self.dtype)), token_grid(latents.shape[2:])
-        x = inner_tokens(x.flatten(2).transpose(1, 2), grid, frame_sizes).float()
+        x = inner_tokens(rearrange(x, "b d f h w -> b (f h w) d"), grid, frame_sizes).float()
         time = self.time_embedding(timestep_features(timesteps, self.spec.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))
         for number, block in enumerate(self.blocks):
@@ -318,14 +309,9 @@ class WanDiT(nn.Module):
 
     def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, f * h * w, p * q * r * C] -> [B, C, f * p, h * q, w * r], with (p, q, r) = PATCH."""
-<<<<<<< HEAD
-        x = tokens.unflatten(2, (*PATCH, self.spec.out_dim)).unflatten(1, grid)  # [B, f, h, w, p, q, r, C]
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        (f, h, w), (p, q, r) = grid, PATCH
+        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
 
 
 PassRunner = Callable[[WanDiT, Tensor, Tensor | None, Tensor, Prepared, frozenset[int], FrameSizes | None], Tensor]
 """(dit, latents, channels, timesteps, prepared, skip_blocks, frame_sizes) -> velocity, see `WanDiT.predict`."""
-=======
-        (f, h, w), (p, q, r) = grid, PATCH
-        return rearrange(tokens, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
->>>>>>> trunk

@@ -136,14 +136,8 @@ class FrameAttention(nn.Module):
 
     def _attend(self, frames: Tensor) -> Tensor:
         """[B * T, C, H, W] -> the same"""
-<<<<<<< HEAD
-        out = self.operation(self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2))  # [B * T, H * W, C]
-        return self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
-=======
-        qkv = rearrange(self.to_qkv(self.norm(frames)), "b c h w -> b 1 (h w) c")  # one head
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return self.proj(rearrange(out, "b 1 (h w) c -> b c h w", h=frames.shape[2]))
->>>>>>> trunk
+        out = self.operation(rearrange(self.to_qkv(self.norm(frames)), "b c h w -> b (h w) c"))
+        return self.proj(rearrange(out, "b (h w) c -> b c h w", h=frames.shape[2]))
 
 
 class Downsample(nn.Module):
