@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import wan.files.load
+import wan.generation.start
 import wan.generation.sweep
 import wan_generate_video
 from tests.project import ENCODERS, model_flags, pixels

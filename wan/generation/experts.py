@@ -10,7 +10,7 @@ from utils.stopwatch import Stopwatch
 from wan.generation.on_demand import AfterUse, OnDemand
 from wan.lora.merge import Merger
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.memory_options import MemoryConfig, apply_memory_options_
+from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, apply_memory_options_
 from wan.models.options import LoRAConfig
 from wan.models.plan import Plan
 from wan.nets.attention import Attention
@@ -115,7 +115,7 @@ class ModelOnDemand:
     def __init__(
         self,
         files: DiTFiles,
-        plan: Plan,
+        plan: Plan[GenerationMemoryConfig],
         device: torch.device,
         stopwatch: Stopwatch,
         after_use: AfterUse,

@@ -18,6 +18,7 @@ from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.preview import LatentPreview, PreviewConfig
 from wan.generation.recipe import Recipe
 from wan.generation.sweep import SweepConfig, SweepImage
+from wan.models.memory_options import GenerationMemoryConfig
 from wan.models.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Generation:
 
     pipeline: Pipeline
     models: tuple[ModelOnDemand, ...]  # one for all noise levels, or one for each part of them
-    plan: Plan
+    plan: Plan[GenerationMemoryConfig]
     task: str
     loras: tuple[str, ...]  # names for the metadata
     recipe: Recipe

@@ -62,6 +62,7 @@ def explain(models: GenerationModels, options: GenerationOptions) -> None:
 def decode_files(models: GenerationModels, options: GenerationOptions) -> None:
     """Decode the latent files of `--latent_path` to PNG files."""
     output, paths = options.output, options.prompts.latent_path
+    output.log_substitute()
     device, vae = models.device.resolve(), models.vae.resolve()
     require_writable_dir(output.save_path, "--save_path")
     if output.wants_latent:

@@ -101,7 +101,7 @@ class Plan(Generic[Memory]):
 
 
 def choose_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
-    """A plan of the user's own options, with no alternative; or with --memory auto the one of `make`, which is logged."""
+    """A plan of the user's own options, with no alternative; with --memory auto the one of `make`, which is logged."""
     if memory.memory == "manual":
         return Plan([Choice(memory, {})], Room(math.inf, math.inf))
     plan = make()
