@@ -24,14 +24,15 @@ from dataset.config import read_config
 from dataset.loader import TrainingSet
 from utils import cli
 from wan.files.load import load_dit
-from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
 from wan.lora.network import inject_lora_
 from wan.models.device import DeviceConfig
 from wan.models.estimate import expected_memory
 from wan.models.memory_options import apply_memory_options_
 from wan.models.tasks import TASKS
-from wan.nets.spec import DiTSpec
+from wan.nets.conditioning import Conditioning
+from wan.nets.spec import CLIP_TOKENS, DiTSpec
 from wan.training.job import TrainingJob
 from wan.training.loop import Trainer
 from wan.training.options import TrainingModels, TrainingOptions
@@ -46,9 +47,11 @@ def write_caches(folder: Path, spec: DiTSpec, width: int, height: int, items: in
     for i in range(items):
         control, target, blank = torch.randn(3, 16, 1, height // 8, width // 8, dtype=torch.bfloat16)
         cache = LatentCache(
-            latents=stack_frames(LAYOUT, [control], target),
-            condition=stack_condition(LAYOUT, [control], blank),
-            clip=torch.randn(1, 257, spec.image_dim, dtype=torch.float16),
+            latents=LAYOUT.clip.stack([control, target]),
+            conditioning=Conditioning(
+                stack_condition(LAYOUT.clip, [control], blank),
+                torch.randn(1, CLIP_TOKENS, spec.image_dim, dtype=torch.float16),
+            ),
             layout=LAYOUT,
         )
         write_latent_cache(latent_cache_path(folder, f"item{i}", (width, height)), cache)

@@ -26,9 +26,10 @@ from dataset.sources import Item
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
-from wan.frames.condition import layout_of_cache
+from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size
+from wan.nets.conditioning import Conditioning
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.tokens import FrameSizes, check_sizes
 
@@ -98,7 +99,7 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
 class LatentSettings:
     """What a latent cache is made of: a file with equal settings need not be made again.
 
-    The time indices are not among them: unless the layout is causal, frames can be put in any order later.
+    The time indices are not among them: unless there is a `causal_order`, frames can be put in any order later.
     """
 
     bucket: tuple[int, int]  # (width, height) that the target is resized to; the layout tells about the controls
@@ -109,7 +110,7 @@ class LatentSettings:
     vae_dtype: str
     clip_dtype: str
     masks: tuple[str | None, ...] | None = None  # fingerprints of the target's and the controls' mask files
-    causal_order: tuple[int, ...] | None = None  # OneFrameLayout.causal_order
+    causal_order: tuple[int, ...] | None = None  # OneFrameLayout.cache_key
     own_layout: str | None = None  # the layout, where the item itself and not its dataset decides on it
     recipe: int = RECIPE
 
@@ -119,8 +120,7 @@ class LatentCache:
     """One item. Frames are in time order, control images in the order in which they are given."""
 
     latents: Tensor  # [C, F, H, W] normalised latents in the VAE's dtype
-    condition: Tensor  # [4 + C, F, H, W] mask and latents (one_frame.stack_condition), same dtype
-    clip: Tensor | None  # [images, 257, D] features of every control image
+    conditioning: Conditioning  # channels [4 + C, F, H, W] in the same dtype; clip of every control image, or None
     layout: OneFrameLayout
     target_mask: Tensor | None = None  # [h, w] float32, of the target's size, 1 where the loss counts; None: everywhere
     sizes: tuple[Size, ...] | None = None  # of the controls as given and the target, in pixels; None: all are the same
@@ -128,7 +128,7 @@ class LatentCache:
     @property
     def frame_sizes(self) -> FrameSizes | None:
         """Those of `latents` and `condition`."""
-        return self.sizes and self.layout.frame_sizes(self.sizes)
+        return self.sizes and self.layout.clip.frame_sizes(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings 
     shape, dtype = "x".join(map(str, cache.latents.shape[1:])), dtype_name(cache.latents.dtype)
     tensors = {
         f"latents_{shape}_{dtype}": cache.latents,
-        f"latents_image_{shape}_{dtype}": cache.condition,
-        _INDICES: torch.tensor(cache.layout.frame_indices, dtype=torch.int32),
+        f"latents_image_{shape}_{dtype}": cache.conditioning.channels,
+        _INDICES: torch.tensor(cache.layout.clip.time_indices, dtype=torch.int32),
     }
-    if cache.clip is not None:
-        tensors[f"clip_{dtype}"] = cache.clip
+    if cache.conditioning.clip is not None:
+        tensors[f"clip_{dtype}"] = cache.conditioning.clip
     if cache.target_mask is not None:
         tensors[_TARGET_MASK] = cache.target_mask
     metadata = {"width": str(width), "height": str(height), "one_frame": str(cache.layout)}
@@ -190,11 +190,12 @@ def read_latent_cache(path: Path) -> LatentCache:
     with _opened(path, _LATENT_SCRIPT) as file:
         header = _header(path, file)
         # Copies, because a tensor that still maps the file would keep Windows from replacing it.
-        latents, condition = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
+        latents, channels = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
         clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
         mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in _keys(file) else None
     clip = clip if clip is None or clip.dim() == 3 else clip[None]
-    return LatentCache(latents, condition, clip, header.layout, mask, header.sizes)
+    conditioning = Conditioning(channels, clip, header.layout.encoding.given(channels))
+    return LatentCache(latents, conditioning, header.layout, mask, header.sizes)
 
 
 def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
@@ -205,7 +206,7 @@ def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
         target=fingerprint(item.target),
         controls=tuple(fingerprint(path) for path in item.controls),
         masks=masks if any(masks) else None,
-        causal_order=item.layout.causal_order,
+        causal_order=item.layout.cache_key,
         own_layout=str(item.layout) if item.owns_layout else None,
         **models,
     )
@@ -241,7 +242,7 @@ def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: Con
         return "bucket {}x{} -> {}x{}".format(*header.bucket, *expected.bucket)
     if header.frames != len(expected.controls) + 1:
         return f"number of control images {header.frames - 1} -> {len(expected.controls)}"
-    if header.layout.causal_order != expected.causal_order:
+    if header.layout.cache_key != expected.causal_order:
         return "other one-frame layout"
     if header.layout.control_sizes != control_sizes:
         return f"{' or '.join(SIZE_KEYS)} changed"
@@ -257,6 +258,19 @@ def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: Con
         "recipe": "made by another version of this script",
     }
     return _changed(path, header.metadata, expected, reasons)
+
+
+def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayout:
+    """Layout of a cached item that does not name it: the target is the frame of which nothing is given.
+
+    time_indices: one per slot; given: [F, H, W]. musubi-tuner fills the control slots in the order in which the images
+    are given, so its image i has the i-th smallest index. Raises ConfigError unless there is one target.
+    """
+    targets = [slot for slot, frame in enumerate(given) if not frame.any()]
+    if len(targets) != 1 or len(time_indices) != len(given):
+        raise ConfigError(f"{len(targets)} target frames and {len(time_indices)} indices for {len(given)} frames")
+    controls = tuple(index for slot, index in enumerate(time_indices) if slot != targets[0])
+    return OneFrameLayout(controls, time_indices[targets[0]])
 
 
 # --- text caches
@@ -390,8 +404,8 @@ def _header(path: Path, file: Any) -> LatentHeader:
         if "one_frame" in metadata:
             layout = parse(metadata["one_frame"])
         else:
-            layout = layout_of_cache(indices, file.get_slice(condition)[:, :, :1, :1])
-        if list(layout.frame_indices) != indices or len(indices) != shape[1]:
+            layout = layout_of_cache(indices, INDEPENDENT.given(file.get_slice(condition)[:, :, :1, :1]))
+        if list(layout.clip.time_indices) != indices or len(indices) != shape[1]:
             raise ConfigError(f"its layout {layout} does not fit {shape[1]} frames at {indices}")
         sizes = _sizes(metadata, shape[1:]) if _SIZES in metadata else None
     except ConfigError as error:

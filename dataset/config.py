@@ -14,7 +14,8 @@ from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
 from utils.files import parse_json, parse_toml, require_file
 from utils.images import STEP
-from wan.frames.layout import INDEX_KEYS, OneFrameLayout, is_causal, layout_from_toml
+from wan.frames.encoding import Encoding, encoding_named
+from wan.frames.layout import INDEX_KEYS, OneFrameLayout, layout_from_toml
 from wan.frames.sizes import AS_TARGET, ControlSizes
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,7 @@ def _suffix(value: Any) -> str:
 
 
 def _layout_name(value: Any) -> str:
-    is_causal(_text(value))
-    return value
+    return encoding_named(_text(value)).name
 
 
 def _path(value: Any) -> Path:
@@ -119,12 +119,12 @@ class ImageDatasetConfig:
         keys: tuple[str, str] = INDEX_KEYS,
     ) -> OneFrameLayout:
         """That of an item with these indices and this number of control images, if known; see `layout_from_toml`."""
-        return layout_from_toml(clean_indices, target_index, controls, self.causal, keys, self.control_sizes)
+        return layout_from_toml(clean_indices, target_index, controls, self.encoding, keys, self.control_sizes)
 
     @property
-    def causal(self) -> bool:
-        """Whether the images of an item are encoded as one video."""
-        return is_causal(self.layout_name)
+    def encoding(self) -> Encoding:
+        """How images become latent frames."""
+        return encoding_named(self.layout_name)
 
     @property
     def control_sizes(self) -> ControlSizes:

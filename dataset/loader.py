@@ -32,9 +32,10 @@ from dataset.config import DatasetsConfig, ImageDatasetConfig
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
 from utils.text import some
-from wan.frames.condition import clip_controls, relayout
+from wan.frames.condition import clip_controls
 from wan.frames.layout import OneFrameLayout, layout_from_toml
 from wan.frames.sizes import Size, frame_of, pad_to
+from wan.nets.conditioning import Conditioning
 from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ class TrainingBatch:
     """Tensors are float32, except text, which keeps its stored dtype."""
 
     latents: Tensor  # [B, 16, F, H, W], frames in time order
-    condition: Tensor  # [B, 20, F, H, W]
-    clip: Tensor  # [B, images, 257, D]: usually every control image, in the order in which they are given
+    conditioning: Conditioning  # channels [B, 20, F, H, W]; clip usually of every control image, as they are given
     target_masks: Tensor | None  # [B, H, W], 1 where the loss counts; None when that is everywhere in all items
     text: list[Tensor]  # [L, D] each
     layouts: tuple[OneFrameLayout, ...]
@@ -78,7 +78,7 @@ class TrainingBatch:
         """Rows and columns of the target's latents, in all items."""
         if self.frame_sizes is None:
             return tuple(self.latents.shape[3:])
-        return self.frame_sizes[self.layouts[0].target_slot]
+        return self.frame_sizes[self.layouts[0].clip.target_slot]
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class TrainingSet:
             if header.bucket != dataset.buckets.choose(size):
                 other_sizes.append("{} ({}x{})".format(path.name, *header.bucket))
             layout = _layout(path, header, dataset)
-            sizes = header.sizes and layout.frame_sizes(header.sizes)
+            sizes = header.sizes and layout.clip.frame_sizes(header.sizes)
             shape = header.frames, header.height, header.width
             bucket = _Bucket(index, *shape, header.clip[0], sizes, header.bucket if sizes else None)
             name = f"{index}/{path.name.removesuffix('_wan.safetensors')}"
@@ -276,29 +276,25 @@ class TrainingSet:
 def load_batch(plan: BatchItems) -> TrainingBatch:
     """Read the files of a plan. Raises ConfigError naming a file that can't be read."""
     caches = [read_latent_cache(item.latents) for item in plan.items]
-    latents, condition = (
-        [
-            relayout(getattr(cache, name), cache.layout, item.layout).float()
-            for cache, item in zip(caches, plan.items, strict=True)
-        ]
-        for name in ("latents", "condition")
-    )
     layouts = tuple(item.layout for item in plan.items)
-    sizes = caches[0].sizes and layouts[0].frame_sizes(caches[0].sizes)
+    slots = [layout.slots_of(cache.layout) for layout, cache in zip(layouts, caches, strict=True)]
+    read = list(zip(caches, slots, strict=True))
+    latents = [cache.latents.float()[:, places] for cache, places in read]
+    conditioning = [cache.conditioning.map(Tensor.float).select(places) for cache, places in read]
+    sizes = caches[0].sizes and layouts[0].clip.frame_sizes(caches[0].sizes)
     masks = [cache.target_mask for cache in caches]
     if sizes is None and all(mask is None for mask in masks):
         masks = None
     else:
-        own = frame_of(latents[0], layouts[0].target_slot, sizes)
+        own = frame_of(latents[0], layouts[0].clip.target_slot, sizes)
         masks = [pad_to(torch.ones(own.shape[2:]) if mask is None else mask, *latents[0].shape[2:]) for mask in masks]
     return TrainingBatch(
         latents=torch.stack(latents),
-        condition=torch.stack(condition),
-        clip=torch.stack([cache.clip.float() for cache in caches]),
+        conditioning=Conditioning.stack(conditioning),
         target_masks=masks and torch.stack(masks),
         text=[read_text_cache(item.text) for item in plan.items],
         layouts=layouts,
-        frame_indices=torch.tensor([layout.frame_indices for layout in layouts]),
+        frame_indices=torch.tensor([layout.clip.time_indices for layout in layouts]),
         item_keys=tuple(item.key for item in plan.items),
         uniform=None if plan.uniform is None else torch.tensor(plan.uniform, dtype=torch.float64),
         frame_sizes=sizes,
@@ -306,23 +302,22 @@ def load_batch(plan: BatchItems) -> TrainingBatch:
 
 
 def clip_for(batch: TrainingBatch, images: int) -> Tensor:
-    """CLIP features [B, images * 257, D] for a model that takes 1 (i2v) or 2 (flf2v) images.
+    """CLIP features [B, images, 257, D] for a model that takes 1 (i2v) or 2 (flf2v) images.
 
     They are those of the earliest and the latest control. A cache that doesn't hold one image per control, but as many
     as wanted, is taken as it is. Raises ConfigError for another number.
     """
-    found, controls = batch.clip.shape[1], len(batch.layouts[0].control_indices)
+    features = batch.conditioning.clip
+    found, controls = features.shape[1], len(batch.layouts[0].control_indices)
     if found == controls:
-        chosen = [clip_controls(layout, images) for layout in batch.layouts]
-        rows = [features[controls] for features, controls in zip(batch.clip, chosen, strict=True)]
-    elif found == images:
-        rows = list(batch.clip)
-    else:
-        raise ConfigError(
-            f"{batch.item_keys[0]}: its cache holds CLIP features of {found} images for {controls} control images; "
-            "run wan_cache_latents.py again"
-        )
-    return torch.stack(rows).flatten(1, 2)
+        chosen = [clip_controls(layout.clip, images) for layout in batch.layouts]
+        return torch.stack([item[controls] for item, controls in zip(features, chosen, strict=True)])
+    if found == images:
+        return features
+    raise ConfigError(
+        f"{batch.item_keys[0]}: its cache holds CLIP features of {found} images for {controls} control images; "
+        "run wan_cache_latents.py again"
+    )
 
 
 def rank_slice(plans: Sequence[BatchItems], process_index: int, num_processes: int) -> list[BatchItems]:
@@ -411,7 +406,7 @@ def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> On
         except ConfigError as error:
             raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
     try:
-        wanted = replace(wanted, causal=dataset.causal, control_sizes=dataset.control_sizes)
+        wanted = replace(wanted, encoding=dataset.encoding, control_sizes=dataset.control_sizes)
         wanted.check_latents(made_for=header.layout)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None

@@ -119,8 +119,8 @@ def _check_black(found: list[Problem], item: Item, pictures: list[_Picture | Non
         if picture is None or picture.mask is None:
             continue
         mask = (item.target_mask, *item.control_masks)[i] or picture.path
-        if i > 0 and item.layout.causal and item.control_masks[i - 1] is not None:
-            message = "masks of controls are not for the causal layout"
+        if i > 0 and not item.layout.encoding.takes_masks and item.control_masks[i - 1] is not None:
+            message = f"masks of controls are not for the {item.layout.encoding.name} layout"
             found.append(Problem("D26", str(mask), message, "remove it, or fp_1f_layout"))
         elif not picture.mask.any():
             message = f"masks all of {picture.path}" if mask != picture.path else "is transparent all over"

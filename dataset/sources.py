@@ -147,10 +147,10 @@ def _with_fits(item: Item, key: str, control_key: str) -> Item:
             raise ConfigError(f"{control_key} {control}: {error}") from None
         if mask is not None:
             _check_mask(mask, control, size, control_key)
-            if item.layout.causal:
+            if not item.layout.encoding.takes_masks:
                 raise ConfigError(
-                    f"{control_key} {control}: has a mask, which the causal layout does not take; remove it or "
-                    "fp_1f_layout"
+                    f"{control_key} {control}: has a mask, which the {item.layout.encoding.name} layout does not take; "
+                    "remove it or fp_1f_layout"
                 )
     return replace(item, control_fits=tuple(fits))
 

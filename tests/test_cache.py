@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from dataset import cache
 from dataset.cache import LatentCache, LatentSettings, TextSettings
 from utils.errors import ConfigError
-from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
+from wan.nets.conditioning import Conditioning
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = LatentSettings(
@@ -27,9 +28,10 @@ def item(layout=LAYOUT, controls=(1, 2), target=3, dtype=torch.bfloat16):
     """A cache whose frames are told by seeds: the controls as given, the target; the blank frame is 0."""
     controls = [frame(seed, dtype) for seed in controls]
     return LatentCache(
-        latents=stack_frames(layout, controls, frame(target, dtype)),
-        condition=stack_condition(layout, controls, frame(0, dtype)),
-        clip=torch.randn(len(controls), 257, 10).half(),
+        latents=layout.clip.stack([*controls, frame(target, dtype)]),
+        conditioning=Conditioning(
+            stack_condition(layout.clip, controls, frame(0, dtype)), torch.randn(len(controls), 257, 10).half()
+        ),
         layout=layout,
     )
 
@@ -40,9 +42,9 @@ def musubi_file(path, layout=LAYOUT, clip=(2, 257, 10)):
     size = f"{made.latents.shape[1]}x8x8_bfloat16"
     tensors = {
         f"latents_{size}": made.latents,
-        f"latents_image_{size}": made.condition,
+        f"latents_image_{size}": made.conditioning.channels,
         "clip_bfloat16": torch.randn(clip).half(),
-        "f_indices_int32": torch.tensor(layout.frame_indices, dtype=torch.int32),
+        "f_indices_int32": torch.tensor(layout.clip.time_indices, dtype=torch.int32),
     }
     save_file(tensors, path, {"architecture": "wan", "width": "64", "height": "64", "format_version": "1.0.1"})
     return tensors
@@ -101,10 +103,14 @@ def test_what_is_written_is_read_back_with_the_order_of_the_controls(tmp_path, l
     cache.write_latent_cache(path, written, SETTINGS)
     read = cache.read_latent_cache(path)
     assert read.layout == layout
-    for name in ("latents", "condition", "clip"):
-        assert torch.equal(getattr(read, name), getattr(written, name))
+    assert torch.equal(read.latents, written.latents)
+    assert torch.equal(read.conditioning.channels, written.conditioning.channels)
+    assert torch.equal(read.conditioning.clip, written.conditioning.clip)
+    assert read.conditioning.given.tolist() == [
+        torch.full((8, 8), float(time != layout.target_index)).tolist() for time in layout.clip.time_indices
+    ]
     header = cache.read_header(path)
-    assert (header.frames, header.bucket, header.layout) == (len(layout.frame_indices), (64, 64), layout)
+    assert (header.frames, header.bucket, header.layout) == (len(layout.clip.time_indices), (64, 64), layout)
     assert header.clip == (len(layout.control_indices), 10)
 
 
@@ -114,7 +120,7 @@ def test_swapped_control_images_with_swapped_indices_give_the_same_tensors(tmp_p
     cache.write_latent_cache(paths[1], item(OneFrameLayout((2, 0), 1), controls=(2, 1)))
     first, second = map(cache.read_latent_cache, paths)
     assert torch.equal(first.latents, second.latents)
-    assert torch.equal(first.condition, second.condition)
+    assert torch.equal(first.conditioning.channels, second.conditioning.channels)
 
 
 def test_a_file_of_musubi_tuner_is_read_with_the_target_where_the_mask_is_zero(tmp_path):
@@ -123,15 +129,15 @@ def test_a_file_of_musubi_tuner_is_read_with_the_target_where_the_mask_is_zero(t
     read = cache.read_latent_cache(path)
     assert read.layout == OneFrameLayout((0, 10), 5)
     assert torch.equal(read.latents, tensors["latents_3x8x8_bfloat16"])
-    assert torch.equal(read.condition, tensors["latents_image_3x8x8_bfloat16"])
-    assert torch.equal(read.clip, tensors["clip_bfloat16"])
+    assert torch.equal(read.conditioning.channels, tensors["latents_image_3x8x8_bfloat16"])
+    assert torch.equal(read.conditioning.clip, tensors["clip_bfloat16"])
 
 
 def test_clip_features_without_an_image_axis_are_those_of_one_image(tmp_path):
     path = cache.latent_cache_path(tmp_path, "image", (64, 64))
     musubi_file(path, clip=(257, 10))
     assert cache.read_header(path).clip == (1, 10)
-    assert cache.read_latent_cache(path).clip.shape == (1, 257, 10)
+    assert cache.read_latent_cache(path).conditioning.clip.shape == (1, 257, 10)
 
 
 def test_nans_become_zero_with_a_warning(tmp_path, caplog):

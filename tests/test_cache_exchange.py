@@ -12,8 +12,9 @@ from dataset import cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from utils.dtypes import dtype_name
-from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
+from wan.nets.conditioning import Conditioning
 
 LAYOUT = OneFrameLayout((0, 2), 1)
 SETTINGS = cache.LatentSettings(
@@ -41,9 +42,11 @@ def write_ours(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     for number, stem in enumerate(("a", "b_1")):
         controls = [frame(10 * number + 1).to(dtype), frame(10 * number + 2).to(dtype)]
         made = cache.LatentCache(
-            latents=stack_frames(LAYOUT, controls, frame(10 * number + 3).to(dtype)),
-            condition=stack_condition(LAYOUT, controls, torch.zeros(16, 1, 8, 8, dtype=dtype)),
-            clip=torch.randint(-8, 9, (2, 257, 10), generator=torch.Generator().manual_seed(number)).half(),
+            latents=LAYOUT.clip.stack([*controls, frame(10 * number + 3).to(dtype)]),
+            conditioning=Conditioning(
+                stack_condition(LAYOUT.clip, controls, torch.zeros(16, 1, 8, 8, dtype=dtype)),
+                torch.randint(-8, 9, (2, 257, 10), generator=torch.Generator().manual_seed(number)).half(),
+            ),
             layout=LAYOUT,
         )
         cache.write_latent_cache(cache.latent_cache_path(folder, stem, (80, 70)), made, SETTINGS)
@@ -87,8 +90,10 @@ def test_caches_of_musubi_tuner_give_the_batch_that_ours_give(dtype, metadata):
     write_ours(Path("ours"))
     as_theirs(Path("ours"), Path("theirs"), dtype, metadata)
     ours, theirs = batch_of("ours.toml"), batch_of("theirs.toml")
-    for name in ("latents", "condition", "clip", "frame_indices"):
+    for name in ("latents", "frame_indices"):
         assert torch.equal(getattr(ours, name).float(), getattr(theirs, name).float()), name
+    for name, one, other in zip(Conditioning._fields, ours.conditioning, theirs.conditioning, strict=True):
+        assert torch.equal(one.float(), other.float()), name
     for one, other in zip(ours.text, theirs.text, strict=True):
         assert torch.equal(one.float(), other.float())
 

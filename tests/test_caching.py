@@ -154,10 +154,12 @@ def test_cached_tensors_are_bit_for_bit_what_generation_makes_of_the_files(data,
         latents = [
             encode_images(vae, to_pixels(resize_to_fill(np.asarray(image), size))[None])[0] for image in controls
         ]
-        assert torch.equal(item.condition, stack_condition(item.layout, latents, encode_blank(vae, *size)))
+        assert torch.equal(
+            item.conditioning.channels, stack_condition(item.layout.clip, latents, encode_blank(vae, *size))
+        )
         assert torch.equal(item.latents[:, :1], latents[1]) and torch.equal(item.latents[:, 2:], latents[0])
         assert torch.equal(item.latents[:, 1:2], encode_images(vae, frame_pixels(target, size)[None])[0])
-        assert torch.equal(item.clip, encode_clip(clip, [to_pixels(image) for image in controls]))
+        assert torch.equal(item.conditioning.clip, encode_clip(clip, [to_pixels(image) for image in controls]))
 
 
 def test_cached_texts_are_what_generation_makes_of_the_captions(data, either):
@@ -217,7 +219,7 @@ def test_one_control_image_needs_no_indices(data, made):
         path.unlink()
     cache_latents(data, made, indices="")
     item = cache.read_latent_cache(data / "cache" / LATENT_NAMES[0])
-    assert item.layout == OneFrameLayout((0,), 1) and item.clip.shape == (1, 257, WIDTH)
+    assert item.layout == OneFrameLayout((0,), 1) and item.conditioning.clip.shape == (1, 257, WIDTH)
 
 
 def test_three_control_images_are_cached_too(data, made):

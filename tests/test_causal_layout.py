@@ -30,16 +30,17 @@ from utils.errors import ConfigError
 from utils.images import from_pixels, open_image
 from utils.randomness import seeded
 from wan.files.load import load_vae
-from wan.frames.condition import causal_condition_video, causal_video, pick_target, random_target, relayout
-from wan.frames.encode import encode_causal_condition, encode_images, encode_video, frame_pixels
+from wan.frames.condition import causal_condition_video, causal_video
+from wan.frames.encode import encode_images, encode_video, frame_pixels
+from wan.frames.encoding import CAUSAL, INDEPENDENT, Pictures
 from wan.frames.layout import OneFrameLayout, layout_from_toml, parse
 from wan.lora.trained_for import layout_from_metadata
 from wan.nets.vae import WanVAE
 
 pytestmark = pytest.mark.usefixtures("workspace")
-I2V_LAYOUT = OneFrameLayout((0,), 1, causal=True)
-FLF2V_LAYOUT = OneFrameLayout((0, 2), 1, causal=True)
-CAUSAL = 'fp_1f_layout = "causal"'
+I2V_LAYOUT = OneFrameLayout((0,), 1, CAUSAL)
+FLF2V_LAYOUT = OneFrameLayout((0, 2), 1, CAUSAL)
+KEY = 'fp_1f_layout = "causal"'
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_it_prints_and_parses_and_is_the_default_only_when_asked():
     assert parse("control_index=0,target_index=1") == OneFrameLayout((0,), 1) != I2V_LAYOUT
     assert parse("control_index=0,target_index=1", "causal") == I2V_LAYOUT
     assert parse("control_index=0,target_index=1,layout=independent", "causal") == OneFrameLayout((0,), 1)
-    assert layout_from_toml([0], 1, 1, causal=True) == I2V_LAYOUT
+    assert layout_from_toml([0], 1, 1, CAUSAL) == I2V_LAYOUT
 
 
 @pytest.mark.parametrize(
@@ -82,13 +83,15 @@ def test_the_condition_is_what_the_base_models_were_trained_with(vae):
         video[0, :, 0], video[0, :, -1] = first, last
         latents = vae.encode(given_frames(video, with_last))
         expected = torch.cat([video_mask(latents, with_last), latents], dim=1)[0]
-        assert torch.equal(encode_causal_condition(vae, layout, controls), expected)
+        made = Pictures(layout.clip, controls, [None] * len(controls), (24, 16))
+        found = CAUSAL.condition(vae, made, {})
+        assert torch.equal(found.channels, expected) and torch.equal(found.given, expected[:4].amax(dim=0))
 
 
 def test_controls_are_the_last_of_their_four_video_frames_in_time_order():
     controls = pictures(3)
-    layout = OneFrameLayout((7, 0, 2), 5, causal=True)  # in time: second, third, target, first
-    video = causal_condition_video(layout, controls)
+    layout = OneFrameLayout((7, 0, 2), 5, CAUSAL)  # in time: second, third, target, first
+    video = causal_condition_video(layout.clip, controls)
     assert {i: int(video[:, i].any()) for i in range(13)} == {i: int(i in (0, 4, 12)) for i in range(13)}
     for place, control in zip((12, 0, 4), controls, strict=True):
         assert torch.equal(video[:, place], control)
@@ -96,16 +99,16 @@ def test_controls_are_the_last_of_their_four_video_frames_in_time_order():
 
 def test_the_latents_are_those_of_a_video_of_still_images(vae):
     first, last, target = pictures(3)
-    video = causal_video(FLF2V_LAYOUT, [first, last], target)
+    video = causal_video(FLF2V_LAYOUT.clip, [first, last, target])
     assert torch.equal(video, torch.stack([first, *[target] * 4, *[last] * 4], dim=1))
     assert_close(encode_video(vae, video)[:, :1], encode_images(vae, first[None])[0])  # it knows nothing of the rest
 
 
 def test_the_target_is_decoded_after_the_frames_before_it():
     frames = torch.randn(16, 3, 2, 2)
-    assert torch.equal(pick_target(FLF2V_LAYOUT, frames), frames[:, :2])
-    assert torch.equal(pick_target(OneFrameLayout((0, 1), 2, causal=True), frames), frames)
-    assert torch.equal(pick_target(OneFrameLayout((0, 2), 1), frames), frames[:, 1:2])
+    assert torch.equal(CAUSAL.target(FLF2V_LAYOUT.clip, frames), frames[:, :2])
+    assert torch.equal(CAUSAL.target(OneFrameLayout((0, 1), 2, CAUSAL).clip, frames), frames)
+    assert torch.equal(INDEPENDENT.target(OneFrameLayout((0, 2), 1).clip, frames), frames[:, 1:2])
 
 
 def test_the_picture_is_the_last_one_of_the_decoded_video():
@@ -122,20 +125,20 @@ def test_a_lora_of_natural_indices_keeps_the_layout():
 
 def test_frames_of_a_video_are_never_put_into_another_order():
     frames = torch.randn(20, 3, 2, 2)
-    assert torch.equal(relayout(frames, FLF2V_LAYOUT, OneFrameLayout((3, 9), 5, causal=True)), frames)
-    for other in (OneFrameLayout((2, 0), 1, causal=True), OneFrameLayout((0, 1), 2, causal=True)):
+    assert torch.equal(frames[:, OneFrameLayout((3, 9), 5, CAUSAL).slots_of(FLF2V_LAYOUT)], frames)
+    for other in (OneFrameLayout((2, 0), 1, CAUSAL), OneFrameLayout((0, 1), 2, CAUSAL)):
         with pytest.raises(ConfigError, match="do not serve"):
-            relayout(frames, FLF2V_LAYOUT, other)
+            other.slots_of(FLF2V_LAYOUT)
     with pytest.raises(ConfigError, match="do not serve"):
-        relayout(frames, OneFrameLayout((0, 2), 1), FLF2V_LAYOUT)
+        FLF2V_LAYOUT.slots_of(OneFrameLayout((0, 2), 1))
 
 
 def test_a_random_target_stays_between_the_same_controls():
-    layout = OneFrameLayout((0, 5), 2, causal=True)
-    drawn = {random_target(layout, range(0, 10), seeded(number)) for number in range(40)}
-    assert drawn == {OneFrameLayout((0, 5), index, causal=True) for index in (1, 2, 3, 4)}
+    layout = OneFrameLayout((0, 5), 2, CAUSAL)
+    drawn = {layout.with_random_target(range(0, 10), seeded(number)) for number in range(40)}
+    assert drawn == {OneFrameLayout((0, 5), index, CAUSAL) for index in (1, 2, 3, 4)}
     with pytest.raises(ConfigError, match="give a wider range"):
-        random_target(layout, range(6, 9), seeded(0))
+        layout.with_random_target(range(6, 9), seeded(0))
 
 
 # --- through the scripts
@@ -144,7 +147,7 @@ def test_a_random_target_stays_between_the_same_controls():
 @pytest.fixture
 def configs():
     """Dataset files with caches of both kinds, by name; made once."""
-    indices = "fp_1f_clean_indices = [0{}]\nfp_1f_target_index = 1\n" + CAUSAL
+    indices = "fp_1f_clean_indices = [0{}]\nfp_1f_target_index = 1\n" + KEY
     made = {
         "still": dataset_toml("still", keys=indices.format("")),
         "moving": dataset_toml("moving", "middle", "ends", indices.format(", 2")),
@@ -166,12 +169,15 @@ def test_training_and_generation_see_the_same_condition(configs, name, line, tas
     training_set = TrainingSet(read_config(configs[name]), seed=0)
     batches = [load_batch(plan) for plan in training_set.epoch_batches(1)]
     condition = next(
-        batch.condition[row] for batch in batches for row, key in enumerate(batch.item_keys) if "/cat_" in key
+        batch.conditioning.channels[row]
+        for batch in batches
+        for row, key in enumerate(batch.item_keys)
+        if "/cat_" in key
     )
     once = encoded(with_layout(line), task)
-    assert torch.equal(condition, once.condition)
-    assert training_set.layouts == [once.request.layout] and once.request.layout.causal
-    assert not torch.equal(once.condition, encoded(line, task).condition)
+    assert torch.equal(condition, once.conditioning.channels)
+    assert training_set.layouts == [once.request.layout] and once.request.layout.encoding == CAUSAL
+    assert not torch.equal(once.conditioning.channels, encoded(line, task).conditioning.channels)
 
 
 def test_the_cached_latents_are_those_of_the_video(configs):
@@ -192,8 +198,11 @@ def test_the_flag_stands_in_for_the_dataset_key_and_the_key_wins(configs):
         cache_latents(config, "--one_frame_layout", "causal")
     for path in list_latent_caches(Path("cache/flag")):
         flag, key = read_latent_cache(path), read_latent_cache(Path("cache/still") / path.name)
-        assert torch.equal(flag.condition, key.condition) and flag.layout == key.layout == I2V_LAYOUT
-        assert not read_latent_cache(Path("cache/own") / path.name).layout.causal
+        assert (
+            torch.equal(flag.conditioning.channels, key.conditioning.channels)
+            and flag.layout == key.layout == I2V_LAYOUT
+        )
+        assert read_latent_cache(Path("cache/own") / path.name).layout.encoding != CAUSAL
 
 
 def test_training_records_the_layout_and_auto_reads_it_back(configs):
@@ -250,10 +259,10 @@ def test_caches_of_the_other_layout_are_refused_in_one_line(configs, config, fla
 
 def test_indices_may_change_as_long_as_the_order_stays(configs):
     for indices, fits in (("[3, 9]", True), ("[2, 0]", False)):
-        keys = f"fp_1f_clean_indices = {indices}\nfp_1f_target_index = {5 if fits else 1}\n{CAUSAL}"
+        keys = f"fp_1f_clean_indices = {indices}\nfp_1f_target_index = {5 if fits else 1}\n{KEY}"
         path = dataset_toml("order", "middle", "ends", keys, cache="cache/moving")
         if fits:
-            assert TrainingSet(read_config(path), seed=0).layouts == [OneFrameLayout((3, 9), 5, causal=True)]
+            assert TrainingSet(read_config(path), seed=0).layouts == [OneFrameLayout((3, 9), 5, CAUSAL)]
         else:
             with pytest.raises(ConfigError, match="latents made for control_index=0;2"):
                 TrainingSet(read_config(path), seed=0)
@@ -265,9 +274,9 @@ def test_skip_existing_encodes_again_when_the_layout_or_its_order_changes(tmp_pa
 
     def settings(layout: OneFrameLayout) -> LatentSettings:
         facts = {"bucket": (48, 48), "target": "t", "controls": ("a", "b"), "vae": "v", "clip": "c"}
-        return LatentSettings(**facts, vae_dtype="x", clip_dtype="x", causal_order=layout.causal_order)
+        return LatentSettings(**facts, vae_dtype="x", clip_dtype="x", causal_order=layout.cache_key)
 
     write_latent_cache(path, made, settings(made.layout))
-    assert latent_stale_reason(path, settings(OneFrameLayout((0, 9), 3, causal=True))) is None
-    for other in (OneFrameLayout((0, 2), 1), OneFrameLayout((2, 0), 1, causal=True)):
+    assert latent_stale_reason(path, settings(OneFrameLayout((0, 9), 3, CAUSAL))) is None
+    for other in (OneFrameLayout((0, 2), 1), OneFrameLayout((2, 0), 1, CAUSAL)):
         assert latent_stale_reason(path, settings(other)) == "other one-frame layout"

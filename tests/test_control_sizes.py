@@ -77,7 +77,7 @@ def test_the_cache_and_generation_give_the_same_condition_and_sizes(name):
     once = encoded(line(name), "i2v-14B")
     width, height = SIZES[name]
     assert batch.frame_sizes == once.request.frame_sizes == ((height // 8, width // 8), (6, 6))
-    assert torch.equal(batch.condition[row], once.condition)
+    assert torch.equal(batch.conditioning.channels[row], once.conditioning.channels)
     assert batch.target_size == (6, 6) and batch.latents.shape[3:] == (max(height // 8, 6), max(width // 8, 6))
 
 
@@ -87,7 +87,7 @@ def test_items_of_a_batch_have_equal_sizes_and_a_header_tells_them(name):
         headers = [read_header(item.latents) for item in plan.items]
         assert len({header.sizes for header in headers}) == 1 and {header.bucket for header in headers} == {(48, 48)}
         batch = load_batch(plan)
-        assert batch.frame_sizes == plan.items[0].layout.frame_sizes(headers[0].sizes)
+        assert batch.frame_sizes == plan.items[0].layout.clip.frame_sizes(headers[0].sizes)
         assert batch.target_masks.sum() == len(plan.items) * 36
     assert {bucket.tokens for bucket in training_set.buckets} >= {9 + SIZES[name][0] * SIZES[name][1] // 256}
 
@@ -108,7 +108,9 @@ def test_sizes_that_turn_out_equal_are_as_good_as_none():
         assert "one_frame_sizes" not in file.metadata()
     (plain,) = (path for path in list_latent_caches(Path("cache/pairs")) if path.name.startswith("brick"))
     one, other = read_latent_cache(path), read_latent_cache(plain)
-    assert torch.equal(one.condition, other.condition) and torch.equal(one.latents, other.latents)
+    assert torch.equal(one.conditioning.channels, other.conditioning.channels) and torch.equal(
+        one.latents, other.latents
+    )
 
 
 def test_a_run_trains_samples_and_tells_sizes_that_generation_takes_up(name):
@@ -185,7 +187,8 @@ def test_masks_follow_the_size_of_their_image(name):
     half.save("mask.png")
     once = encoded(f"{line(name)} --cim mask.png", "i2v-14B")
     rows, columns = once.request.frame_sizes[0]
-    given = once.condition[0, 0]
+    given = once.conditioning.channels[0, 0]
+    assert torch.equal(once.conditioning.given[0], given)
     assert given[: rows // 2 - 1, :columns].all() and not given[rows // 2 + 1 :].any() and not given[:, columns:].any()
 
 
@@ -327,4 +330,4 @@ def test_several_controls_keep_their_sizes_at_any_index_without_new_caches(indic
     once = encoded(f"a --ci data/start/cat.png --ci data/start/brick.png --of {text} --w 48 --h 48 --d 1", task)
     by_time = dict(zip(indices, [(8, 10), (10, 8), (6, 6)], strict=True))
     assert batch.frame_sizes == once.request.frame_sizes == tuple(by_time[time] for time in sorted(indices))
-    assert torch.equal(batch.condition[0], once.condition) and batch.target_size == (6, 6)
+    assert torch.equal(batch.conditioning.channels[0], once.conditioning.channels) and batch.target_size == (6, 6)

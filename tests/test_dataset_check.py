@@ -27,6 +27,7 @@ from dataset.sources import find_all_items
 from utils import images
 from utils.errors import ConfigError
 from utils.images import Resize, resize_to_fill
+from wan.nets.conditioning import Conditioning
 
 SIZE = (128, 96)
 NAMES = ("ant", "bee", "cow", "dog")
@@ -91,8 +92,8 @@ def write_caches() -> None:
     config = read_config("data.toml")
     models = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "x")
     for item in find_all_items(config, need_controls=True):
-        latents, condition = torch.zeros(16, 2, 12, 16), torch.zeros(20, 2, 12, 16)
-        cache = LatentCache(latents, condition, torch.zeros(1, 257, 8), item.layout)
+        latents, channels = torch.zeros(16, 2, 12, 16), torch.zeros(20, 2, 12, 16)
+        cache = LatentCache(latents, Conditioning(channels, torch.zeros(1, 257, 8)), item.layout)
         write_latent_cache(latent_cache_path(Path("cache"), item.stem, item.size), cache, latent_settings(item, models))
         write_text_cache(text_cache_path(Path("cache"), item.stem), torch.zeros(3, 8), item.caption)
 
@@ -355,7 +356,9 @@ def test_equal_pictures_with_another_caption_are_no_twins(folder):
 def test_a_cache_without_settings_is_out_of_date_when_an_image_is_newer(folder):
     (item, *_) = find_all_items(read_config("data.toml"), need_controls=True)
     path = latent_cache_path(Path("cache"), item.stem, item.size)
-    write_latent_cache(path, LatentCache(torch.zeros(16, 2, 12, 16), torch.zeros(20, 2, 12, 16), None, item.layout))
+    write_latent_cache(
+        path, LatentCache(torch.zeros(16, 2, 12, 16), Conditioning(torch.zeros(20, 2, 12, 16)), item.layout)
+    )
     assert codes() == set()
     later = path.stat().st_mtime + 10
     os.utime(item.target, (later, later))

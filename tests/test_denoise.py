@@ -8,6 +8,7 @@ import torch
 
 from tests.dit_cases import CPU, SPEC, denoised, random_dit
 from tests.helpers import rel_l2
+from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout
 from wan.generation import sampling
 from wan.generation.guidance import GuidanceConfig
@@ -51,7 +52,8 @@ def encoded(guidance: float = SCALE) -> Encoded:
         return torch.randn(shape, generator=generator)
 
     negative = None if guidance == 1 else draw(5, SPEC.text_dim)
-    return Encoded(request, draw(7, SPEC.text_dim), negative, draw(257, SPEC.image_dim), draw(20, 2, 4, 6))
+    text, features, channels = draw(7, SPEC.text_dim), draw(1, 257, SPEC.image_dim), draw(20, 2, 4, 6)
+    return Encoded(request, text, negative, Conditioning(channels, features, INDEPENDENT.given(channels)))
 
 
 class Recorder:
@@ -73,7 +75,7 @@ def written_out(item: Encoded, guidance: GuidanceConfig) -> torch.Tensor:
 
     def velocity(x, timestep, step):
         def run(text, skipped=frozenset()):
-            conditioning = Conditioning(item.condition[None], item.image[None])
+            conditioning = Conditioning(item.conditioning.channels[None], item.conditioning.clip[None])
             inputs = x[None], conditioning, timestep[None], pad_text([text])
             return dit(*inputs, torch.tensor([[0, 1]]), skipped)[0]
 
@@ -118,8 +120,10 @@ def test_both_passes_of_a_step_are_one_batch_unless_they_are_to_be_separate(case
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(solver):
     item = encoded(guidance=1.0)
-    item.condition[:4], item.condition[:4, 0] = 0, 1
-    item.condition[:4, 0, :2] = 0.5  # a mask: only partly given
+    channels = item.conditioning.channels
+    channels[:4], channels[:4, 0] = 0, 1
+    channels[:4, 0, :2] = 0.5  # a mask: only partly given
+    item = replace(item, conditioning=item.conditioning._replace(given=INDEPENDENT.given(channels)))
     seen, dit = [], random_dit()
 
     def note(latents, *rest, **cache):
@@ -129,7 +133,7 @@ def test_pinned_control_frames_are_their_own_images_with_the_noise_of_each_step(
     free = denoised(dit, replace(item, request=replace(item.request, solver=solver)))
     pinned = denoised(note, replace(item, request=replace(item.request, solver=solver, pin_controls=True)))
     noise = initial_noise((16, 2, 4, 6), item.request.seed, CPU, False)
-    control = item.condition[4:, 0]
+    control = channels[4:, 0]
     for latents, sigma in zip(seen, sampling.schedule(solver, STEPS, item.request.shift).sigmas, strict=False):
         exact = (1 - sigma) * control + sigma * noise[:, 0]
         assert rel_l2(latents[:, 0, 2:], exact[:, 2:]) < 1e-3  # UniPC starts at 0.9997, with noise alone

@@ -43,9 +43,9 @@ pytestmark = pytest.mark.usefixtures("workspace")
 def test_the_conditioning_from_the_cache_equals_the_one_from_files(name, line, task):
     batch, row = cached_cat(f"{name}.toml")
     once = encoded(line, task)
-    assert torch.equal(batch.condition[row], once.condition)
-    assert torch.equal(clip_for(batch, TASKS[task].clip_images)[row], once.image)
-    assert tuple(batch.frame_indices[row].tolist()) == once.request.layout.frame_indices
+    assert torch.equal(batch.conditioning.channels[row], once.conditioning.channels)
+    assert torch.equal(clip_for(batch, TASKS[task].clip_images)[row], once.conditioning.clip)
+    assert tuple(batch.frame_indices[row].tolist()) == once.request.layout.clip.time_indices
 
 
 def test_changing_the_indices_alone_needs_no_new_caches_and_gives_what_generation_sees():
@@ -53,8 +53,11 @@ def test_changing_the_indices_alone_needs_no_new_caches_and_gives_what_generatio
     config = dataset_toml("far", keys="fp_1f_clean_indices = [4]\nfp_1f_target_index = 0", cache="cache/pairs")
     batch, row = cached_cat(config)
     once = encoded(I2V.replace("control_index=0,target_index=1", "control_index=4,target_index=0"), "i2v-14B")
-    assert torch.equal(batch.condition[row], once.condition)
-    assert batch.frame_indices[row].tolist() == [0, 4] and batch.condition[row, 0, :, 0, 0].tolist() == [0, 1]
+    assert torch.equal(batch.conditioning.channels[row], once.conditioning.channels)
+    assert batch.frame_indices[row].tolist() == [0, 4] and batch.conditioning.channels[row, 0, :, 0, 0].tolist() == [
+        0,
+        1,
+    ]
 
 
 def test_swapped_controls_with_swapped_indices_change_no_bit_of_cache_training_and_generation():
@@ -66,7 +69,9 @@ def test_swapped_controls_with_swapped_indices_change_no_bit_of_cache_training_a
     cache(dataset_toml("swapped", "middle", "swapped", "fp_1f_clean_indices = [2, 0]\nfp_1f_target_index = 1"))
     for path in sorted(Path("cache/middle").glob("*_wan.safetensors")):
         straight, swapped = (read_latent_cache(Path("cache") / name / path.name) for name in ("middle", "swapped"))
-        assert torch.equal(straight.latents, swapped.latents) and torch.equal(straight.condition, swapped.condition)
+        assert torch.equal(straight.latents, swapped.latents) and torch.equal(
+            straight.conditioning.channels, swapped.conditioning.channels
+        )
     loras = [train("flf2v", f"{name}.toml", f"order-{name}", "--no_metadata") for name in ("middle", "swapped")]
     straight, swapped = map(load_file, loras)
     assert all(torch.equal(straight[key], swapped[key]) for key in straight)

@@ -17,7 +17,6 @@ from wan.generation.pipeline import Encoded, denoise, initial_noise
 from wan.generation.sampling import SOLVERS
 from wan.models.memory_options import MemoryConfig
 from wan.models.plan import Plan
-from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 from wan.nets.dit import WanDiT
 
@@ -78,7 +77,7 @@ def velocity_of(dit: Noting, scale: float, item: Encoded):
 
     def velocity(x, timestep, _step):
         def run(text):
-            conditioning = Conditioning(item.condition[None], item.image[None])
+            conditioning = item.conditioning.map(lambda tensor: tensor[None])
             return dit.dit(x[None], conditioning, timestep[None], pad_text([text]), torch.tensor([[0, 1]]))[0]
 
         return run(item.negative) + scale * (run(item.text) - run(item.negative))

@@ -12,7 +12,8 @@ from tests.helpers import rel_l2
 from tests.test_graphs import Rerun, flat, losses_and_gradients, training_inputs
 from utils.errors import ConfigError
 from utils.images import resize_to_fill
-from wan.frames.condition import loss_weights, pick_target, random_target, stack_condition, stack_frames
+from wan.frames.condition import loss_weights, stack_condition
+from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.sizes import AS_TARGET, ControlSizes, pad_to, padded, parse_resolution
 from wan.fused import plain as fused_plain
@@ -113,21 +114,21 @@ def test_wrong_texts_are_one_line(text, words):
 
 def test_frames_sit_in_the_corner_of_their_slots_and_the_target_is_taken_out_again():
     control, target = torch.randn(16, 1, 2, 4), torch.randn(16, 1, 4, 2)
-    frames = stack_frames(LAYOUT, [control], target)
-    assert LAYOUT.frame_sizes([(32, 16), (16, 32)]) == ((4, 2), (2, 4)) and frames.shape == (16, 2, 4, 4)
+    frames = LAYOUT.clip.stack([control, target])
+    assert LAYOUT.clip.frame_sizes([(32, 16), (16, 32)]) == ((4, 2), (2, 4)) and frames.shape == (16, 2, 4, 4)
     assert torch.equal(frames[:, 1:, :2], control) and not frames[:, 1, 2:].any() and not frames[:, 0, :, 2:].any()
-    assert torch.equal(pick_target(LAYOUT, frames, ((4, 2), (2, 4))), target)
+    assert torch.equal(INDEPENDENT.target(LAYOUT.clip, frames, ((4, 2), (2, 4))), target)
 
 
 def test_frames_of_one_size_have_no_sizes():
-    assert LAYOUT.frame_sizes([(32, 16), (32, 16)]) is None
+    assert LAYOUT.clip.frame_sizes([(32, 16), (32, 16)]) is None
     frames = [torch.randn(16, 1, 4, 6) for _ in range(2)]
     assert all(one is other for one, other in zip(padded(frames), frames, strict=True))
 
 
 def test_the_condition_gives_nothing_in_the_padding_and_masks_are_those_of_the_own_size():
     control, blank, mask = torch.randn(16, 1, 2, 4), torch.randn(16, 1, 4, 6), torch.rand(2, 4)
-    condition = stack_condition(LAYOUT, [control], blank, [mask])
+    condition = stack_condition(LAYOUT.clip, [control], blank, [mask])
     assert torch.equal(condition[:4, 1, :2, :4], mask.expand(4, 2, 4)) and not condition[:4, 0].any()
     assert torch.equal(condition[4:, 1, :2, :4], control[:, 0] * mask) and torch.equal(condition[4:, 0], blank[:, 0])
     assert not condition[:, 1, 2:].any() and not condition[:, 1, :, 4:].any()
@@ -135,7 +136,7 @@ def test_the_condition_gives_nothing_in_the_padding_and_masks_are_those_of_the_o
 
 def test_targets_are_drawn_between_the_same_controls_so_that_slots_keep_their_sizes():
     layout = OneFrameLayout((0, 4), 2, control_sizes=ControlSizes((32, 16)))
-    drawn = {random_target(layout, range(0, 9), torch.Generator().manual_seed(i)).target_index for i in range(40)}
+    drawn = {layout.with_random_target(range(0, 9), torch.Generator().manual_seed(i)).target_index for i in range(40)}
     assert drawn == {1, 2, 3}
 
 
@@ -243,10 +244,10 @@ def test_gradients_of_other_sizes_are_recorded_apart():
 def test_the_loss_is_the_mean_over_the_places_of_the_frames(sizes, target_only):
     """Slot 0 is the target, as in LAYOUT."""
     target, control = (torch.randn(16, 1, *size) for size in sizes)
-    condition = stack_condition(LAYOUT, [control], torch.zeros_like(target))[None]
-    latents, noise, velocity = stack_frames(LAYOUT, [control], target)[None], *torch.randn(2, 1, 16, 2, 4, 6)
+    condition = stack_condition(LAYOUT.clip, [control], torch.zeros_like(target))[None]
+    latents, noise, velocity = LAYOUT.clip.stack([control, target])[None], *torch.randn(2, 1, 16, 2, 4, 6)
     masks = pad_to(torch.ones(sizes[0]), 4, 6)[None]
-    weights = loss_weights([LAYOUT], condition, masks, target_only)
+    weights = loss_weights([LAYOUT.clip], INDEPENDENT.given(condition), masks, target_only)
     inputs = {"conditioning": None, "text": None, "frame_indices": None, "t": torch.full((1,), 0.5)}
     loss = flow_matching_loss(
         lambda *_, **__: velocity, latents=latents, noise=noise, weights=weights, frame_sizes=sizes, **inputs

@@ -6,8 +6,9 @@ from dataset.cache import LatentCache
 from dataset.config import read_config
 from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, clip_for, load_batch, rank_slice
 from utils.errors import ConfigError
-from wan.frames.condition import stack_condition, stack_frames
+from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
+from wan.nets.conditioning import Conditioning
 
 LAYOUT = OneFrameLayout((0,), 1)
 
@@ -21,9 +22,11 @@ def cached(layout, height=2, width=4):
     """An item whose control images are called 0, 1, ..."""
     controls = [frame(f"control {i}", height, width) for i in range(len(layout.control_indices))]
     return LatentCache(
-        latents=stack_frames(layout, controls, frame("target", height, width)),
-        condition=stack_condition(layout, controls, frame("blank", height, width)),
-        clip=torch.stack([torch.full((257, 6), float(i)).half() for i in range(len(controls))]),
+        latents=layout.clip.stack([*controls, frame("target", height, width)]),
+        conditioning=Conditioning(
+            stack_condition(layout.clip, controls, frame("blank", height, width)),
+            torch.stack([torch.full((257, 6), float(i)).half() for i in range(len(controls))]),
+        ),
         layout=layout,
     )
 
@@ -105,8 +108,8 @@ def test_a_batch_holds_the_cached_tensors(tmp_path):
     (plan,) = TrainingSet(config(tmp_path, ""), seed=1).epoch_batches(1)
     batch, written = load_batch(plan), cache.read_latent_cache(path)
     assert torch.equal(batch.latents[0], written.latents.float())
-    assert torch.equal(batch.condition[0], written.condition.float())
-    assert torch.equal(batch.clip[0], written.clip.float())
+    assert torch.equal(batch.conditioning.channels[0], written.conditioning.channels.float())
+    assert torch.equal(batch.conditioning.clip[0], written.conditioning.clip.float())
     assert batch.layouts == (OneFrameLayout((7, 3), 5),)
     assert batch.frame_indices.tolist() == [[3, 5, 7]] and batch.frame_indices.dtype == torch.int64
     assert torch.equal(batch.text[0], torch.full((2, 3), 0.5))
@@ -120,7 +123,7 @@ def test_indices_of_the_toml_give_what_caching_with_them_would(tmp_path, clean, 
     training_set = TrainingSet(config(tmp_path, lines), seed=1)
     batch, wanted = load_batch(training_set.epoch_batches(1)[0]), cached(OneFrameLayout(clean, target))
     assert torch.equal(batch.latents[0], wanted.latents.float())
-    assert torch.equal(batch.condition[0], wanted.condition.float())
+    assert torch.equal(batch.conditioning.channels[0], wanted.conditioning.channels.float())
     assert batch.layouts == (wanted.layout,) == tuple(training_set.layouts)
     assert batch.frame_indices.tolist() == [sorted((*clean, target))]
 
@@ -178,7 +181,7 @@ def test_a_damaged_file_is_found_before_training(tmp_path, kind):
 
 def test_a_cache_without_clip_features_is_refused(tmp_path):
     made = cached(LAYOUT)
-    write(tmp_path / "0", "a", LatentCache(made.latents, made.condition, None, made.layout))
+    write(tmp_path / "0", "a", LatentCache(made.latents, made.conditioning._replace(clip=None), made.layout))
     with pytest.raises(ConfigError, match=r"a_0032x0016_wan\.safetensors: holds no CLIP features"):
         TrainingSet(config(tmp_path, ""), seed=1)
 
@@ -216,9 +219,8 @@ def test_processes_share_all_plans_evenly(count, processes):
 
 
 def same(first: TrainingBatch, second: TrainingBatch) -> bool:
-    tensors = [
-        (getattr(first, name), getattr(second, name)) for name in ("latents", "condition", "clip", "frame_indices")
-    ]
+    tensors = [(getattr(first, name), getattr(second, name)) for name in ("latents", "frame_indices")]
+    tensors += zip(first.conditioning, second.conditioning, strict=True)
     tensors += zip(first.text, second.text, strict=True)
     return first.item_keys == second.item_keys and all(torch.equal(a, b) for a, b in tensors)
 
@@ -269,9 +271,7 @@ def test_a_file_that_breaks_during_training_is_named_in_one_line(tmp_path, worke
 def test_the_model_gets_the_features_of_the_earliest_and_latest_control(tmp_path, layout, images, chosen):
     write(tmp_path / "0", "a", cached(layout))
     batch = load_batch(TrainingSet(config(tmp_path, ""), seed=1).epoch_batches(1)[0])
-    assert torch.equal(
-        clip_for(batch, images), torch.tensor(chosen).repeat_interleave(257)[None, :, None].expand(1, -1, 6)
-    )
+    assert torch.equal(clip_for(batch, images), torch.tensor(chosen)[None, :, None, None].expand(1, -1, 257, 6))
 
 
 def test_items_of_one_batch_may_have_different_layouts(tmp_path):
@@ -281,7 +281,7 @@ def test_items_of_one_batch_may_have_different_layouts(tmp_path):
     rows = dict(
         zip(
             batch.item_keys,
-            zip(batch.frame_indices.tolist(), clip_for(batch, 1)[:, 0, 0].tolist(), strict=True),
+            zip(batch.frame_indices.tolist(), clip_for(batch, 1)[:, 0, 0, 0].tolist(), strict=True),
             strict=True,
         )
     )
@@ -291,9 +291,9 @@ def test_items_of_one_batch_may_have_different_layouts(tmp_path):
 def test_as_many_features_as_wanted_are_taken_as_they_are_and_any_other_number_is_an_error(tmp_path):
     made = cached(LAYOUT)
     features = torch.stack([torch.full((257, 6), float(i)) for i in (5, 7)])
-    write(tmp_path / "0", "a", LatentCache(made.latents, made.condition, features, made.layout))
+    write(tmp_path / "0", "a", LatentCache(made.latents, made.conditioning._replace(clip=features), made.layout))
     batch = load_batch(TrainingSet(config(tmp_path, ""), seed=1).epoch_batches(1)[0])
-    assert clip_for(batch, 2)[0, :, 0].tolist() == [5.0] * 257 + [7.0] * 257
+    assert clip_for(batch, 2)[0, :, :, 0].tolist() == [[5.0] * 257, [7.0] * 257]
     with pytest.raises(ConfigError, match="0/a_0032x0016/0: its cache holds CLIP features of 2 images for 1 control"):
         clip_for(batch, 1)
 
@@ -358,6 +358,7 @@ def test_validation_datasets_alone_or_without_caches_are_refused(tmp_path):
 def test_features_of_held_back_items_must_fit_the_dit_too(tmp_path):
     write(tmp_path / "0", "a")
     made = cached(LAYOUT)
-    write(tmp_path / "1", "b", LatentCache(made.latents, made.condition, made.clip[..., :5], made.layout))
+    narrow = made.conditioning._replace(clip=made.conditioning.clip[..., :5])
+    write(tmp_path / "1", "b", LatentCache(made.latents, narrow, made.layout))
     with pytest.raises(ConfigError, match="its CLIP features are 5 wide, the DiT takes 6"):
         TrainingSet(config(tmp_path, "", "validation = true"), seed=1).check_widths(clip=6, text=3)

@@ -18,6 +18,7 @@ from wan.lora.files import read_lora
 from wan.lora.merge import Merger, check_lora
 from wan.lora.module import add_delta, weight_delta
 from wan.lora.network import inject_lora_, save_lora
+from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 
 
@@ -30,10 +31,9 @@ def test_a_merged_file_gives_the_recorded_output(tiny, multiplier):
     with torch.no_grad():
         out = model(
             case["x0"][None],
-            case["y0"][None],
+            Conditioning(case["y0"][None], case["clip_fea"][:1, None]),
             case["t"][:1],
             pad_text([case["context0"]]),
-            case["clip_fea"][:1],
             torch.tensor([[0, 8]]),
         )
     assert rel_l2(out[0], golden("lora_merge")[f"out0_f_0_8_lora_{multiplier}"]) < 1e-5

@@ -78,9 +78,9 @@ def test_training_and_generation_see_the_same(config, stem, task):
         for row, key in enumerate(batch.item_keys):
             if f"/{stem}_" in key:
                 once = encoded(line(stem), task)
-                assert torch.equal(batch.condition[row], once.condition)
-                assert torch.equal(clip_for(batch, TASKS[task].clip_images)[row], once.image)
-                assert tuple(batch.frame_indices[row].tolist()) == once.request.layout.frame_indices
+                assert torch.equal(batch.conditioning.channels[row], once.conditioning.channels)
+                assert torch.equal(clip_for(batch, TASKS[task].clip_images)[row], once.conditioning.clip)
+                assert tuple(batch.frame_indices[row].tolist()) == once.request.layout.clip.time_indices
 
 
 @pytest.mark.parametrize("model", ["i2v", "flf2v"])

@@ -21,6 +21,7 @@ from utils.errors import ConfigError
 from utils.images import open_image, open_masked
 from wan.frames.condition import loss_weights, stack_condition
 from wan.frames.encode import latent_mask
+from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout
 from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
@@ -93,27 +94,33 @@ def test_mask_and_latents_of_a_control_are_multiplied_and_nothing_else_changes()
     layout = OneFrameLayout((2, 0), 1)
     controls, blank = list(torch.randn(2, 16, 1, 2, 3)), torch.randn(16, 1, 2, 3)
     mask = torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 0.0]])
-    plain = stack_condition(layout, controls, blank)
-    masked = stack_condition(layout, controls, blank, [mask, None])
+    plain = stack_condition(layout.clip, controls, blank)
+    masked = stack_condition(layout.clip, controls, blank, [mask, None])
     assert torch.equal(masked[:, :2], plain[:, :2])  # the second control and the target
     assert torch.equal(masked[:4, 2], mask.expand(4, 2, 3))
     assert torch.equal(masked[4:, 2], controls[0][:, 0] * mask)
-    assert torch.equal(stack_condition(layout, controls, blank, [None, None]), plain)
+    assert torch.equal(stack_condition(layout.clip, controls, blank, [None, None]), plain)
 
 
 def test_the_loss_counts_targets_and_controls_where_their_masks_are():
     layouts = (OneFrameLayout((0,), 1), OneFrameLayout((2,), 1))
     mask = torch.tensor([[1.0, 0.0]])
     frames, blank = torch.ones(16, 1, 1, 2), torch.ones(16, 1, 1, 2)
-    plain = torch.stack([stack_condition(layout, [frames], blank) for layout in layouts])
-    masked = torch.stack([stack_condition(layout, [frames], blank, [1 - mask]) for layout in layouts])
-    targets = torch.stack([mask, torch.ones(1, 2)])
-    assert loss_weights(layouts, plain, None, False) is None
-    assert loss_weights(layouts, plain, None, True).tolist() == [[0, 1], [1, 0]]
-    assert loss_weights(layouts, masked, None, False).tolist() == [[[[0, 1]], [[1, 1]]], [[[1, 1]], [[0, 1]]]]
-    weights = loss_weights(layouts, masked, targets, False)
+    plain = torch.stack([stack_condition(layout.clip, [frames], blank) for layout in layouts])
+    masked = torch.stack([stack_condition(layout.clip, [frames], blank, [1 - mask]) for layout in layouts])
+    targets, clips = torch.stack([mask, torch.ones(1, 2)]), [layout.clip for layout in layouts]
+    assert loss_weights(clips, INDEPENDENT.given(plain), None, False) is None
+    assert loss_weights(clips, INDEPENDENT.given(plain), None, True).tolist() == [[0, 1], [1, 0]]
+    assert loss_weights(clips, INDEPENDENT.given(masked), None, False).tolist() == [
+        [[[0, 1]], [[1, 1]]],
+        [[[1, 1]], [[0, 1]]],
+    ]
+    weights = loss_weights(clips, INDEPENDENT.given(masked), targets, False)
     assert weights.tolist() == [[[[0, 1]], [[1, 0]]], [[[1, 1]], [[0, 1]]]]
-    assert loss_weights(layouts, masked, targets, True).tolist() == [[[[0, 0]], [[1, 0]]], [[[1, 1]], [[0, 0]]]]
+    assert loss_weights(clips, INDEPENDENT.given(masked), targets, True).tolist() == [
+        [[[0, 0]], [[1, 0]]],
+        [[[1, 1]], [[0, 0]]],
+    ]
 
 
 def test_the_loss_is_the_mean_over_what_counts():
@@ -164,10 +171,10 @@ def test_masks_reach_the_cache_and_items_without_one_keep_every_bit(masked):
     control, target = latent_mask(half((320, 213)), (48, 48)), latent_mask(half((320, 213), 0, 255), (48, 48))
     assert control.unique().tolist() == [0, 1]  # an edge between latents, so that the answer is exact
     assert torch.equal(item.target_mask, target) and torch.equal(item.latents, plain.latents)
-    assert torch.equal(item.condition[:, 0], plain.condition[:, 0] * control)
-    assert torch.equal(item.condition[:, 1], plain.condition[:, 1])
+    assert torch.equal(item.conditioning.channels[:, 0], plain.conditioning.channels[:, 0] * control)
+    assert torch.equal(item.conditioning.channels[:, 1], plain.conditioning.channels[:, 1])
     brick, bare = cached("pairs", "brick"), cached("masked", "brick")
-    assert torch.equal(brick.condition, bare.condition) and bare.target_mask is None
+    assert torch.equal(brick.conditioning.channels, bare.conditioning.channels) and bare.target_mask is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
@@ -177,7 +184,7 @@ def test_generation_makes_the_condition_that_is_cached(masked, monkeypatch, dtyp
         cache_latents(dataset_toml("masked_bf16", "target", "faces", EDIT), "--vae_dtype", "bf16")
     line = I2V.replace("--ci data/start/cat.png", "--ci data/faces/cat.png --cim data/faces/cat_mask.png")
     item = cached("masked" if dtype == "float32" else "masked_bf16", "cat")
-    assert torch.equal(encoded(line, "i2v-14B").condition, item.condition.float())
+    assert torch.equal(encoded(line, "i2v-14B").conditioning.channels, item.conditioning.channels.float())
 
 
 def test_an_alpha_channel_does_what_the_same_mask_file_does():
@@ -187,13 +194,14 @@ def test_an_alpha_channel_does_what_the_same_mask_file_does():
         half(image.size).save(f"data/alpha/{name}_white_left.png")
         image.putalpha(half(image.size))
         image.save(f"data/alpha/{name}.png")
-    by_alpha = encoded(I2V.replace("data/start", "data/alpha"), "i2v-14B").condition
-    by_file = encoded(I2V + " --cim data/alpha/cat_white_left.png", "i2v-14B").condition
-    assert torch.equal(by_alpha, by_file) and not torch.equal(by_file, encoded(I2V, "i2v-14B").condition)
+    by_alpha = encoded(I2V.replace("data/start", "data/alpha"), "i2v-14B").conditioning.channels
+    by_file = encoded(I2V + " --cim data/alpha/cat_white_left.png", "i2v-14B").conditioning.channels
+    assert torch.equal(by_alpha, by_file) and not torch.equal(by_file, encoded(I2V, "i2v-14B").conditioning.channels)
     opaque = half((320, 213), 255, 255)
     opaque.save("data/alpha/white.png")
     assert torch.equal(
-        encoded(I2V + " --cim data/alpha/white.png", "i2v-14B").condition, encoded(I2V, "i2v-14B").condition
+        encoded(I2V + " --cim data/alpha/white.png", "i2v-14B").conditioning.channels,
+        encoded(I2V, "i2v-14B").conditioning.channels,
     )
 
 
@@ -201,11 +209,11 @@ def test_each_control_has_its_own_mask_and_goes_to_its_own_index():
     for side, levels in (("left", (255, 0)), ("right", (0, 255))):
         half((320, 213), *levels).save(f"data/{side}.png")
     line = f"{FLF2V} --cim data/left.png --cim data/right.png"
-    both, plain = encoded(line, "flf2v-14B").condition, encoded(FLF2V, "flf2v-14B").condition
+    both, plain = encoded(line, "flf2v-14B").conditioning.channels, encoded(FLF2V, "flf2v-14B").conditioning.channels
     left, right = both[0, 0], both[0, 2]
     assert torch.equal(left, latent_mask(half((320, 213)), (48, 48))) and torch.equal(right, 1 - left)
     assert torch.equal(both[:, 0], plain[:, 0] * left) and torch.equal(both[:, 2], plain[:, 2] * right)
-    swapped = encoded(line.replace("control_index=0;2", "control_index=2;0"), "flf2v-14B").condition
+    swapped = encoded(line.replace("control_index=0;2", "control_index=2;0"), "flf2v-14B").conditioning.channels
     assert torch.equal(swapped[:, 2], both[:, 0]) and torch.equal(swapped[:, 0], both[:, 2])
 
 
@@ -255,7 +263,9 @@ def test_a_list_names_its_masks(masked):
     )
     cache("listed.toml")
     listed, folder = cached("listed", "cat"), cached("masked", "cat")
-    assert torch.equal(listed.condition, folder.condition) and torch.equal(listed.target_mask, folder.target_mask)
+    assert torch.equal(listed.conditioning.channels, folder.conditioning.channels) and torch.equal(
+        listed.target_mask, folder.target_mask
+    )
 
 
 def test_the_same_images_with_another_mask_are_encoded_anew():
@@ -271,8 +281,8 @@ def test_the_same_images_with_another_mask_are_encoded_anew():
     ]
     together = pipeline().encode(resolved)
     for line, one in zip(lines, together, strict=True):
-        assert torch.equal(one.condition, encoded(line, "i2v-14B").condition)
-    assert not torch.equal(together[0].condition, together[1].condition)
+        assert torch.equal(one.conditioning.channels, encoded(line, "i2v-14B").conditioning.channels)
+    assert not torch.equal(together[0].conditioning.channels, together[1].conditioning.channels)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_the_first_prediction_is_the_formula():
     item, seen = encoded(0, 0, solver="vanilla"), []
     denoised(Alone(), item, watch=lambda _step, latents: seen.append(latents))
     noise, network = initial_noise((16, 2, 4, 6), 1, CPU, False), Alone()
-    inputs = noise[None], Conditioning(item.condition[None]), torch.tensor([1000.0])
+    inputs = noise[None], Conditioning(item.conditioning.channels[None]), torch.tensor([1000.0])
     texts = [pad_text([text]) for text in (item.text, item.negative)]
     conditional, unconditional = (network(*inputs, text, torch.tensor([[0, 7]]))[0] for text in texts)
     velocity = unconditional + 3 * (conditional - unconditional)

@@ -13,9 +13,11 @@ from tests.project import MODELS, generate, pipeline
 from utils.errors import ConfigError
 from utils.images import open_image
 from wan.files.load import load_vae
+from wan.frames.clip import Clip, Role
+from wan.frames.condition import causal_condition_video
 from wan.frames.encode import encode_video, frame_pixels
+from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
-from wan.frames.reasoning import ReasoningFrames
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.pipeline import Encoded, initial_noise
 from wan.generation.prompt_lines import GENERATION, parse_line
@@ -43,10 +45,16 @@ def encoded(count: int, steps: int, layout: str = "control_index=0,target_index=
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    texts, image = (draw(7, SPEC.text_dim), draw(5, SPEC.text_dim)), draw(257, SPEC.image_dim)
-    condition = draw(20, len(layout.order), 4, 6)
-    added = condition[:, [layout.target_slot] * count]
-    return Encoded(request, *texts, image, request.reasoning.insert(condition, added))
+    texts, features = (draw(7, SPEC.text_dim), draw(5, SPEC.text_dim)), draw(1, 257, SPEC.image_dim)
+    condition = draw(20, len(layout.clip.order), 4, 6)
+    added = condition[:, [layout.clip.target_slot] * count]
+    channels = request.clip.interleave(condition, added)
+    return Encoded(request, *texts, Conditioning(channels, features, INDEPENDENT.given(channels)))
+
+
+def added_indices(clip: Clip) -> tuple[int, ...]:
+    """Time indices of the frames that are dropped, ascending."""
+    return tuple(slot.time_index for slot in clip.slots if slot.role is Role.SCRATCH)
 
 
 class Alone:
@@ -75,26 +83,27 @@ class Alone:
     ],
 )
 def test_frames_are_spread_between_the_target_and_the_control_next_to_it(layout, count, indices):
-    frames = ReasoningFrames(parse(layout), count)
-    assert frames.indices == indices
-    assert frames.frame_indices == tuple(sorted({*frames.layout.frame_indices, *indices}))
-    assert [frames.frame_indices[slot] for slot in frames.own_slots] == list(frames.layout.frame_indices)
-    assert [frames.frame_indices[slot] for slot in frames.added_slots] == list(indices)
+    own = parse(layout).clip
+    clip = own.with_scratch(count)
+    assert added_indices(clip) == indices
+    assert clip.time_indices == tuple(sorted({*own.time_indices, *indices}))
+    assert tuple(clip.slots[number] for number in clip.kept) == own.slots
+    assert [clip.time_indices[slot] for slot in clip.numbers(Role.SCRATCH)] == list(indices)
 
 
 @pytest.mark.parametrize("count", range(1, 7))
 def test_every_number_of_frames_that_has_room_gets_indices_of_its_own(count):
     for target in range(count + 1, 12):
         for layout in (OneFrameLayout((0,), target), OneFrameLayout((target,), 0)):
-            inside = ReasoningFrames(layout, count).indices
+            inside = added_indices(layout.clip.with_scratch(count))
             assert len(set(inside)) == count and 0 < min(inside) <= max(inside) < target
 
 
 def test_without_room_or_controls_there_is_one_line():
     with pytest.raises(ConfigError, match="3 free time indices; give at most as many, or an index further away"):
-        ReasoningFrames(parse("control_index=0,target_index=4"), 4)
+        parse("control_index=0,target_index=4").clip.with_scratch(4)
     with pytest.raises(ConfigError, match="need a control image"):
-        ReasoningFrames(parse("target_index=4"), 1)
+        parse("target_index=4").clip.with_scratch(1)
     with pytest.raises(ConfigError, match="--reasoning_frames -1: must be at least 0"):
         SamplingConfig(reasoning_frames=-1)
     with pytest.raises(ConfigError, match="--reasoning_steps 0: must be at least 1"):
@@ -130,11 +139,16 @@ def test_they_take_part_in_the_first_steps_only():
 def written_out(item: Encoded, steps: int) -> Tensor:
     """Euler with the frames cut off by hand; one text."""
     x = initial_noise((16, 2, 4, 6), 1, CPU, False, 2)[:, [0, 2, 3, 1]]
-    levels, dit, condition, indices = schedule("vanilla", 5, 5.0), random_dit(), item.condition, [0, 2, 4, 7]
+    levels, dit, condition, indices = (
+        schedule("vanilla", 5, 5.0),
+        random_dit(),
+        item.conditioning.channels,
+        [0, 2, 4, 7],
+    )
     for step in range(5):
         if step == steps:
             x, condition, indices = x[:, [0, 3]], condition[:, [0, 3]], [0, 7]
-        inputs = x[None], Conditioning(condition[None], item.image[None]), levels.timesteps[step, None]
+        inputs = x[None], Conditioning(condition[None], item.conditioning.clip[None]), levels.timesteps[step, None]
         velocity = dit(*inputs, pad_text([item.text]), torch.tensor([indices]))[0]
         x = x + (levels.sigmas[step + 1] - levels.sigmas[step]) * velocity
     return x[:, 1:]
@@ -161,37 +175,41 @@ def resolved(layout: str = "", steps: int = 4, **settings: object) -> Request:
 
 
 def test_independent_frames_are_told_what_the_target_is_told():
-    condition = pipeline().encode([resolved(reasoning_frames=3)])[0].condition
-    plain = pipeline().encode([resolved()])[0].condition
+    condition = pipeline().encode([resolved(reasoning_frames=3)])[0].conditioning.channels
+    plain = pipeline().encode([resolved()])[0].conditioning.channels
     assert torch.equal(condition[:, [0, 4]], plain)
     assert all(torch.equal(condition[:, slot], plain[:, 1]) for slot in (1, 2, 3))
 
 
 def test_causal_frames_are_grey_ones_of_one_video():
     request = resolved(",layout=causal", reasoning_frames=3)
-    condition = pipeline().encode([request])[0].condition
+    condition = pipeline().encode([request])[0].conditioning.channels
     start = frame_pixels(open_image("data/start/cat.png", "test"), (request.width, request.height))
     video = torch.zeros(3, 1 + 4 * 4, *start.shape[1:])
     video[:, 0] = start
     vae = load_vae(MODELS["vae"], torch.float32, CPU)
     assert torch.equal(condition[4:], encode_video(vae, video))
     assert (condition[:4, 0] == 1).all() and not condition[:4, 1:].any()
-    plain = pipeline().encode([resolved(",layout=causal")])[0].condition
+    plain = pipeline().encode([resolved(",layout=causal")])[0].conditioning.channels
     assert torch.equal(condition[:, :2], plain)  # what comes later in a video changes nothing before
 
 
 def test_causal_frames_stand_before_a_target_between_controls():
     layout = parse("control_index=0;9,target_index=5,layout=causal")
-    video = torch.arange(1.0, 10.0)[None, :, None, None].expand(3, -1, 1, 1)
-    longer = ReasoningFrames(layout, 2).lengthen(video)[0, :, 0, 0].tolist()
-    assert longer == [1.0, *[0.0] * 8, *range(2, 10)]
+    first, last = (torch.full((3, 1, 1), level) for level in (1.0, 9.0))
+    clip = layout.clip.with_scratch(2)
+    assert clip.numbers(Role.SCRATCH) == [1, 2] and clip.target_slot == 3
+    video = causal_condition_video(clip, [first, last])
+    assert video[0, :, 0, 0].tolist() == [1.0, *[0.0] * (8 + 4 + 3), 9.0]
+    plain = causal_condition_video(layout.clip, [first, last])
+    assert torch.equal(video[:, [0, *range(9, 17)]], plain) and not video[:, 1:9].any()
 
 
 def test_one_condition_does_not_stand_in_for_another():
     line = pipeline()
     counts = [0, 2, 3, 2]
     items = line.encode([resolved(reasoning_frames=count) for count in counts])
-    assert [item.condition.shape[1] for item in items] == [2 + count for count in counts]
+    assert [item.conditioning.channels.shape[1] for item in items] == [2 + count for count in counts]
 
 
 def test_steps_default_to_a_fifth_and_the_recipe_names_them():

@@ -23,7 +23,9 @@ from wan.caching import sheet
 from wan.files.load import load_vae
 from wan.frames.condition import causal_video
 from wan.frames.encode import encode_images, encode_video
+from wan.frames.encoding import ENCODINGS
 from wan.frames.layout import OneFrameLayout
+from wan.nets.conditioning import Conditioning
 
 TOML = """
 [[datasets]]
@@ -152,20 +154,20 @@ def models(tmp_path_factory):
     return folder / FILES["vae"]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_decoded_frames_are_those_of_the_latents_one_by_one_or_as_a_video(models, causal):
+@pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
+def test_decoded_frames_are_those_of_the_latents_one_by_one_or_as_a_video(models, encoding):
     vae = load_vae(models, torch.float32, torch.device("cpu"))
-    layout = OneFrameLayout((0, 4), 2, causal)
+    layout = OneFrameLayout((0, 4), 2, encoding)
     pixels = [torch.full((3, 32, 48), level) for level in (-0.5, 0.5, 0.0)]
-    ordered = [pixels[i] for i in layout.order]
-    if causal:
-        latents = encode_video(vae, causal_video(layout, pixels[:2], pixels[2]))
+    ordered = [pixels[i] for i in layout.clip.order]
+    if encoding.decodes_video:
+        latents = encode_video(vae, causal_video(layout.clip, pixels))
         whole = vae.decode(latents[None])[0]
         expected = [from_pixels(whole[:, i].detach()) for i in (0, 4, 8)]
     else:
         latents = torch.cat([encode_images(vae, one[None])[0] for one in ordered], dim=1)
         expected = [from_pixels(vae.decode(latents[None, :, i : i + 1])[0, :, 0].detach()) for i in range(3)]
-    cache = LatentCache(latents, torch.zeros(20, 3, 4, 6), None, layout)
+    cache = LatentCache(latents, Conditioning(torch.zeros(20, 3, 4, 6)), layout)
     assert [image.tobytes() for image in sheet.decoded_frames(vae, cache)] == [image.tobytes() for image in expected]
 
 
@@ -174,7 +176,7 @@ def test_with_a_vae_the_cache_is_shown_below_and_a_missing_one_is_named(folder, 
     vae = load_vae(models, torch.float32, torch.device("cpu"))
     latents = encode_images(vae, to_pixels(Image.new("RGB", (64, 48)))[None])[0].expand(-1, 3, -1, -1)
     path = latent_cache_path(Path("cache"), first.stem, first.size)
-    write_latent_cache(path, LatentCache(latents, torch.zeros(20, 3, 6, 8), None, first.layout))
+    write_latent_cache(path, LatentCache(latents, Conditioning(torch.zeros(20, 3, 6, 8)), first.layout))
     arguments = ["--dataset_config", "data.toml", "--output", "sheet.html", "--vae", str(models), "--device", "cpu"]
     wan_dataset.main(["sheet", *arguments])
     text = Path("sheet.html").read_text(encoding="utf-8")

@@ -91,7 +91,7 @@ def test_a_dit_is_measured_by_the_flow_matching_loss(validation_set):
             dit,
             latents=batch.latents,
             text=pad_text(batch.text),
-            conditioning=Conditioning(batch.condition, clip_for(batch, 1)),
+            conditioning=Conditioning(batch.conditioning.channels, clip_for(batch, 1)),
             frame_indices=batch.frame_indices,
             noise=noise,
             t=t,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,18 +36,10 @@ from dataset.sources import Item, find_all_items
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
-from utils.images import as_pixels, open_image, open_masked, to_levels
+from utils.images import Resize, open_masked, to_levels
 from utils.options import option
-from wan.frames.condition import causal_video, stack_condition, stack_frames
-from wan.frames.encode import (
-    encode_blank,
-    encode_causal_condition,
-    encode_clip,
-    encode_frames,
-    encode_video,
-    frame_levels,
-    latent_mask,
-)
+from wan.frames.encode import encode_clip, frame_levels, latent_mask
+from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
 from wan.models.device import Processes
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
@@ -179,7 +172,7 @@ def cache_latents(
 ) -> None:
     """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names.
 
-    The frames of up to a batch of items of one size go through the VAE together, those of causal layouts item by item.
+    The frames of up to a batch of items of one size go through the VAE together, unless they are encoded as one video.
     """
     load = partial(load_item, models=models)
     items = sorted(items, key=_size)
@@ -187,7 +180,7 @@ def cache_latents(
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
         loaded = _batches(ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
         for one in ahead(partial(_write, config), encode_items(vae, clip, loaded), _WRITERS):
-            bar.update(len(one.frames))
+            bar.update(len(one.pictures.images))
 
 
 def cache_texts(
@@ -213,22 +206,23 @@ class LoadedItem:
 
     item: Item
     settings: LatentSettings
-    frames: tuple[Tensor, ...]  # the target and the controls, [3, height, width] uint8
+    pictures: Pictures  # the controls and the target
     controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
-    masks: tuple[Tensor | None, ...]  # [H, W] for each of `frames` that has one
+    target_mask: Tensor | None  # [H, W], 1 where the loss counts; None: everywhere
 
 
 def encode_items(
     vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[LoadedItem]]
 ) -> Iterator[tuple[LoadedItem, LatentCache]]:
-    """What is to be written of each item. A batch has one size and one kind of layout; a GPU may still be at work."""
-    blanks: dict[tuple[int, int], Tensor] = {}
+    """What is to be written of each item. A batch has one size and one encoding; a GPU may still be at work."""
+    blanks: Blanks = {}
     for batch in batches:
-        encode = _causal if batch[0].item.layout.causal else _independent
         found = encode_clip(clip, [control for one in batch for control in one.controls])
         shares = found.split([len(one.controls) for one in batch])
-        for one, (latents, condition), features in zip(batch, encode(vae, batch, blanks), shares, strict=True):
-            yield one, LatentCache(latents, condition, features, one.item.layout, one.masks[0], one.item.sizes)
+        examples = batch[0].item.layout.encoding.examples(vae, [one.pictures for one in batch], blanks)
+        for one, (latents, conditioning), features in zip(batch, examples, shares, strict=True):
+            conditioning = conditioning._replace(clip=features)
+            yield one, LatentCache(latents, conditioning, one.item.layout, one.target_mask, one.item.sizes)
 
 
 def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> LoadedItem:
@@ -236,30 +230,6 @@ def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> L
     one, cache = encoded
     write_latent_cache(latent_path(config, one.item), cache, one.settings)
     return one
-
-
-def _independent(
-    vae: WanVAE, batch: Sequence[LoadedItem], blanks: dict[tuple[int, int], Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(latents [16, F, H, W], condition [20, F, H, W]) of each item; `blanks` keeps the blank latent of each size."""
-    size = batch[0].item.bucket
-    if size not in blanks:
-        blanks[size] = encode_blank(vae, *size)
-    encoded = iter(encode_frames(vae, [frame for one in batch for frame in one.frames]))
-    for one in batch:
-        layout = one.item.layout
-        target, *controls = islice(encoded, len(one.frames))
-        condition = stack_condition(layout, controls, blanks[size], one.masks[1:])
-        yield stack_frames(layout, controls, target), condition
-
-
-def _causal(vae: WanVAE, batch: Sequence[LoadedItem], _blanks: object) -> Iterator[tuple[Tensor, Tensor]]:
-    """As `_independent`; a blank of its own would have no meaning here."""
-    for one in batch:
-        layout = one.item.layout
-        target, *controls = map(as_pixels, one.frames)
-        latents = encode_video(vae, causal_video(layout, controls, target))
-        yield latents, encode_causal_condition(vae, layout, controls)
 
 
 def _size(item: Item) -> tuple:
@@ -298,20 +268,24 @@ def _rank_items(
 
 def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
     """Read and resize. models: as for `cache_latents`."""
-    target, target_mask = open_masked(item.target, "target image", item.target_mask)
-    if item.layout.causal:  # takes no masks of controls
-        opened = [(open_image(path, "control image"), None) for path in item.controls]
-    else:
-        pairs = zip(item.controls, item.control_masks, strict=True)
-        opened = [open_masked(path, "control image", mask) for path, mask in pairs]
-    controls = [image for image, _ in opened]
-    fits = (item.target_fit, *item.control_fits)
-    images, masks = (target, *controls), (target_mask, *(mask for _, mask in opened))
-    frames = tuple(frame_levels(image, fit.bucket, fit.crop_only) for image, fit in zip(images, fits, strict=True))
-    masks = tuple(mask and latent_mask(mask, fit.bucket, fit.crop_only) for mask, fit in zip(masks, fits, strict=True))
-    if masks[0] is not None and not masks[0].any():
+    target, coverage = open_masked(item.target, "target image", item.target_mask)
+    target_mask = _mask(coverage, item.target_fit)
+    if target_mask is not None and not target_mask.any():
         raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
-    return LoadedItem(item, latent_settings(item, models), frames, tuple(map(to_levels, controls)), masks)
+    files, open_control = zip(item.controls, item.control_masks, strict=True), item.layout.encoding.open_control
+    opened = [open_control(path, mask) for path, mask in files]
+    images, fits = [*(image for image, _ in opened), target], (*item.control_fits, item.target_fit)
+    pictures = Pictures(
+        clip=item.layout.clip,
+        images=[frame_levels(image, fit.bucket, fit.crop_only) for image, fit in zip(images, fits, strict=True)],
+        masks=[_mask(coverage, fit) for (_, coverage), fit in zip(opened, item.control_fits, strict=True)],
+        size=item.bucket,
+    )
+    return LoadedItem(item, latent_settings(item, models), pictures, tuple(map(to_levels, images[:-1])), target_mask)
+
+
+def _mask(coverage: Image.Image | None, fit: Resize) -> Tensor | None:
+    return None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only)
 
 
 def ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:

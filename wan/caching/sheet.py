@@ -22,7 +22,6 @@ from utils.options import option
 from utils.pages import render
 from wan.frames.encode import latent_mask
 from wan.frames.layout import LayoutConfig, OneFrameLayout
-from wan.frames.sizes import frame_of
 from wan.models.device import DeviceConfig
 from wan.models.options import VAEConfig
 from wan.nets.vae import WanVAE
@@ -109,11 +108,11 @@ def make_row(item: Item, decode: Callable[[Item], tuple[Tile, ...]] | None = Non
     tiles = []
     for slot, (name, path, mask) in enumerate(_frames(item)):
         image, coverage = open_masked(path, name, mask)
-        title, fit = _title(item.layout, slot, name), fits[item.layout.order[slot]]
+        title, fit = _title(item.layout, slot, name), fits[item.layout.clip.order[slot]]
         title += ", {}x{}".format(*fit.bucket) if fit.bucket != item.bucket else ""
         pixels = resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
         tiles.append(Tile(title, path.name, _small(Image.fromarray(pixels))))
-        if coverage is not None and not (item.layout.causal and name != "target"):
+        if coverage is not None and (item.layout.encoding.takes_masks or name == "target"):
             used = latent_mask(coverage, fit.bucket, fit.crop_only)
             shown = Image.fromarray((used.numpy() * 255).round().astype(np.uint8))
             shown = shown.resize(fit.bucket, Image.Resampling.NEAREST).convert("RGB")
@@ -127,11 +126,11 @@ def _frames(item: Item) -> Iterator[tuple[str, Path, Path | None]]:
     """(name, file, mask) of each slot."""
     inputs = [(f"control {i}", *pair) for i, pair in enumerate(zip(item.controls, item.control_masks, strict=True))]
     inputs.append(("target", item.target, item.target_mask))
-    yield from (inputs[i] for i in item.layout.order)
+    yield from (inputs[i] for i in item.layout.clip.order)
 
 
 def _title(layout: OneFrameLayout, slot: int, name: str) -> str:
-    return f"{name} at index {layout.frame_indices[slot]}"
+    return f"{name} at index {layout.clip.time_indices[slot]}"
 
 
 def cached_tiles(vae: WanVAE, path: Path) -> tuple[Tile, ...]:
@@ -149,19 +148,15 @@ def cached_tiles(vae: WanVAE, path: Path) -> tuple[Tile, ...]:
             "decoded from the cache",
             _small(image),
         )
-        for slot, (i, image) in enumerate(zip(cache.layout.order, decoded_frames(vae, cache), strict=True))
+        for slot, (i, image) in enumerate(zip(cache.layout.clip.order, decoded_frames(vae, cache), strict=True))
     )
 
 
 @torch.inference_mode()
 def decoded_frames(vae: WanVAE, cache: LatentCache) -> list[Image.Image]:
-    """The picture of each slot. In the causal layout a latent frame after the first is the last of its four frames."""
-    latents = cache.latents[None].to(next(vae.parameters()).device)
-    if cache.layout.causal:
-        video = vae.decode(latents)[0]
-        return [from_pixels(video[:, frame]) for frame in range(0, video.shape[1], 4)]
-    frames = (frame_of(latents[0], slot, cache.frame_sizes) for slot in range(latents.shape[2]))
-    return [from_pixels(vae.decode(frame[None])[0, :, 0]) for frame in frames]
+    """The picture of each slot."""
+    latents = cache.latents.to(next(vae.parameters()).device)
+    return [from_pixels(pixels) for pixels in cache.layout.encoding.decode(vae, latents, cache.frame_sizes)]
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -10,8 +10,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from utils.images import as_pixels, resize_to_fill, to_levels
-from wan.frames.condition import causal_condition, causal_condition_video
-from wan.frames.layout import OneFrameLayout
 from wan.nets.clip import encode_inputs, preprocess
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.vae import WanVAE
@@ -49,11 +47,6 @@ def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
 def encode_video(vae: WanVAE, pixels: Tensor) -> Tensor:
     """[3, 1 + 4 n, 8 H, 8 W] in [-1, 1] -> [16, 1 + n, H, W] normalised latents in the VAE's dtype."""
     return vae.encode(pixels[None].to(_device(vae)))[0].to(vae.dtype)
-
-
-def encode_causal_condition(vae: WanVAE, layout: OneFrameLayout, controls: Sequence[Tensor]) -> Tensor:
-    """Pixels [3, 8 H, 8 W] of each control -> the condition [20, F, H, W] of a causal layout, in the VAE's dtype."""
-    return causal_condition(layout, encode_video(vae, causal_condition_video(layout, controls)))
 
 
 def latent_mask(mask: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:

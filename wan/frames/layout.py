@@ -3,30 +3,23 @@
 A clip of control images and one image to generate (the target). The frames are stored in time order; their RoPE time
 indices are chosen freely. Caching, training, training samples and generation all use this module, and nothing else
 knows these rules. They are in docs/formats.md#conditioning.
-
-There are two ways to make latent frames of the images. `independent`, the reference's: each image is encoded on its
-own. `causal`, an experiment: together they are one video, as in the training of the base models (wan/image2video.py and
-wan/first_last_frame2video.py of Wan2.1). A latent frame after the first stands for four video frames, so
-
-* the latents are those of the video (first image, second image x 4, third image x 4, ...), each image standing still;
-* the condition is that of the video (first control, then 4 frames for each further image: grey, or for a control three
-  of grey and the image), grey being zeros in [-1, 1]. Its mask channels, one per video frame, are 1 where an image is;
-* the target is the last of its four video frames after decoding everything up to it.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
 
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
-from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size, parse_resolution
-from wan.nets.spec import VAE_STRIDE
-from wan.nets.tokens import FrameSizes
+from wan.frames.clip import Clip
+from wan.frames.encoding import ENCODINGS, INDEPENDENT, Encoding, encoding_named
+from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, parse_resolution
 
 log = logging.getLogger(__name__)
 
-LAYOUTS = ("independent", "causal")
 KEYS = ("control_index", "target_index", "layout", *SIZE_KEYS)
 INDEX_KEYS = ("fp_1f_clean_indices", "fp_1f_target_index")  # of datasets
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
@@ -40,7 +33,7 @@ class LayoutConfig(Section):
         None,
         help="how images become latent frames, where dataset or prompt don't say: independent, each on its own, or "
         "causal, as frames of one video (experiment); default: independent",
-        choices=LAYOUTS,
+        choices=tuple(ENCODINGS),
     )
 
 
@@ -50,7 +43,7 @@ class OneFrameLayout:
 
     control_indices: tuple[int, ...]  # time index of each control image, in the order the images are given
     target_index: int  # time index of the frame to generate
-    causal: bool = False  # the images are encoded as one video, whose first frame is a control
+    encoding: Encoding = INDEPENDENT  # how images become latent frames
     control_sizes: ControlSizes = AS_TARGET
 
     def __post_init__(self) -> None:
@@ -66,44 +59,32 @@ class OneFrameLayout:
         if len(set(self.control_indices)) < len(self.control_indices):
             listed = ";".join(map(str, self.control_indices))
             raise ConfigError(f"control_index={listed} holds an index twice; give each control image its own")
-        if self.causal and self.target_slot == 0:
+        self.encoding.check(self.clip)
+        if self.control_sizes and not self.encoding.takes_sizes:
             raise ConfigError(
-                f"target_index={self.target_index} comes before every control image; the causal layout begins with one"
-            )
-        if self.causal and self.control_sizes:
-            raise ConfigError(
-                f"{self.control_sizes}: the causal layout has frames of one size; take the independent one"
+                f"{self.control_sizes}: the {self.encoding.name} layout has frames of one size; take the "
+                f"{INDEPENDENT.name} one"
             )
 
     def __str__(self) -> str:
         controls = f"control_index={';'.join(map(str, self.control_indices))}," if self.control_indices else ""
+        encoding = f",layout={self.encoding.name}" if self.encoding != INDEPENDENT else ""
         sizes = f",{self.control_sizes}" if self.control_sizes else ""
-        return f"{controls}target_index={self.target_index}{',layout=causal' * self.causal}{sizes}"
+        return f"{controls}target_index={self.target_index}{encoding}{sizes}"
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The frames in time order."""
+        return Clip.one_frame(self.control_indices, self.target_index)
 
     @property
-    def order(self) -> list[int]:
-        """Slot -> input, where the inputs are the controls as given and then the target."""
-        times = (*self.control_indices, self.target_index)
-        return sorted(range(len(times)), key=times.__getitem__)
-
-    @property
-    def frame_indices(self) -> tuple[int, ...]:
-        """RoPE time index of each slot, ascending."""
-        return tuple(sorted((*self.control_indices, self.target_index)))
-
-    @property
-    def target_slot(self) -> int:
-        """The slot that holds the generated frame."""
-        return self.order.index(len(self.control_indices))
-
-    @property
-    def causal_order(self) -> tuple[int, ...] | None:
-        """What latents were made for: in the causal layout the order of the frames, else any (None)."""
-        return tuple(self.order) if self.causal else None
+    def cache_key(self) -> tuple[int, ...] | None:
+        """What latents were made for: the order of the frames, or None where they can be put into any."""
+        return self.encoding.cache_key(self.clip)
 
     def check_latents(self, made_for: "OneFrameLayout") -> None:
         """Raise ConfigError unless latents that were made for one layout serve this one."""
-        if self.causal_order != made_for.causal_order:
+        if self.cache_key != made_for.cache_key:
             raise ConfigError(
                 f"latents made for {made_for} do not serve {self}; give the same indices and layout (fp_1f_layout or "
                 "--one_frame_layout), or run wan_cache_latents.py again"
@@ -114,11 +95,28 @@ class OneFrameLayout:
                 "run wan_cache_latents.py again"
             )
 
-    def frame_sizes(self, sizes: Sequence[Size]) -> FrameSizes | None:
-        """Those of the slots; None when all are one. sizes: in pixels, of the controls as given and of the target."""
-        if len(set(sizes)) < 2:
-            return None
-        return tuple((sizes[i][1] // VAE_STRIDE, sizes[i][0] // VAE_STRIDE) for i in self.order)
+    def slots_of(self, made_for: "OneFrameLayout") -> list[int]:
+        """For each slot the number of that frame's slot in latents that were made for another layout.
+
+        Raises ConfigError unless they serve this one.
+        """
+        self.check_latents(made_for)
+        return self.clip.slots_in(made_for.clip)
+
+    def with_random_target(self, indices: range, generator: torch.Generator) -> "OneFrameLayout":
+        """The layout with its target at an index drawn evenly from those of `indices` that no control has.
+
+        Where latents can't be put into another order, or control images have sizes of their own, it stays between the
+        same controls. Raises ConfigError when no index is free.
+        """
+        free = [index for index in indices if index not in self.control_indices]
+        if self.cache_key is not None or self.control_sizes:
+            neighbours = [sum(control < index for control in self.control_indices) for index in free]
+            free = [index for index, before in zip(free, neighbours, strict=True) if before == self.clip.target_slot]
+        if not free:
+            raise ConfigError(f"no index of {indices[0]}-{indices[-1]} is free beside {self}; give a wider range")
+        drawn = torch.randint(len(free), (), generator=generator).item()
+        return replace(self, target_index=free[int(drawn)])
 
     def check_controls(self, count: int) -> None:
         """Raise ConfigError unless there is one control image per control index."""
@@ -150,7 +148,7 @@ def parse(text: str, default_layout: str | None = None, default_sizes: ControlSi
     return OneFrameLayout(
         tuple(_index("control_index", part) for part in controls.split(";")) if controls else (),
         _index("target_index", values.get("target_index", "0")),
-        is_causal(values.get("layout", default_layout)),
+        encoding_named(values.get("layout", default_layout)),
         _sizes(values, default_sizes),
     )
 
@@ -170,18 +168,11 @@ def with_values(text: str, values: Mapping[str, str]) -> str:
     return ",".join([*kept, *(f"{key}={value}" for key, value in values.items())])
 
 
-def is_causal(name: str | None) -> bool:
-    """Whether the name of a layout, independent for None, is `causal`. ConfigError for names that are none."""
-    if name not in (None, *LAYOUTS):
-        raise ConfigError(f"layout={name} is unknown{suggest(name, LAYOUTS) or '; use independent or causal'}")
-    return name == "causal"
-
-
 def layout_from_toml(
     clean_indices: Sequence[int] | None,
     target_index: int | None,
     controls: int | None = None,
-    causal: bool = False,
+    encoding: Encoding = INDEPENDENT,
     keys: tuple[str, str] = INDEX_KEYS,
     sizes: ControlSizes = AS_TARGET,
 ) -> OneFrameLayout:
@@ -200,7 +191,7 @@ def layout_from_toml(
             raise ConfigError(f"{keys[1]} is missing; give the time index of the target, e.g. 1 between 0 and 2")
         target_index = 1
     try:
-        layout = OneFrameLayout(tuple(clean_indices), target_index, causal, sizes)
+        layout = OneFrameLayout(tuple(clean_indices), target_index, encoding, sizes)
     except ConfigError as error:
         message = str(error).replace("control_index", keys[0]).replace("target_index", keys[1])
         raise ConfigError(message) from None

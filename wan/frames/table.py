@@ -40,12 +40,12 @@ class TableFrame:
 def frame_table(layout: OneFrameLayout, frames: Sequence[TableFrame]) -> list[str]:
     """A row per slot. frames: the controls as given, then the target."""
     rows = [("slot", "role", "RoPE index", "file", "size", "cropped", "mask used", "tokens")]
-    for slot, i in enumerate(layout.order):
-        frame = frames[i]
+    for number, slot in enumerate(layout.clip.slots):
+        frame = frames[slot.source]
         wide = "{}x{}".format(*frame.size)
         rows.append(
             (
-                *(str(slot), frame.name, str(layout.frame_indices[slot]), frame.file),
+                *(str(number), frame.name, str(slot.time_index), frame.file),
                 "{}x{} -> {}".format(*frame.fit.size, wide) if frame.fit else wide,
                 f"{frame.fit.cropped:.1%}" if frame.fit else "",
                 "all" if frame.used is None else f"{frame.used:.0%}",
@@ -76,14 +76,13 @@ class WithControls(Protocol):
 
 
 def control_frames(made: WithControls) -> list[TableFrame]:
-    """Table rows of the control images of an item or a request. The causal layout takes no masks of them."""
+    """Table rows of the control images of an item or a request. Not every encoding takes masks of them."""
     files = zip(made.controls, made.control_masks, made.control_fits, strict=True)
-    masked = not made.layout.causal
-    return [file_frame(f"control {i}", *file, masked) for i, file in enumerate(files)]
+    return [file_frame(f"control {i}", *file, made.layout.encoding.takes_masks) for i, file in enumerate(files)]
 
 
 def tokens_line(layout: OneFrameLayout, frames: Sequence[TableFrame], images: int) -> str:
-    each = [frame_tokens(frames[i].size) for i in layout.order]
+    each = [frame_tokens(frames[i].size) for i in layout.clip.order]
     counts = f"{len(each)} frames x {each[0]}" if len(set(each)) == 1 else " + ".join(map(str, each))
     context = f"{TEXT_LENGTH} of the text and {CLIP_TOKENS * images} of CLIP"
     return f"tokens per forward: {counts} = {sum(each)}, which also look at {context}"

@@ -220,13 +220,16 @@ class _FusedBlock:
         groups = [(own.q, own.k, own.v), (own.o,), (cross.q,), (cross.k, cross.v), (cross.o,), (first,), (last,)]
         if cross.has_image:
             groups.append((cross.k_img, cross.v_img))
-        groups = [
-            group for group in groups if all(isinstance(one, LoRALinear) and one.uses_product_kernel for one in group)
+        adapted = [
+            [one for one in group if isinstance(one, LoRALinear) and one.uses_product_kernel] for group in groups
         ]
-        cast = dict(zip(groups, cast_low_rank(groups, dtype), strict=True)) if groups else {}
+        whole = {group: loras for group, loras in zip(groups, adapted, strict=True) if len(loras) == len(group)}
+        cast = dict(zip(whole, cast_low_rank(list(whole.values()), dtype), strict=True)) if whole else {}
 
         def run(x: Tensor, *layers: nn.Module, read: bool = True) -> Sequence[Tensor]:
-            return lora_products(x, layers, cast[layers], read) if layers in cast else [layer(x) for layer in layers]
+            if layers not in cast:
+                return [layer(x) for layer in layers]
+            return lora_products(x, whole[layers], cast[layers], read)
 
         return run
 

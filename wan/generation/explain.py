@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from utils.text import table
+from wan.frames.clip import Role
 from wan.frames.table import SHOWN, TableFrame, control_frames, frame_table, left_out, tokens_line
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.request import Request
@@ -22,7 +23,7 @@ def prompts_per_pass(request: Request, guidance: GuidanceConfig) -> tuple[int, i
 def request_tokens(request: Request) -> tuple[int, int]:
     """Tokens of one prompt with a picture's own frames, and with the reasoning frames too."""
     counts = [frame_tokens(size) for size in request.sizes]
-    return sum(counts), sum(counts) + request.reasoning.count * counts[-1]
+    return sum(counts), sum(counts) + request.reasoning_frames * counts[-1]
 
 
 def forward_tokens(request: Request, guidance: GuidanceConfig) -> int:
@@ -41,7 +42,7 @@ def explain_generation(
     for number, request in enumerate(requests, start=1):
         together, in_step = prompts_per_pass(request, guidance)
         own, tokens = request_tokens(request)
-        at_length = request.reasoning_steps if request.reasoning.count else 0
+        at_length = request.reasoning_steps if request.reasoning_frames else 0
         steps = ((own, request.steps - at_length), (tokens, at_length))
         cost = in_step * sum(count * forward_flops(dit.spec, length) for length, count in steps)
         forwards, flops, most = (
@@ -66,7 +67,7 @@ def explain_generation(
 def _request_lines(request: Request, in_step: int, together: int, cost: float) -> list[str]:
     target = TableFrame("target", "(generated)", (request.width, request.height), None, None)
     frames = [*control_frames(request), target]
-    added = request.reasoning.indices
+    added = [slot.time_index for slot in request.clip.slots if slot.role is Role.SCRATCH]
     reasoning = [
         f"reasoning frames at RoPE index {', '.join(map(str, added))} in the first {request.reasoning_steps} steps: "
         f"{request_tokens(request)[1]} tokens"

@@ -16,6 +16,7 @@ from torch import Tensor
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
 from utils.options import Section, option
+from wan.frames.layout import parse
 from wan.generation.prompt import FLAGS
 from wan.generation.recipe import KEY as RECIPE_KEY
 from wan.generation.recipe import Recipe
@@ -75,7 +76,7 @@ def save_image(folder: Path, stem: str, image: Image.Image, recipe: Recipe | Non
 
 
 def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, str] | None) -> None:
-    """Write `<stem>_latent.safetensors` with `latent` [16, n, H, W] float32, as `one_frame.pick_target` gives it."""
+    """Write `<stem>_latent.safetensors` with `latent` [16, n, H, W] float32, as `Encoding.target` gives it."""
     path = folder / f"{stem}_latent.safetensors"
     with written_whole(path) as temporary:
         save_file({"latent": latents.float().contiguous()}, temporary, metadata)
@@ -96,19 +97,27 @@ def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe:
     }
 
 
+def _ends_a_video(layout: str) -> bool:
+    """Whether latents of this layout, as a latent file names it, are those of a video."""
+    try:
+        return parse(layout).encoding.decodes_video
+    except ConfigError:
+        return False
+
+
 def read_latent(path: Path) -> tuple[Tensor, int]:
     """(`latent` [16, n, H, W] float32, seed) of a latent file, safetensors or a pickled tensor; unknown seeds are 0.
 
-    Raises ConfigError for other tensors; n is 1 unless the file says that it is of a causal layout.
+    Raises ConfigError for other tensors; n is 1 unless the file names a layout whose picture ends a video.
     """
     require_file(path, "--latent_path")
-    seeds, causal = "0", False
+    seeds, is_video = "0", False
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 latents, metadata = file.get_tensor("latent"), file.metadata() or {}
                 seeds = metadata.get("seeds", "0")
-                causal = metadata.get("one_frame_inference", "").endswith(",layout=causal")
+                is_video = _ends_a_video(metadata.get("one_frame_inference", ""))
         else:
             latents = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
@@ -122,6 +131,6 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
             f"--latent_path {path}: holds no latents of {LATENT_CHANNELS} channels; give a file that generation wrote"
         )
     latents = latents.reshape(latents.shape[-4:])
-    if latents.shape[1] != 1 and not causal:
+    if latents.shape[1] != 1 and not is_video:
         raise ConfigError(f"--latent_path {path}: holds {latents.shape[1]} frames; videos are not supported")
     return latents.float(), int(seeds) if re.fullmatch(r"-?[0-9]{1,20}", seeds) else 0

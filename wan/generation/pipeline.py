@@ -12,20 +12,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.images import from_pixels, open_image, open_masked, to_levels
+from utils.images import from_pixels, open_image, to_levels
 from utils.randomness import address_seed
 from utils.stopwatch import Stopwatch
-from wan.frames import condition as condition_module
-from wan.frames.encode import (
-    encode_blank,
-    encode_clip,
-    encode_images,
-    encode_video,
-    frame_levels,
-    frame_pixels,
-    latent_mask,
-)
-from wan.frames.layout import OneFrameLayout
+from wan.frames.clip import Clip, Role
+from wan.frames.condition import pin_controls
+from wan.frames.encode import encode_clip, encode_images, frame_levels, frame_pixels, latent_mask
+from wan.frames.encoding import Blanks, Pictures
 from wan.frames.sizes import pad_to
 from wan.generation import sampling
 from wan.generation.experts import Experts
@@ -36,7 +29,7 @@ from wan.generation.request import Request
 from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
-from wan.nets.spec import LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE
+from wan.nets.spec import LATENT_CHANNELS, VAE_STRIDE
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
 
@@ -56,8 +49,7 @@ class Encoded:
     request: Request
     text: Tensor  # [L, D]
     negative: Tensor | None  # [L, D]; None when guidance is 1
-    image: Tensor  # [257 or 514, D]: CLIP features
-    condition: Tensor  # [20, F, H, W]: mask and latents of the controls, in time order; reasoning frames included
+    conditioning: Conditioning  # of all frames of the request's clip
 
 
 class Pipeline:
@@ -83,8 +75,8 @@ class Pipeline:
         self._tokenizer: PreTrainedTokenizerBase  # comes with T5
         self._texts: dict[str, Tensor] = {}
         self._features: dict[FileVersion, Tensor] = {}
-        self._conditions: dict[Hashable, tuple[OneFrameLayout, Tensor, Tensor]] = {}
-        self._blanks: dict[tuple[int, int], Tensor] = {}
+        self._conditions: dict[Hashable, tuple[Clip, Conditioning]] = {}
+        self._blanks: Blanks = {}
 
     def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
         model: UMT5EncoderModel
@@ -103,7 +95,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
-        """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
+        """Normalised latents [16, n, H, W] -> the last picture of that video; see `Encoding.target`."""
         with self.stopwatch.stage("decoding"), self._vae.on_device() as vae:
             return decode_latents(vae, latents, self.device)
 
@@ -143,22 +135,22 @@ class Pipeline:
         if missing:
             with self._vae.on_device() as vae:
                 for key, request in missing.items():
-                    self._conditions[key] = request.layout, *_condition(vae, request, self._blanks)
+                    self._conditions[key] = request.clip, _condition(vae, request, self._blanks)
 
     def _assemble(self, request: Request) -> Encoded:
-        layout, condition, added = self._conditions[_condition_key(request)]
+        clip, conditioning = self._conditions[_condition_key(request)]
+        features = torch.stack([self._features[_version(path)] for path in request.clip_images])
         return Encoded(
             request=request,
             text=self._texts[request.prompt],
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
-            image=torch.cat([self._features[_version(path)] for path in request.clip_images]),
-            condition=request.reasoning.insert(condition_module.relayout(condition, layout, request.layout), added),
+            conditioning=conditioning.select(request.clip.slots_in(clip))._replace(clip=features),
         )
 
 
 @torch.inference_mode()
 def decode_latents(vae: WanVAE, latents: Tensor, device: torch.device) -> Image.Image:
-    """Normalised latents [16, n, H, W] -> the last picture of that video; n = 1 unless the layout is causal."""
+    """Normalised latents [16, n, H, W] -> the last picture of that video; see `Encoding.target`."""
     return from_pixels(vae.decode(latents[None].to(device))[0, :, -1].float().cpu())
 
 
@@ -171,21 +163,20 @@ def denoise(
     guidance: GuidanceConfig | None = None,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """The latents to decode the picture from (`pick_target`), float32 on the CPU. Draws only the seeded noise.
+    """The latents to decode the picture from (`Encoding.target`), float32 on the CPU. Draws only the seeded noise.
 
     watch: is called in each step with its number, from 0, and what these latents will be as far as it can tell then.
     """
     request, guidance = encoded.request, guidance or GuidanceConfig()
-    reasoning, condition = request.reasoning, encoded.condition[None].to(device)
+    clip, encoding = request.clip, request.layout.encoding
+    conditioning = encoded.conditioning.map(lambda tensor: tensor[None].to(device))
     given = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
     rows = pad_text([*given.values()]).to(device)
     texts = {name: rows[number, None] for number, name in enumerate(given)}
-    image = encoded.image[None].to(device)
-    frame_indices = torch.tensor([reasoning.frame_indices], device=device)
-    own = torch.tensor(reasoning.own_slots, device=device)
-    own_condition, own_indices = condition[:, :, own], frame_indices[:, own]
-    own_sizes = request.frame_sizes
-    sizes = reasoning.insert_sizes(own_sizes)
+    frame_indices = torch.tensor([clip.time_indices], device=device)
+    own = torch.tensor(clip.kept, device=device)
+    own_conditioning, own_indices = conditioning.select(own), frame_indices[:, own]
+    own_sizes, sizes = request.layout.clip.frame_sizes(request.sizes), request.frame_sizes
     noise = _noise(request, device)
     guided_steps = guidance.guided_steps(request.steps)
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
@@ -197,7 +188,7 @@ def denoise(
 
     def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
         nonlocal expert
-        whole = reasoning.count == 0 or step < request.reasoning_steps
+        whole = not request.reasoning_frames or step < request.reasoning_steps
         if (due := experts.at(float(timestep))) is not expert:
             expert = due
             caches.clear()
@@ -205,13 +196,14 @@ def denoise(
 
         def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
             """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
-            frames = (x, condition, frame_indices) if whole else (x[:, own], own_condition, own_indices)
-            single = frames[0][None], frames[1], timesteps[step, None], image, frames[2]
-            latents, conditions, times, images, indices = (
-                tensor.expand(len(names), *tensor.shape[1:]) for tensor in single
-            )
+
+            def repeated(tensor: Tensor) -> Tensor:
+                return tensor.expand(len(names), *tensor.shape[1:])
+
+            frames = (x, conditioning, frame_indices) if whole else (x[:, own], own_conditioning, own_indices)
+            latents, times, indices = map(repeated, (frames[0][None], timesteps[step, None], frames[2]))
             text = torch.cat([texts[name] for name in names])
-            inputs = latents, Conditioning(conditions, images), times, text, indices, skip_blocks
+            inputs = latents, frames[1].map(repeated), times, text, indices, skip_blocks
             found: Tensor = dit(*inputs, cache=caches[names, whole], frame_sizes=sizes if whole else own_sizes)
             return found
 
@@ -220,14 +212,14 @@ def denoise(
         if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
             result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
         if request.pin_controls:
-            result = condition_module.pin_controls(result, condition[0], noise)
+            result = pin_controls(result, conditioning.map(lambda tensor: tensor[0]), noise)
         if watch is not None:
-            watch(step, condition_module.pick_target(request.layout, (x - sigmas[step] * result)[:, own], own_sizes))
+            watch(step, encoding.target(request.layout.clip, (x - sigmas[step] * result)[:, own], own_sizes))
         return result
 
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
-    return condition_module.pick_target(request.layout, latents[:, own], own_sizes).cpu()
+    return encoding.target(request.layout.clip, latents[:, own], own_sizes).cpu()
 
 
 def _guided(run: Callable[..., Tensor], scale: float, step: int, steps: int, guidance: GuidanceConfig) -> Tensor:
@@ -248,19 +240,18 @@ def _guided(run: Callable[..., Tensor], scale: float, step: int, steps: int, gui
 
 
 def _noise(request: Request, device: torch.device) -> Tensor:
-    """[16, F, H, W] of all frames, reasoning frames included. That of the target depends on no other frame."""
-    layout, reasoning, sizes = request.layout, request.reasoning, request.frame_sizes
-    frames, height, width = len(layout.order), request.height // VAE_STRIDE, request.width // VAE_STRIDE
-    noise = initial_noise(
-        (LATENT_CHANNELS, frames, height, width), request.seed, device, request.cpu_noise, reasoning.count
-    )
+    """[16, F, H, W] of all frames. That of the kept ones does not depend on the others, that of the target on none."""
+    kept, sizes = request.layout.clip, request.layout.clip.frame_sizes(request.sizes)
+    frames, height, width = len(kept.slots), request.height // VAE_STRIDE, request.width // VAE_STRIDE
+    shape = LATENT_CHANNELS, frames, height, width
+    noise = initial_noise(shape, request.seed, device, request.cpu_noise, request.reasoning_frames)
     if sizes is not None:
         shape = LATENT_CHANNELS, frames, *(max(sides) for sides in zip(*sizes, strict=True))
         of_controls = initial_noise(shape, address_seed(request.seed, "controls"), device, request.cpu_noise)
-        controls = [slot for slot in range(frames) if slot != layout.target_slot]
+        controls = kept.numbers(Role.GIVEN)
         noise = pad_to(noise, *shape[2:])
         noise[:, controls] = of_controls[:, controls]
-    return reasoning.insert(noise[:, :frames], noise[:, frames:])
+    return request.clip.interleave(noise[:, :frames], noise[:, frames:])
 
 
 def initial_noise(
@@ -281,38 +272,23 @@ def _texts(request: Request) -> tuple[str, ...]:
     return (request.prompt,) if request.guidance == 1 else (request.prompt, request.negative_prompt)
 
 
-def _condition(vae: WanVAE, request: Request, blanks: dict[tuple[int, int], Tensor]) -> tuple[Tensor, Tensor]:
-    """[20, F, H, W], of the same bits as caching makes, and [20, n, H, W] of the reasoning frames: float32 on the CPU.
-
-    In the causal layout these are grey frames of the same video, and change what comes after them. `blanks` keeps the
-    blank of each size.
-    """
-    layout, size, reasoning = request.layout, _size(request), request.reasoning
-    if layout.causal:
-        images = [open_image(path, "control image") for path in request.controls]
-        video = condition_module.causal_condition_video(layout, [frame_pixels(image, size) for image in images])
-        latents = encode_video(vae, reasoning.lengthen(video)).float().cpu()
-        own, added = latents[:, reasoning.own_slots], latents[:, reasoning.added_slots]
-        return condition_module.causal_condition(layout, own), torch.cat(
-            [torch.zeros_like(added[:MASK_CHANNELS]), added]
-        )
-    controls, masks = [], []
+def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
+    """Channels and known places of the request's clip, of the same bits as caching makes: float32 on the CPU."""
+    images, masks, encoding = [], [], request.layout.encoding
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
-        image, coverage = open_masked(path, "control image", mask)
-        controls.append(encode_images(vae, frame_levels(image, fit.bucket, fit.crop_only)[None])[0])
+        image, coverage = encoding.open_control(path, mask)
+        images.append(frame_levels(image, fit.bucket, fit.crop_only))
         masks.append(None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only))
-    if size not in blanks:
-        blanks[size] = encode_blank(vae, *size)
-    condition = condition_module.stack_condition(layout, controls, blanks[size], masks).float().cpu()
-    return condition, condition[:, [layout.target_slot] * reasoning.count]
+    conditioning = encoding.condition(vae, Pictures(request.clip, images, masks, _size(request)), blanks)
+    return conditioning.map(lambda tensor: tensor.float().cpu())
 
 
 def _condition_key(request: Request) -> Hashable:
-    """What the condition depends on, apart from time indices: see `relayout`."""
-    controls = tuple(map(_version, request.controls))
+    """What the condition depends on; time indices count only where they decide on `Encoding.cache_key`."""
+    layout, clip = request.layout, request.clip
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
-    layout, fits = request.layout, request.control_fits
-    return layout.causal_order, layout.control_sizes, request.reasoning_frames, controls, masks, fits, _size(request)
+    files = tuple(map(_version, request.controls)), masks, request.control_fits, _size(request)
+    return layout.encoding, layout.encoding.cache_key(clip), layout.control_sizes, len(clip.slots), *files
 
 
 def _size(request: Request) -> tuple[int, int]:

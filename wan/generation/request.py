@@ -11,9 +11,9 @@ from utils.errors import ConfigError
 from utils.images import Resize, check_image, check_mask_size, floor16, size_for_area
 from utils.options import option
 from wan.frames import condition
-from wan.frames import layout as one_frame
-from wan.frames.layout import LayoutConfig, OneFrameLayout
-from wan.frames.reasoning import ReasoningFrames
+from wan.frames.clip import Clip
+from wan.frames.encoding import encoding_named
+from wan.frames.layout import LayoutConfig, OneFrameLayout, parse
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
 from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.sampling import SOLVERS, schedule
@@ -98,20 +98,20 @@ class Request:
     reasoning_steps: int = 0  # the steps that these take part in
 
     @property
-    def reasoning(self) -> ReasoningFrames:
-        """Time indices of the reasoning frames. ConfigError when there is no room."""
-        return ReasoningFrames(self.layout, self.reasoning_frames)
+    def clip(self) -> Clip:
+        """The frames of the layout and the reasoning frames. ConfigError when there is no room for these."""
+        return self.layout.clip.with_scratch(self.reasoning_frames)
+
+    @property
+    def frame_sizes(self) -> FrameSizes | None:
+        """Sizes of the frames of `clip`; None when all are the same."""
+        return self.clip.frame_sizes(self.sizes)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
         """Width and height of the frames: the controls as given, and the target."""
         size = (self.width, self.height)
         return *(tuple(fit.bucket for fit in self.control_fits) or (size,) * len(self.controls)), size
-
-    @property
-    def frame_sizes(self) -> FrameSizes | None:
-        """Latent (height, width) of the layout's own frames, in time order; None when all are of one size."""
-        return self.layout.frame_sizes(self.sizes)
 
     @classmethod
     def resolve(
@@ -133,8 +133,11 @@ class Request:
     @classmethod
     def _resolved(cls, prompt: Prompt, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor) -> "Request":
         layout, controls = _controls(prompt, sampling, trained.layout)
-        if sampling.pin_controls and layout.causal:
-            raise ConfigError("--pin_controls: the causal layout does not know the latents of its frames; leave it out")
+        if sampling.pin_controls and not layout.encoding.knows_latents:
+            name = layout.encoding.name
+            raise ConfigError(
+                f"--pin_controls: the {name} layout does not know the latents of its frames; leave it out"
+            )
         control_masks = _masks(prompt, layout, controls)
         clip_images = _clip_images(prompt, layout, controls, task.clip_images)
         usual = trained.size if trained.size and prompt.wants_trained_layout else (256, 256)
@@ -152,7 +155,7 @@ class Request:
         texts = prompt.prompt or "", _given(prompt.negative_prompt, task.negative_prompt)
         _check_values(guidance, seed, texts)
         schedule(sampling.sample_solver, steps, shift)  # refuses what it can't be made of
-        ReasoningFrames(layout, sampling.reasoning_frames)  # so does this
+        layout.clip.with_scratch(sampling.reasoning_frames)  # so does this
         return cls(
             prompt=texts[0],
             negative_prompt=texts[1],
@@ -184,7 +187,7 @@ class Request:
         width, height = self.asked
         options = {flag: _as_flag(getattr(self, option.request)) for flag, option in FLAGS.items() if option.request}
         options |= {
-            "one_frame_layout": one_frame.LAYOUTS[self.layout.causal],
+            "one_frame_layout": self.layout.encoding.name,
             "video_size": [height, width],
             "sample_solver": self.solver,
         }
@@ -192,7 +195,7 @@ class Request:
             options |= {"reasoning_frames": self.reasoning_frames, "reasoning_steps": self.reasoning_steps}
         if any(self.control_masks):
             options["control_image_mask_path"] = [str(path) for path in self.control_masks]
-        usual = condition.clip_controls(self.layout, len(self.clip_images)) if self.controls else []
+        usual = condition.clip_controls(self.layout.clip, len(self.clip_images)) if self.controls else []
         for i, (name, path) in enumerate(zip(("image_path", "end_image_path"), self.clip_images, strict=False)):
             if not usual or path != self.controls[usual[i]]:
                 options[name] = str(path)
@@ -232,10 +235,10 @@ def _controls(
         if prompt.wants_trained_layout:
             if trained is None:
                 raise ConfigError("no LoRA file names the indices that it was trained at; give them")
-            causal = one_frame.is_causal(name) if name else trained.causal
-            layout = replace(trained, causal=causal, control_sizes=sizes or trained.control_sizes)
+            encoding = encoding_named(name) if name else trained.encoding
+            layout = replace(trained, encoding=encoding, control_sizes=sizes or trained.control_sizes)
         else:
-            layout = one_frame.parse(prompt.one_frame, name, sizes)
+            layout = parse(prompt.one_frame, name, sizes)
         if trained not in (None, layout):
             log.warning("%s: one_frame %s, but the LoRA was trained at %s", prompt.place, layout, trained)
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
@@ -260,8 +263,9 @@ def _masks(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...]) -
     masks = tuple(Path(path) for path in prompt.control_image_mask_path)
     if len(masks) != len(controls):
         raise ConfigError(f"{len(masks)} masks (--cim) for {len(controls)} control images; give one per image")
-    if layout.causal:
-        raise ConfigError("the causal layout takes no masks of control images; leave out --cim or layout=causal")
+    if not layout.encoding.takes_masks:
+        name = layout.encoding.name
+        raise ConfigError(f"the {name} layout takes no masks of control images; leave out --cim or layout={name}")
     for mask, control in zip(masks, controls, strict=True):
         sizes = check_image(mask, "mask of control image"), check_image(control, "control image")
         check_mask_size(mask, sizes[0], control, sizes[1])
@@ -275,7 +279,7 @@ def _clip_images(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, .
         log.warning("%s: the end image has no effect on i2v models, which take one image", prompt.place)
     if None in given and not controls:
         raise ConfigError("the start image (--i) is missing, and there is no control image to take instead")
-    fallback = condition.clip_controls(layout, count) if controls else []
+    fallback = condition.clip_controls(layout.clip, count) if controls else []
     images = []
     for i, (name, asked) in enumerate(zip(("start image", "end image"), given, strict=False)):
         path = controls[fallback[i]] if asked is None else Path(asked)

@@ -23,12 +23,12 @@ _BESIDE_WEIGHT = ("alpha", UP_BIAS, "diff_b", "diff_m")
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """The content of a file."""
+    """LoRA, LoHa or LoKr modules as a file holds them, under official names."""
 
     path: Path
     modules: dict[str, LoRAModule]  # by `lora_unet_...`
     metadata: dict[str, str]
-    dialect: str = "musubi"  # what its keys are like
+    dialect: str = "musubi"  # of its keys, see wan/lora/keys.py
 
 
 def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
@@ -71,7 +71,7 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
         shape, rank = _weight_shape({part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT})
         if shape is None and not sizes.keys() & {"diff_b", "diff_m"}:
             raise ValueError
-        if UP_BIAS in sizes and (rank is None or "diff_b" in sizes):
+        if UP_BIAS in sizes and (not rank or "diff_b" in sizes):
             raise ValueError
     except (ValueError, KeyError):
         raise ConfigError(
@@ -80,14 +80,14 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
     alpha = float(found["alpha"]) if "alpha" in found else 0.0
     alpha = alpha or float(rank or 1)  # missing or 0 means scale 1
     parts = {part: tensor for part, tensor in found.items() if part not in ("alpha", UP_BIAS)}
-    if UP_BIAS in found:
+    if rank and UP_BIAS in found:
         bias = found[UP_BIAS]
         parts["diff_b"] = bias if alpha == rank else bias.float() * (alpha / rank)
     return LoRAModule(parts, shape, rank, alpha)
 
 
 def _weight_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...] | None, int | None]:
-    """Shape of the weight that these parts change, and their rank. KeyError, ValueError."""
+    """Shape of the weight whose delta these parts make, and their rank. KeyError, ValueError when they make none."""
     if factors.keys() <= {"diff"}:
         return factors.get("diff"), None
     if factors.keys() <= {*LORA}:
@@ -100,14 +100,14 @@ def _weight_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ..
         if first != second:
             raise ValueError
         return first
-    (*first, rank1), (*second, rank2) = (_kronecker_shape(factors, name) for name in ("lokr_w1", "lokr_w2"))
+    (out1, in1, rank1), (out2, in2, rank2) = (_kronecker_shape(factors, name) for name in ("lokr_w1", "lokr_w2"))
     if set(factors) - set(LOKR) or (rank1 and rank2 and rank1 != rank2):
         raise ValueError
-    return (first[0] * second[0], first[1] * second[1]), rank1 or rank2
+    return (out1 * out2, in1 * in2), rank1 or rank2
 
 
 def _product(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> tuple[tuple[int, int], int]:
-    """Shape and rank of the product of two matrices. KeyError, ValueError."""
+    """Shape and rank of the product of two matrices. KeyError, ValueError when they make none."""
     (out, rank), (other, inputs) = shapes[left], shapes[right]
     if not rank == other > 0:
         raise ValueError
@@ -115,7 +115,7 @@ def _product(shapes: Mapping[str, tuple[int, ...]], left: str, right: str) -> tu
 
 
 def _kronecker_shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int, int | None]:
-    """out, in, and rank when the factor is itself a product. KeyError, ValueError."""
+    """(out, in, rank if it is itself a product) of a Kronecker factor. KeyError, ValueError when there is none."""
     pair = [f"{name}_a", f"{name}_b"]
     if name not in shapes:
         (out, inputs), rank = _product(shapes, *pair)
@@ -155,7 +155,7 @@ def write_lora(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """Of the file with its `ss_` metadata alone, so that editing a title keeps them (docs/formats.md#lora-metadata)."""
+    """Hashes of the file with its `ss_` metadata alone: editing a title keeps them (docs/formats.md#lora-metadata)."""
     content = memoryview(save(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
     header = 8 + int.from_bytes(content[:8], "little")
     return {

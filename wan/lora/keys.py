@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ CONFIG_KEY = "lora_adapter_metadata"  # diffusers' key for the LoraConfig of a f
 
 
 def read_keys(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], adapter_config: Mapping | None, source: str
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], adapter_config: Mapping[str, Any] | None, source: str
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """The tensors of a file in any dialect -> which one it is, and tensors by `lora_unet_...` and part.
 
@@ -92,7 +92,7 @@ def _without_prefix(path: str) -> tuple[str | None, str]:
     return dialect, path
 
 
-def _adapter_config(metadata: Mapping[str, str], source: str) -> dict | None:
+def _adapter_config(metadata: Mapping[str, str], source: str) -> dict[str, Any] | None:
     """diffusers' LoraConfig, whose keys begin with the model's name: `transformer.r`."""
     if CONFIG_KEY not in metadata:
         return None
@@ -102,7 +102,7 @@ def _adapter_config(metadata: Mapping[str, str], source: str) -> dict | None:
         raise ConfigError(f"{source}: its metadata '{CONFIG_KEY}' is no JSON object; save the file again") from None
 
 
-def _configured_alpha(config: Mapping, module: str, rank: int, source: str) -> float:
+def _configured_alpha(config: Mapping[str, Any], module: str, rank: int, source: str) -> float:
     """The alpha of a module of this rank according to a LoraConfig, whose patterns are ends of module names."""
     try:
         patterns = (config.get("alpha_pattern") or {}).items()
@@ -121,7 +121,7 @@ def write_keys(
 ) -> tuple[dict[str, Tensor], dict[str, object] | None, list[str]]:
     """Modules by `lora_unet_...` -> tensors of a file in `dialect`, its LoraConfig if it needs one, and what is lost.
 
-    Lossless but for what PEFT cannot express, as the list names it: changes of norms and modulations. Values are
+    Lossless but for what PEFT cannot express, as the list names it: deltas of norms and modulations. Values are
     changed by nothing else than powers of two. ConfigError for modules that the dialect has no name for.
     """
     if dialect == "musubi":
@@ -155,13 +155,16 @@ def _named(name: str) -> str:
 def _write_peft(
     modules: Mapping[str, "LoRAModule"], prefix: str
 ) -> tuple[dict[str, Tensor], dict[str, object] | None, list[str]]:
-    tensors, ranks, alphas, lost = {}, {}, {}, []
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    lost: list[str] = []
     for dotted, module in modules.items():
         pair, scale, left = _pair(dotted, module)
         lost += [f"{dotted}.{part}" for part in left]
         if pair is None:
             continue
-        name, bias = diffusers_name(dotted), module.parts.get("diff_b")
+        name, bias = str(diffusers_name(dotted)), module.parts.get("diff_b")
         ranks[name] = len(pair[0])
         alphas[name] = ranks[name] if scale == 1 else module.alpha
         tensors[f"{prefix}{name}.lora_A.weight"], tensors[f"{prefix}{name}.lora_B.weight"] = pair
@@ -188,8 +191,8 @@ def _pair(dotted: str, module: "LoRAModule") -> tuple[tuple[Tensor, Tensor] | No
     if parts.keys() & {*LOHA, *LOKR}:
         raise ConfigError(f"{dotted}: this form has no LoHa and LoKr; make it a LoRA by 'wan_lora.py resize' first")
     pair, scale = None, 1.0
-    if LORA[0] in parts:
-        (down, up), scale = (parts[part] for part in LORA), module.scale
+    if module.pair is not None:
+        (down, up), scale = module.pair, module.scale
         folded = up * scale
         if math.frexp(scale)[0] == 0.5 and torch.equal(folded / scale, up):  # a power of two: nothing is rounded
             up, scale = folded, 1.0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.lora.module import add_delta, weight_delta
+from wan.lora.module import LORA, add_delta, weight_delta
 from wan.lora.options import NetworkConfig
 from wan.lora.product import lora_products
 from wan.memory.recompute import StochasticLayer
@@ -31,28 +31,32 @@ class AdaptedLinear(StochasticLayer):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained matrices, float32, by their name in a file; the change is linear in each of them."""
+        """The trained matrices, float32, by their name in a file; the delta is linear in each of them."""
         raise NotImplementedError
 
     def branch(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]: what the change of the weight adds to the output in train mode."""
+        """[..., in] -> [..., out]: x times the delta of the weight, as it is added to the output in train mode."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
-        """What is added to the weight: [out, in] float32."""
+        """The delta of the weight: [out, in] float32."""
         return weight_delta(self.trained, self.scale)
 
     def delta_norm(self) -> Tensor:
-        """Frobenius norm of `change()`, a scalar."""
-        return weight_delta({name: full_tensor(tensor) for name, tensor in self.trained.items()}, self.scale).norm()
+        """Frobenius norm of `delta()`, a scalar tensor."""
+        whole = {name: full_tensor(tensor) for name, tensor in self.trained.items()}
+        norm: Tensor = weight_delta(whole, self.scale).norm()
+        return norm
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the dtype that the base returns."""
         if not self.enabled:
-            return self.base(x)
+            plain: Tensor = self.base(x)
+            return plain
         if not self.training:
             return F.linear(x, add_delta(self.base.weight, self.delta()), self.base.bias)
-        result, branch = self.base(x), self.branch(x)
+        result: Tensor = self.base(x)
+        branch = self.branch(x)
         if self.module_dropout:
             # Times 0 instead of left out: every parameter gets a gradient in every process, and nothing is recompiled.
             branch = branch * (torch.rand((), device=x.device) >= self.module_dropout)
@@ -60,7 +64,7 @@ class AdaptedLinear(StochasticLayer):
 
 
 class LoRALinear(AdaptedLinear):
-    """LoRA (arXiv 2106.09685): the change is alpha / rank * up @ down; down [rank, in], up [out, rank]."""
+    """LoRA (arXiv 2106.09685): the delta is alpha / rank * up @ down; down [rank, in], up [out, rank]."""
 
     def __init__(
         self,
@@ -72,9 +76,9 @@ class LoRALinear(AdaptedLinear):
         generator: torch.Generator | None,
     ):
         super().__init__(base, rank, alpha, config)
-        inputs, outputs, kind = base.in_features, base.out_features, {"device": device, "dtype": torch.float32}
-        self.lora_down = nn.utils.skip_init(nn.Linear, inputs, rank, bias=False, **kind)
-        self.lora_up = nn.utils.skip_init(nn.Linear, rank, outputs, bias=False, **kind)
+        inputs, outputs = base.in_features, base.out_features
+        self.lora_down = _empty_linear(inputs, rank, device)
+        self.lora_up = _empty_linear(rank, outputs, device)
         # Kaiming uniform with a = sqrt(5) is this bound; drawn on the CPU, so that a seed means the same on any device.
         bound = 1 / math.sqrt(inputs)
         initial = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
@@ -86,11 +90,11 @@ class LoRALinear(AdaptedLinear):
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        return {"lora_down.weight": self.lora_down.weight, "lora_up.weight": self.lora_up.weight}
+        return {name: self.get_parameter(name) for name in LORA}
 
     @property
     def uses_product_kernel(self) -> bool:
-        """Whether `lora_products` computes what the layer is to return now."""
+        """Whether `lora_products` can replace `forward`: enabled, in train mode, without dropout."""
         return self.enabled and self.training and not self.is_stochastic
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +112,11 @@ class LoRALinear(AdaptedLinear):
         # |up @ down|^2 is the sum of the products of two rank x rank matrices, so that no [out, in] is formed.
         down, up = (full_tensor(tensor).float() for tensor in self.trained.values())
         return self.scale * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
+
+def _empty_linear(inputs: int, outputs: int, device: torch.device) -> nn.Linear:
+    """A float32 linear layer without bias, whose weight is still to be filled."""
+    return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=torch.float32).to_empty(device=device)
 
 
 class LycorisLinear(AdaptedLinear):
@@ -149,7 +158,7 @@ class LycorisLinear(AdaptedLinear):
         return dict(self.adapter.named_parameters())
 
     def branch(self, x: Tensor) -> Tensor:
-        result = self.adapter.bypass_forward_diff(x)
+        result: Tensor = self.adapter.bypass_forward_diff(x)
         if self.rank_dropout:
             kept = torch.ones(result.shape[-1], device=x.device, dtype=result.dtype)
             result = result * F.dropout(kept, self.rank_dropout)

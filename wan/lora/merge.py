@@ -14,7 +14,7 @@ from wan.lora.module import add_delta
 
 @dataclass(frozen=True)
 class LoRAMatch:
-    """Which modules of a LoRA file belong to which parameters of a model."""
+    """The modules of a LoRA file, matched with the parameters of a model."""
 
     weights: dict[str, str]  # `blocks.0.self_attn.q.weight` -> `lora_unet_blocks_0_self_attn_q`
     unmatched: tuple[str, ...]  # modules of the file of which the model lacks all, or `<module>.bias` and the like
@@ -63,7 +63,7 @@ class Merger:
     def __init__(self, loras: Sequence[tuple[LoRAFile, float]], shapes: Mapping[str, Sequence[int]]):
         self._loras = [(lora, multiplier, check_lora(lora, shapes)) for lora, multiplier in loras]
         self._merged: set[str] = set()
-        self._squares = [[0.0, 0.0] for _ in loras]  # per file: of all changes, and of what they were added to
+        self._squares = [[0.0, 0.0] for _ in loras]  # per file: of all deltas, and of the weights they were added to
 
     @property
     def names(self) -> list[str]:
@@ -76,26 +76,26 @@ class Merger:
         for (lora, multiplier, match), squares in zip(self._loras, self._squares, strict=True):
             if weight_name in match.weights:
                 module, leaf = lora.modules[match.weights[weight_name]], weight_name.rpartition(".")[2]
-                change = module.delta(leaf, multiplier, weight.device)
+                delta = module.delta(leaf, multiplier, weight.device)
                 merged = merged.float()
                 before = float(merged.norm()) if before is None else before
-                squares[0] += float(change.norm()) ** 2
+                squares[0] += float(delta.norm()) ** 2
                 squares[1] += before**2
-                merged = add_delta(merged, change)
+                merged = add_delta(merged, delta)
                 self._merged.add(weight_name)
         return merged.to(weight.dtype)
 
     def report(self) -> list[str]:
-        """One line per file: how many of its modules were merged so far, how many the model lacks, how much it changes.
+        """One line per file: modules merged so far, modules that the model lacks, relative norm of the delta.
 
-        ||dW||/||W|| is over all tensors that the file changes, and W what they were without any of the files.
+        ||dW||/||W|| is over all tensors that the file has deltas for; W is without any of the files.
         """
         lines = []
-        for (lora, multiplier, match), (change, before) in zip(self._loras, self._squares, strict=True):
+        for (lora, multiplier, match), (delta, before) in zip(self._loras, self._squares, strict=True):
             done = len({match.weights[name] for name in self._merged & match.weights.keys()})
             line = f"{lora.path.name} x {multiplier:g}: merged {done} of {len(lora.modules)} modules"
             if before:
-                line += f", ||dW||/||W|| = {(change / before) ** 0.5:.2g}"
+                line += f", ||dW||/||W|| = {(delta / before) ** 0.5:.2g}"
             if match.unmatched:
                 line += f"; not in this model: {len(match.unmatched)}, e.g. {one_line(match.unmatched[0])}"
             lines.append(line)

@@ -3,10 +3,11 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from utils.errors import ConfigError
 from wan.files.dit_names import lora_name
 from wan.lora.files import LoRAFile, parse_lora, write_lora
 from wan.lora.layers import AdaptedLinear, LoRALinear, LycorisLinear
-from wan.lora.module import LoRAModule
+from wan.lora.module import LoRAModule, rank_metadata
 from wan.lora.options import NetworkConfig
 from wan.memory.sharding import full_tensor, shard_like
 
@@ -38,9 +39,8 @@ class NetworkSummary:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """`network_dim` and `network_alpha` of the file; kohya's word for several is Dynamic."""
-        values = {"network_dim": self.ranks, "network_alpha": self.alphas}
-        return {key: str(found[0]) if len(found) == 1 else "Dynamic" for key, found in values.items()}
+        """`network_dim` and `network_alpha` of the file."""
+        return rank_metadata(self.ranks, self.alphas)
 
     def __str__(self) -> str:
         ranks = " to ".join(str(rank) for rank in sorted({self.ranks[0], self.ranks[-1]}))
@@ -61,9 +61,9 @@ class LoRANetwork:
         for layer in self.layers.values():
             yield from layer.trained.values()
 
-    def param_groups(self, lr: float, loraplus_lr_ratio: float = 1.0) -> list[dict]:
+    def param_groups(self, lr: float, loraplus_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
         """Optimizer groups, named for the log; up weights learn `loraplus_lr_ratio` times faster (arXiv 2402.12354)."""
-        groups = {"unet": [], "unet plus": []}
+        groups: dict[str, list[nn.Parameter]] = {"unet": [], "unet plus": []}
         for layer in self.layers.values():
             for name, parameter in layer.trained.items():
                 plus = loraplus_lr_ratio != 1 and name == "lora_up.weight"
@@ -73,7 +73,7 @@ class LoRANetwork:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether a step depends on random numbers, as with dropout."""
+        """Whether the outputs depend on random numbers in train mode, as with dropout."""
         return any(layer.is_stochastic for layer in self.layers.values())
 
     def summary(self) -> NetworkSummary:
@@ -101,7 +101,7 @@ class LoRANetwork:
 
     @torch.no_grad()
     def apply_max_norm(self, limit: float) -> tuple[int, float, float]:
-        """Scale every change of a weight whose norm is above `limit` down to it; to be called after each step.
+        """Scale every delta of a weight whose norm is above `limit` down to it; to be called after each step.
 
         Returns how many were scaled, and the mean and the largest norm afterwards.
         """
@@ -173,34 +173,39 @@ def choose_layers(
     ConfigError when nothing is left to train, or when patterns or files name layers that are not there.
     """
     extra = config.extra
-    excludes, includes = (_EXCLUDED, *extra.exclude_patterns), extra.include_patterns
-    refused = {name for name in names if any(pattern.fullmatch(name) for pattern in excludes)}
-    rescued = {name for name in refused if any(pattern.fullmatch(name) for pattern in includes)}
+    refused = {name for name in names if _matches((_EXCLUDED, *extra.exclude_patterns), name)}
+    rescued = {name for name in refused if _matches(extra.include_patterns, name)}
     chosen = [name for name in names if name not in refused or name in rescued]
-    for key, patterns, candidates in (
-        ("exclude_patterns", extra.exclude_patterns, names),
-        ("include_patterns", includes, refused),
-    ):
-        for pattern in patterns:
-            if not any(pattern.fullmatch(name) for name in candidates):
-                what = "layer" if candidates is names else "excluded layer"
-                log.warning("--network_args %s: %r matches no %s of the blocks", key, pattern.pattern, what)
-    for key, pairs in (("module_ranks", extra.module_ranks), ("module_alphas", extra.module_alphas)):
-        for pattern, _ in pairs:
-            if not any(pattern.fullmatch(name) for name in chosen):
-                raise ConfigError(
-                    f"--network_args {key}: '{pattern.pattern}' matches no trained layer, e.g. {names[0]}"
-                )
-    if config.dim_from_weights:
-        plan = _plan_from_file(chosen, weights)
+    _warn_of_idle("exclude_patterns", extra.exclude_patterns, names, "layer")
+    _warn_of_idle("include_patterns", extra.include_patterns, refused, "excluded layer")
+    for key, by_pattern in (("module_ranks", extra.module_ranks), ("module_alphas", extra.module_alphas)):
+        for pattern in _idle([pattern for pattern, _ in by_pattern], chosen):
+            raise ConfigError(f"--network_args {key}: '{pattern.pattern}' matches no trained layer, e.g. {names[0]}")
+    if config.dim_from_weights and weights is not None:
+        layers = _layers_of_file(chosen, weights)
     else:
-        plan = {name: config.rank_and_alpha(name) for name in chosen}
-    if not plan:
+        layers = {name: config.rank_and_alpha(name) for name in chosen}
+    if not layers:
         raise ConfigError(f"--network_args exclude_patterns: leave none of {len(names)} layers to train; exclude fewer")
-    return plan, tuple(name for name in names if name not in plan)
+    return layers, tuple(name for name in names if name not in layers)
 
 
-def _plan_from_file(chosen: list[str], weights: LoRAFile) -> dict[str, tuple[int, float]]:
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _idle(patterns: Iterable[re.Pattern[str]], names: Collection[str]) -> list[re.Pattern[str]]:
+    """The patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(map(pattern.fullmatch, names))]
+
+
+def _warn_of_idle(key: str, patterns: Iterable[re.Pattern[str]], names: Collection[str], what: str) -> None:
+    for pattern in _idle(patterns, names):
+        log.warning("--network_args %s: %r matches no %s of the blocks", key, pattern.pattern, what)
+
+
+def _layers_of_file(chosen: list[str], weights: LoRAFile) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each chosen layer that the file has; ConfigError when it has others."""
     by_key = {lora_name(name): name for name in chosen}
     unknown = weights.modules.keys() - by_key.keys()
     if unknown:
@@ -231,15 +236,15 @@ def inject_lora_(
     """
     linear = {
         name: module
-        for name, module in model.blocks.named_modules(prefix="blocks")
+        for name, module in model.get_submodule("blocks").named_modules(prefix="blocks")
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
-    plan, excluded = choose_layers(config, list(linear), weights)
+    chosen, excluded = choose_layers(config, list(linear), weights)
     if config.extra.conv_dim or config.extra.conv_alpha is not None:
         log.info("--network_args conv_dim, conv_alpha: have no effect, the blocks hold no convolutions")
     model.requires_grad_(False)
     kind, layers = LoRALinear if config.kind == "lora" else LycorisLinear, {}
-    for name, (rank, alpha) in plan.items():
+    for name, (rank, alpha) in chosen.items():
         base = linear[name]
         layer = kind(base, rank, alpha, config, device or base.weight.device, generator).train(base.training)
         parent, _, child = name.rpartition(".")

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
 from utils.text import one_line
-from wan.files import names as layouts
 from wan.files.dit_names import dotted_name, lora_name
-from wan.files.formats import Checkpoint, open_checkpoint
+from wan.files.formats import Checkpoint
+from wan.files.load import open_dit
 from wan.lora.files import ADAPTER, read_lora, write_lora
 from wan.lora.keys import CONFIG_KEY, write_keys
-from wan.lora.module import DIFFERENCES, LOHA, LOKR, LORA, LoRAModule
+from wan.lora.module import DIFFERENCES, LOHA, LOKR, LORA, LoRAModule, rank_metadata
 from wan.lora.trained_for import layout_from_metadata
 
 log = logging.getLogger(__name__)
@@ -70,20 +70,27 @@ def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> N
 
 
 def _sum(pairs: Iterable[tuple[LoRAModule, float]]) -> LoRAModule:
-    """One module that adds what several add, each times its multiplier."""
-    downs, ups, parts, shape = [], [], {}, None
+    """One module that adds the deltas of several, each times its multiplier."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    differences: dict[str, Tensor] = {}
+    shape: tuple[int, ...] | None = None
     for module, multiplier in pairs:
         shape = shape or module.shape
-        if LORA[0] in module.parts:
-            down, up = (module.parts[part].float() for part in LORA)
-            downs.append(down)
-            ups.append(up * (multiplier * module.scale))
+        if module.pair is not None:
+            down, up = module.pair
+            downs.append(down.float())
+            ups.append(up.float() * (multiplier * module.scale))
         for part in DIFFERENCES.values() & module.parts.keys():
-            parts[part] = parts.get(part, 0) + multiplier * module.parts[part].float()
-    if downs and "diff" in parts:  # a difference swallows the products: no rank is left to speak of
-        low = torch.cat(ups, 1).flatten(1) @ torch.cat(downs).flatten(1)
-        parts["diff"], downs = parts["diff"] + low.reshape(shape), []
-    return _module(parts, shape, torch.cat(downs), torch.cat(ups, 1)) if downs else _module(parts, shape)
+            before = differences.get(part, torch.zeros(()))
+            differences[part] = before + multiplier * module.parts[part].float()
+    if not downs:
+        return _module(differences, shape)
+    if "diff" not in differences:
+        return _module(differences, shape, (torch.cat(downs), torch.cat(ups, 1)))
+    # A difference swallows the products: no rank is left to speak of.
+    low = torch.cat(ups, 1).flatten(1) @ torch.cat(downs).flatten(1)
+    return _module(differences | {"diff": differences["diff"] + low.reshape(differences["diff"].shape)}, shape)
 
 
 def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu") -> None:
@@ -93,16 +100,16 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
     """
     _check_rank(rank)
     _check_out(out)
-    lora, modules, kept = read_lora(source, "SOURCE"), {}, {}
+    lora, modules, kept = read_lora(source, "SOURCE"), dict[str, LoRAModule](), dict[str, float]()
     for name, module in tqdm(lora.modules.items(), desc="resizing", disable=None):
         differences = {part: tensor for part, tensor in module.parts.items() if part in DIFFERENCES.values()}
-        if not module.low_rank or (LORA[0] in module.parts and module.rank <= rank):
+        if not module.low_rank or (module.pair is not None and len(module.pair[0]) <= rank):
             modules[name] = module
             continue
-        down, up, kept[name] = _low_rank(module, rank, device)
-        modules[name] = _module(differences, module.shape, down, up)
+        pair, kept[name] = _low_rank(module, rank, device)
+        modules[name] = _module(differences, module.shape, pair)
     if kept:
-        worst = min(kept, key=kept.get)
+        worst = min(kept, key=lambda name: kept[name])
         mean = sum(kept.values()) / len(kept)
         log.info(
             "of each change remain %.1f %% on average, at least %.1f %% (%s)", 100 * mean, 100 * kept[worst], worst
@@ -111,24 +118,25 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
     _write(out, modules, _with_ranks(metadata, modules))
 
 
-def _low_rank(module: LoRAModule, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor, float]:
-    """(down [rank, in ...], up [out, rank ...]) nearest to the change of a weight, and how much of its norm they keep.
+def _low_rank(module: LoRAModule, rank: int, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], float]:
+    """The pair (down [rank, in ...], up [out, rank ...]) nearest to the delta of a weight, and its share of the norm.
 
     The singular values of up @ down are those of a rank x rank matrix, so that no [out, in] is formed (QR of both).
     """
-    if LORA[0] not in module.parts:
-        change = module.delta(device=device)
-        down, up = truncated(change, rank)
-        return down.cpu(), up.cpu(), _product_norm(down) / max(float(change.norm()), 1e-30)
-    down, up = (module.parts[part].to(device).float().flatten(1) for part in LORA)
+    if module.pair is None:
+        delta = module.delta(device=device)
+        down, up = truncated(delta, rank)
+        return (down.cpu(), up.cpu()), _product_norm(down) / max(float(delta.norm()), 1e-30)
+    shape = module.shapes["weight"]
+    down, up = (matrix.to(device).float().flatten(1) for matrix in module.pair)
     left, left_small = torch.linalg.qr(up * module.scale)
     right, right_small = torch.linalg.qr(down.T)
     u, s, v = torch.linalg.svd(left_small @ right_small.T, full_matrices=False)
     root = s[:rank].sqrt()
     down, up = (root[:, None] * v[:rank]) @ right.T, left @ (u[:, :rank] * root)
     kept = float(s[:rank].norm() / s.norm().clamp(min=1e-30))
-    ones = [1] * len(module.shape[2:])
-    return down.reshape(-1, *module.shape[1:]).cpu(), up.reshape(*up.shape, *ones).cpu(), kept
+    ones = [1] * len(shape[2:])
+    return (down.reshape(-1, *shape[1:]).cpu(), up.reshape(*up.shape, *ones).cpu()), kept
 
 
 def truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -163,66 +171,79 @@ def extract(base: Path, tuned: Path, out: Path, rank: int, device: torch.device 
         raise ConfigError(
             f"TUNED {tuned}: is another kind of model than BASE, e.g. in {one_line(name)}; use a tuned BASE"
         )
-    modules, kept, left = {}, [0.0, 0.0], []
+    found: dict[str, list[LoRAModule]] = {}
+    kept, whole, left = 0.0, 0.0, list[str]()
     for name in tqdm(first.shapes, desc="extracting", disable=None):
-        change = second.read(name, device).float() - first.read(name, device).float()
+        delta = second.read(name, device).float() - first.read(name, device).float()
         dotted, _, leaf = name.rpartition(".")
-        if not change.isfinite().all():
+        if not delta.isfinite().all():
             raise ConfigError(f"TUNED {tuned}: {one_line(name)} differs by NaN or infinity; use intact checkpoints")
-        if not change.any():
+        if not delta.any():
             continue
         if leaf not in DIFFERENCES:
             left.append(name)
             continue
-        pair, differences = (), {}
-        if leaf == "weight" and change.ndim == 2:
-            pair = truncated(change, rank)
-            kept = [kept[0] + _product_norm(pair[0]) ** 2, kept[1] + float(change.norm()) ** 2]
+        shape = tuple(first.shapes[name]) if leaf == "weight" else None
+        if leaf == "weight" and delta.ndim == 2:
+            down, up = truncated(delta, rank)
+            kept, whole = kept + _product_norm(down) ** 2, whole + float(delta.norm()) ** 2
+            module = _module({}, shape, (down.cpu(), up.cpu()))
         else:
-            differences = {DIFFERENCES[leaf]: change.cpu()}
-        shape = first.shapes[name] if leaf == "weight" else None
-        modules.setdefault(lora_name(dotted), []).append(
-            (_module(differences, shape, *(tensor.cpu() for tensor in pair)), 1.0)
-        )
-    if not modules:
+            module = _module({DIFFERENCES[leaf]: delta.cpu()}, shape)
+        found.setdefault(lora_name(dotted), []).append(module)
+    if not found:
         raise ConfigError(f"TUNED {tuned}: equals BASE in all that a LoRA can carry; use a checkpoint trained further")
-    if kept[1]:
-        log.info("rank %d keeps %.1f %% of the difference of the matrices", rank, 100 * (kept[0] / kept[1]) ** 0.5)
+    if whole:
+        log.info("rank %d keeps %.1f %% of the difference of the matrices", rank, 100 * (kept / whole) ** 0.5)
     if left:
         log.warning("no LoRA can carry %s, which differs as well; it is left out", ", ".join(left))
-    modules = {name: _sum(found) for name, found in modules.items()}
+    modules = {name: _sum((module, 1.0) for module in parts) for name, parts in found.items()}
     metadata = {"ss_base_model_version": "wan", "ss_extracted_from": json.dumps([base.name, tuned.name])}
     _write(out, modules, _with_ranks(metadata, modules))
 
 
 def inspect(path: Path) -> list[str]:
-    """Lines that tell what a file holds: form, kinds, ranks, names matched, size of the changes, how it was trained."""
+    """Lines about a file: form, kinds, ranks, names matched, norms of the deltas, how it was trained."""
     lora = read_lora(path, "FILE")
-    modules, names = lora.modules, {name: dotted_name(name) for name in lora.modules}
-    kinds = Counter(kind for module in modules.values() for kind in _kinds(module))
-    known = [dotted for dotted in names.values() if dotted]
-    blocks = {dotted.split(".")[1] for dotted in known if dotted.startswith("blocks.")}
-    lines = [
+    modules = lora.modules.values()
+    kinds = Counter(kind for module in modules for kind in _kinds(module))
+    return [
         f"{lora.path}: form {lora.dialect}, {len(modules)} modules",
         "holds " + ", ".join(f"{kind} x {count}" for kind, count in kinds.items()),
-        f"rank {_values(module.rank for module in modules.values() if module.rank)}, "
-        f"alpha {_values(module.alpha for module in modules.values() if module.rank)}",
-        f"{len(known)} of {len(modules)} modules are in Wan2.1 i2v, in {len(blocks)} blocks",
+        f"rank {_values(module.rank for module in modules if module.rank)}, "
+        f"alpha {_values(module.alpha for module in modules if module.rank)}",
+        _matched_line(lora.modules),
+        "||dW|| per module: mean, largest",
+        *_norm_lines(lora.modules),
+        f"time indices: {layout_from_metadata(lora.metadata) or 'not stored'}",
+        *_metadata_lines(lora.metadata),
     ]
-    if len(known) < len(modules):
-        lines[-1] += f"; not in it: {one_line(next(name for name, dotted in names.items() if not dotted))}"
+
+
+def _matched_line(modules: Iterable[str]) -> str:
+    """How many of the modules, by their names in a file, the model has."""
+    names = {name: dotted_name(name) for name in modules}
+    known = [dotted for dotted in names.values() if dotted]
+    blocks = {dotted.split(".")[1] for dotted in known if dotted.startswith("blocks.")}
+    line = f"{len(known)} of {len(names)} modules are in Wan2.1 i2v, in {len(blocks)} blocks"
+    foreign = next((name for name, dotted in names.items() if not dotted), None)
+    return line if foreign is None else f"{line}; not in it: {one_line(foreign)}"
+
+
+def _norm_lines(modules: Mapping[str, LoRAModule]) -> list[str]:
+    """Mean and largest norm of the modules that have the same place in their block."""
     groups: dict[str, list[float]] = {}
     for name, module in modules.items():
         if module.shape:
-            groups.setdefault(re.sub(r"^blocks\.\d+\.", "", names[name] or "other modules"), []).append(module.norm())
-    lines += ["||dW|| per module: mean, largest"]
-    lines += [
-        f"  {group:22} {sum(norms) / len(norms):10.4g} {max(norms):10.4g}" for group, norms in sorted(groups.items())
-    ]
-    layout = layout_from_metadata(lora.metadata)
-    lines += [f"time indices: {layout or 'not stored'}"]
-    settings = {key: value for key, value in sorted(lora.metadata.items()) if key.startswith(("ss_", "modelspec."))}
-    return lines + [f"{one_line(key)}: {one_line(value)}" for key, value in settings.items() if value != "None"]
+            place = re.sub(r"^blocks\.\d+\.", "", dotted_name(name) or "other modules")
+            groups.setdefault(place, []).append(module.norm())
+    means = {place: sum(norms) / len(norms) for place, norms in sorted(groups.items())}
+    return [f"  {place:22} {mean:10.4g} {max(groups[place]):10.4g}" for place, mean in means.items()]
+
+
+def _metadata_lines(metadata: Mapping[str, str]) -> list[str]:
+    settings = {key: value for key, value in sorted(metadata.items()) if key.startswith(("ss_", "modelspec."))}
+    return [f"{one_line(key)}: {one_line(value)}" for key, value in settings.items() if value != "None"]
 
 
 def _kinds(module: LoRAModule) -> list[str]:
@@ -236,7 +257,7 @@ def _values(numbers: Iterable[float]) -> str:
 
 
 def _open(path: Path, flag: str) -> Checkpoint:
-    checkpoint = layouts.dit_layout(open_checkpoint(path, flag, layouts.dit_name))
+    checkpoint = open_dit(path, flag)
     if "patch_embedding.weight" not in checkpoint.shapes:
         raise ConfigError(f"{flag} {path}: is no Wan DiT; use a DiT checkpoint")
     if any(info.packed or info.dtype.itemsize == 1 for info in checkpoint.tensors.values()):
@@ -252,26 +273,22 @@ def _check_rank(rank: int) -> None:
 
 
 def _module(
-    differences: Mapping[str, Tensor],
-    shape: tuple[int, ...] | None,
-    down: Tensor | None = None,
-    up: Tensor | None = None,
+    differences: Mapping[str, Tensor], shape: tuple[int, ...] | None, pair: tuple[Tensor, Tensor] | None = None
 ) -> LoRAModule:
-    """A module of scale 1."""
-    if down is None:
+    """A module of scale 1. pair: (down [rank, in ...], up [out, rank ...])."""
+    if pair is None:
         return LoRAModule(dict(differences), shape, None, 1.0)
+    down, up = pair
     parts = dict(zip(LORA, (down.contiguous(), up.contiguous()), strict=True))
     return LoRAModule(parts | dict(differences), shape, len(down), float(len(down)))
 
 
 def _with_ranks(metadata: Mapping[str, str], modules: Mapping[str, LoRAModule]) -> dict[str, str]:
-    """Metadata with the rank and alpha as they are now; kohya's word for several is Dynamic."""
-    found = [module for module in modules.values() if module.rank]
-    values = {"dim": {module.rank for module in found}, "alpha": {module.alpha for module in found}}
-    texts = {
-        f"ss_network_{key}": str(min(seen)) if len(seen) == 1 else "Dynamic" for key, seen in values.items() if seen
-    }
-    return dict(metadata) | texts
+    """Metadata with the rank and alpha as they are now."""
+    ranks = {module.rank for module in modules.values() if module.rank}
+    alphas = {module.alpha for module in modules.values() if module.rank}
+    texts = rank_metadata(ranks, alphas) if ranks else {}
+    return dict(metadata) | {f"ss_{key}": text for key, text in texts.items()}
 
 
 def _check_out(out: Path, dialect: str = "musubi") -> None:

@@ -24,7 +24,7 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
         raise ConfigError(f"ss_one_frame = '{one_line(text)}': {one_line(error)}; give the indices yourself") from None
     if metadata.get("ss_one_frame_legacy_indices") != "True":
         return layout
-    places = {index: place for place, index in enumerate(layout.frame_indices)}
+    places = {index: place for place, index in enumerate(layout.clip.time_indices)}
     controls = tuple(places[index] for index in layout.control_indices)
     return replace(layout, control_indices=controls, target_index=places[layout.target_index])
 

@@ -111,6 +111,8 @@ class Fp8Linear(nn.Linear):
     Its parameters are `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
     """
 
+    scale_weight: nn.Parameter | None  # registered below
+
     def __init__(self, base: nn.Linear, compute_dtype: torch.dtype, kind: FP8Kind) -> None:
         """Empty, of the shape and on the device of `base`."""
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate a full weight

@@ -81,6 +81,11 @@ class Plan(Generic[Memory]):
             self._fits = [min(possible, key=lambda choice: choice.size)]
             log.warning("memory: %s are free, which may not be enough; try smaller pictures", format_bytes(room.device))
 
+    @classmethod
+    def of(cls, memory: Memory) -> "Plan[Memory]":
+        """A plan of the user's own options, with no alternative."""
+        return cls([Choice(memory, {})], Room(math.inf, math.inf))
+
     @property
     def memory(self) -> Memory:
         """The options that hold."""
@@ -101,9 +106,9 @@ class Plan(Generic[Memory]):
 
 
 def choose_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
-    """A plan of the user's own options, with no alternative; with --memory auto the one of `make`, which is logged."""
+    """A plan of the options themselves, unless they are --memory auto: then that of `make`, which is logged."""
     if memory.memory == "manual":
-        return Plan([Choice(memory, {})], Room(math.inf, math.inf))
+        return Plan.of(memory)
     plan = make()
     log.info("memory: %s", plan)
     return plan

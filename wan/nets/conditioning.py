@@ -22,6 +22,14 @@ class Conditioning(NamedTuple):
         """`change` applied to every tensor that is there."""
         return Conditioning(*(None if tensor is None else change(tensor) for tensor in self))
 
+    def select(self, frames: Sequence[int] | Tensor) -> "Conditioning":
+        """The frames of these numbers, in this order."""
+        pick = [
+            None if tensor is None else tensor.index_select(-3, torch.as_tensor(frames, device=tensor.device))
+            for tensor in (self.channels, self.given)
+        ]
+        return Conditioning(pick[0], self.clip, pick[1])
+
     @staticmethod
     def stack(items: Sequence["Conditioning"]) -> "Conditioning":
         """A batch of single items, all of which have the same fields."""

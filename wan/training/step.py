@@ -136,9 +136,8 @@ class TrainingStep:
         run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = condition.natural_indices(frame_indices)
-        weights = condition.loss_weights(
-            batch.layouts, batch.condition, batch.target_masks, run.one_frame_loss == "target"
-        )
+        clips, target_only = [layout.clip for layout in batch.layouts], run.one_frame_loss == "target"
+        weights = condition.loss_weights(clips, batch.conditioning.given, batch.target_masks, target_only)
         tensors = {
             "latents": batch.latents,
             "text": pad_text(batch.text),
@@ -149,7 +148,7 @@ class TrainingStep:
         }
         device = self.accelerator.device
         tensors = {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
-        conditioning = Conditioning(batch.condition, clip_for(batch, self.task.clip_images))
+        conditioning = Conditioning(batch.conditioning.channels, clip_for(batch, self.task.clip_images))
         return tensors | {
             "conditioning": conditioning.map(lambda tensor: tensor.to(device)),
             "frame_sizes": batch.frame_sizes,
@@ -184,17 +183,15 @@ class TrainingStep:
 def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:
     """The batch with each item's target at an index drawn from `indices`, controls excepted; frames are moved along."""
     layouts = tuple(
-        condition.random_target(layout, indices, seeded(seed, "target", epoch, key))
+        layout.with_random_target(indices, seeded(seed, "target", epoch, key))
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
-    moved = {
-        name: torch.stack(
-            [
-                condition.relayout(frames, old, new)
-                for frames, old, new in zip(getattr(batch, name), batch.layouts, layouts, strict=True)
-            ]
-        )
-        for name in ("latents", "condition")
-    }
-    frame_indices = torch.tensor([layout.frame_indices for layout in layouts])
-    return replace(batch, layouts=layouts, frame_indices=frame_indices, **moved)
+    slots = [new.slots_of(old) for old, new in zip(batch.layouts, layouts, strict=True)]
+    items = (batch.conditioning.map(lambda tensor, i=i: tensor[i]) for i in range(len(slots)))
+    return replace(
+        batch,
+        latents=torch.stack([frames[:, places] for frames, places in zip(batch.latents, slots, strict=True)]),
+        conditioning=Conditioning.stack([item.select(places) for item, places in zip(items, slots, strict=True)]),
+        layouts=layouts,
+        frame_indices=torch.tensor([layout.clip.time_indices for layout in layouts]),
+    )

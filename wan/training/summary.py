@@ -129,8 +129,8 @@ def explain_training(
 def _cached_frames(item: TrainingItem) -> list[TableFrame]:
     cache = read_latent_cache(item.latents)
     controls, used = len(item.layout.control_indices), {}
-    for slot, i in enumerate(cache.layout.order):
-        given = frame_of(cache.condition[:4], slot, cache.frame_sizes).amax(dim=0).float()
+    for slot, i in enumerate(cache.layout.clip.order):
+        given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
         if i < controls and bool((given < 1).any()):
             used[i] = float(given.mean())
     if cache.target_mask is not None:
