@@ -34,6 +34,7 @@ PACKAGES = {
     "lycoris": "lycoris-lora",
     "skimage": "scikit-image",
     "triton": "torch",  # comes with its builds for GPUs, see pyproject.toml
+    "typing_extensions": None,  # imported for type checkers alone, which bring it
     "yaml": "pyyaml",
 }
 
