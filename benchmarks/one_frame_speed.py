@@ -153,7 +153,8 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
     for width, height, mode in sizes(bench, STEPS):
 
         def prepare(shape=(width, height, 2), mode=mode):
-            dit, network, optimizer, dit.runner = trained()
+            dit, network, optimizer, runner = trained()
+            dit.runner = runner
             if mode != "none":
                 recompute_blocks_(dit, only_needed=mode == "auto")
             gradients = gradients_of(dit, network, recorded=not bench.tiny)

@@ -9,7 +9,8 @@ import torch
 from demo import tiny_models
 from demo.tiny_models import FILES, Shapes
 from wan.files import load
-from wan.files.load import Checkpoint, TensorInfo, load_dit, save_dit
+from wan.files.formats import Checkpoint, TensorInfo
+from wan.files.load import load_dit, save_dit
 from wan.nets.clip import build_clip, clip_shapes
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec

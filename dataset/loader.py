@@ -196,8 +196,8 @@ class TrainingSet:
         """The different layouts in use, most frequent first."""
         return [layout for layout, _ in Counter(item.layout for item in self.items).most_common()]
 
-    def check_widths(self, clip: int, text: int) -> None:
-        """Raise ConfigError unless the cached features are as wide as the DiT takes."""
+    def check_widths(self, clip: int | None, text: int) -> None:
+        """Raise ConfigError unless the cached features are as wide as the DiT takes; clip: None if it takes none."""
         for (cached_clip, cached_text), path in self._widths.items():
             for name, cached, wanted in (("CLIP", cached_clip, clip), ("text", cached_text, text)):
                 if cached != wanted:

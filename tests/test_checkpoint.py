@@ -20,7 +20,7 @@ from tests.helpers import manifest
 from utils.errors import ConfigError
 from wan.files import load as checkpoint
 from wan.files import tokenizer as tokenizer_module
-from wan.files.load import Checkpoint, TensorInfo, check_tensors
+from wan.files.formats import Checkpoint, TensorInfo, check_tensors
 from wan.nets.conditioning import Conditioning
 from wan.nets.dit import WanDiT
 from wan.nets.spec import DiTSpec
@@ -446,3 +446,19 @@ def test_the_small_files_in_the_official_layouts_load(tiny):
     assert_holds(checkpoint.load_vae(tiny["vae"], torch.float32, "cpu"), stored)
     assert checkpoint.inspect_t5(tiny["t5"]) == 64
     assert checkpoint.inspect_clip(tiny["clip"]) == 160
+
+
+def test_transformers_is_never_imported_on_the_meta_device(tiny):
+    code = """if True:
+    import sys, torch
+    class Watch:
+        def find_spec(self, name, *_):
+            if name.partition(".")[0] == "transformers" and torch.get_default_device().type == "meta":
+                raise AssertionError(name)
+    sys.meta_path.insert(0, Watch())
+    from wan.files import load
+    load.inspect_t5(sys.argv[1])
+    load.inspect_clip(sys.argv[2])
+    """
+    run = subprocess.run([sys.executable, "-c", code, tiny["t5"], tiny["clip"]], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

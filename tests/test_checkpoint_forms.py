@@ -17,7 +17,7 @@ from tests.helpers import rel_l2
 from tests.test_checkpoint import assert_holds, one_line_error
 from wan.files import load
 from wan.files import names as layouts
-from wan.files.formats import TensorInfo
+from wan.files.formats import TensorInfo, open_checkpoint
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.memory.fp8 import FP8, Fp8Linear
@@ -187,7 +187,7 @@ def test_scaled_weights_are_the_stored_numbers_times_their_scales(write, random_
     path = write(random_state, tmp_path, round_up=False)
     stored = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     model = load.load_dit(path, torch.float32, CPU).state_dict()
-    header = layouts.dit_layout(load.open_checkpoint(path, "--dit", layouts.dit_name)).tensors
+    header = layouts.dit_layout(open_checkpoint(path, "--dit", layouts.dit_name)).tensors
     for name in matrices(random_state):
         assert header[name] == TensorInfo(tuple(random_state[name].shape), torch.bfloat16, packed=True)
         scale = stored[name.removesuffix("weight") + "scale_weight"].float()

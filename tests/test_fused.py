@@ -242,8 +242,8 @@ def test_the_vae_is_fused_in_16_bits_where_that_runs(monkeypatch, settings, able
     monkeypatch.setattr(checkpoints, "fuse_vae_", asked.append)
     monkeypatch.setattr(checkpoints.load, "load_vae", lambda path, dtype, device: "the VAE")
     monkeypatch.setattr(wan.models.options.load, "inspect_vae", lambda path: None)
-    vae = VAEConfig(Path(__file__), **settings).resolve()
-    assert vae.load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
+    checkpoint = VAEConfig(Path(__file__), **settings).resolve()
+    assert checkpoint.load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
 
 
 def channel_norm(x, gain, silu):

@@ -1,6 +1,7 @@
 """The plot of noise levels: exact counts, and what the text and the picture show."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def few_draws(monkeypatch):
 
 @pytest.mark.parametrize("method", TIMESTEP_SAMPLING)
 def test_every_method_can_be_shown_as_text(method, few_draws, capsys):
-    show(NoiseConfig(timestep_sampling=method), SIZE, "console")
+    show(NoiseConfig(timestep_sampling=method), SIZE, "console", Path("unused.png"))
     title, heading, *lines = capsys.readouterr().out.splitlines()
     assert title == f"timestep_sampling {method}; 2,000 draws for latents of 120x68"
     assert heading.split() == ["noise", "level", "share", "loss", "weight"] and len(lines) == 20
@@ -104,7 +105,7 @@ def test_without_matplotlib_the_extra_is_named_and_the_text_still_shown(few_draw
     with pytest.raises(ConfigError, match=r'^--show_timesteps image needs the package matplotlib; .*"\.\[plots\]"'):
         show(NoiseConfig(), SIZE, "image", tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
-    show(NoiseConfig(), SIZE, "console")
+    show(NoiseConfig(), SIZE, "console", Path("unused.png"))
     assert capsys.readouterr().out.startswith("timestep_sampling ")
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, load_batch
 from tests.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
+from wan.models.device import Processes
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 from wan.nets.dit import WanDiT
@@ -73,12 +74,18 @@ def test_processes_take_equally_many_turns_and_together_see_each_item_once(valid
     for process in range(processes):
         recorder = Recorder()
         validate(
-            recorder, validation_set, LEVELS, 1, CPU, (process, processes), lambda own: sums.append(own) or own + 1
+            recorder,
+            validation_set,
+            LEVELS,
+            1,
+            CPU,
+            Processes(process, processes),
+            lambda own: sums.append(own) or own + 1,
         )
         calls.append(len(recorder.batches))
     assert len(set(calls)) == 1
     assert_close(sum(sums), torch.tensor([0.6, 3.0, 5.4, 3.0], dtype=torch.float64))
-    reduced = validate(Recorder(), validation_set, LEVELS, 1, CPU, (0, processes), lambda own: sum(sums))
+    reduced = validate(Recorder(), validation_set, LEVELS, 1, CPU, Processes(0, processes), lambda own: sum(sums))
     assert reduced == {level: pytest.approx(2 * level) for level in LEVELS}
 
 

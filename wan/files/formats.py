@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -22,6 +23,9 @@ from utils.errors import ConfigError
 from utils.files import require_file
 from utils.text import one_line, some
 from wan.files.staging import FileTensor, staged
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,6 +46,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_GGUFOrder = Literal["I", "S", "<"]  # of the bytes: the machine's, the other one, little-endian
 _GGUF_DTYPES = {kind: _SAFETENSORS_DTYPES[kind] for kind in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")}
 
 
@@ -182,7 +187,7 @@ def _safetensors_headers(path: Path) -> dict[str, Header]:
     with path.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")  # of the header, which names places behind it
         stored = json.loads(stream.read(size))
-    headers = {}
+    headers: dict[str, Header] = {}
     for name in names:
         kind, (start, _) = stored[name]["dtype"], stored[name]["data_offsets"]
         dtype = _SAFETENSORS_DTYPES.get(kind)
@@ -216,12 +221,14 @@ def _gguf_headers(path: Path) -> dict[str, Header]:
         raise _NotAllowedError('needs the package gguf; run: pip install ".[gguf]"') from None
 
     class Reader(gguf.GGUFReader):
-        """Its own goes on counting, for years, when a file says that it holds more than there is."""
+        """GGUFReader that refuses a file which claims to hold more than it does; the base would read on for years."""
 
-        def _get(self, offset: int, dtype: type, count: int = 1, *order: str, **named: str) -> np.ndarray:
+        def _get(
+            self, offset: int, dtype: npt.DTypeLike, count: int = 1, override_order: _GGUFOrder | None = None
+        ) -> npt.NDArray[Any]:
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it ends too early")
-            return super()._get(offset, dtype, count, *order, **named)
+            return super()._get(offset, dtype, count, override_order)
 
     file = Reader(path)
     if file.byte_order == "S":
@@ -233,7 +240,7 @@ def _gguf_headers(path: Path) -> dict[str, Header]:
         tensor = torch.from_numpy(values).reshape(info.shape)
         return tensor if info.packed else tensor.to(info.dtype)
 
-    headers = {}
+    headers: dict[str, Header] = {}
     for stored in file.tensors:
         kind = stored.tensor_type
         shape = tuple(reversed(stored.shape.tolist()))

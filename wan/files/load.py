@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from utils.errors import ConfigError
 from utils.files import written_whole
 from wan.files import names as layouts
-from wan.files.formats import Checkpoint, Shapes, TensorInfo, blocks_of_scale, check_tensors, open_checkpoint
+from wan.files.formats import Checkpoint, Shapes, blocks_of_scale, check_tensors, open_checkpoint
 from wan.memory.fp8 import FP8, FP8Kind, Fp8Linear, fp8_entries, is_dit_weight, is_inner_dit_weight, use_fp8_
 from wan.nets import clip, t5
 from wan.nets.attention import Attention, sdpa
@@ -31,12 +32,12 @@ from wan.nets.vae import WanVAE, vae_base_dim
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
     from transformers import CLIPVisionModel, UMT5EncoderModel
 
-__all__ = ["Checkpoint", "TensorInfo", "check_tensors", "open_checkpoint"]
+Network = TypeVar("Network", bound=nn.Module)
 
 _DIT_DTYPE_PROBE = "blocks.0.cross_attn.k.weight"  # its dtype stands for the file (docs/formats.md#dit-keys)
 
 
-def _check(checkpoint: Checkpoint, expected: Shapes, ignored: set[str] = frozenset()) -> None:
+def _check(checkpoint: Checkpoint, expected: Shapes, ignored: AbstractSet[str] = frozenset()) -> None:
     found = {name: shape for name, shape in checkpoint.shapes.items() if name not in ignored}
     check_tensors(expected, found, checkpoint.label)
     for name in expected:
@@ -48,8 +49,11 @@ def _shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _on_meta(checkpoint: Checkpoint, build: Callable[[Shapes], nn.Module]) -> nn.Module:
-    """`build(shapes)` without memory for the weights; its ConfigError gets the name of the file in front."""
+def _on_meta(checkpoint: Checkpoint, build: Callable[[Shapes], Network]) -> Network:
+    """`build(shapes)` without memory for the weights; a ConfigError of it gets the name of the file in front.
+
+    `build` must not be the first to import a model of transformers: torch 2.8 fails to do so on the meta device.
+    """
     try:
         with torch.device("meta"):
             return build(checkpoint.shapes)
@@ -58,18 +62,19 @@ def _on_meta(checkpoint: Checkpoint, build: Callable[[Shapes], nn.Module]) -> nn
 
 
 def _load(
-    module: nn.Module,
+    module: Network,
     checkpoint: Checkpoint,
     names: Shapes,
     to_entries: Callable[[str, Tensor], dict[str, Tensor]],
     dtype: torch.dtype,
     device: torch.device | str,
     keep: Callable[[str, str, Tensor], dict[str, Tensor]] = lambda name, key, tensor: {key: tensor},
-) -> nn.Module:
-    """Fill `module`, built on meta, with the tensors `names`; `to_entries` maps each to entries of its state dict.
+) -> Network:
+    """Fill `module`, built on the meta device, with the tensors `names` of the checkpoint, and return it.
 
-    keep: the form and place in which an entry (of which tensor, under which key), in `dtype` on `device`, stays. Tensor
-    by tensor, so that only one of them exists in another form at a time.
+    to_entries: (name, tensor as stored) -> entries of the state dict. keep: (name, key, entry in `dtype` on `device`)
+    -> entries in the form and place in which they stay. Tensors pass one by one, so that only one of them exists in
+    another form at a time.
     """
     module.eval().requires_grad_(False)
     state: dict[str, Tensor] = {}
@@ -208,16 +213,21 @@ def _fp8_layers(
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Fp8Linear]:
     """`use_fp8_` if a kind is asked for; a file with scales keeps scales, because a cast would lose small weights."""
-    return use_fp8_(model, dtype, "scaled" if kind == "cast" and checkpoint.scales else kind, wanted) if kind else {}
+    if kind is None:
+        return {}
+    return use_fp8_(model, dtype, "scaled" if kind == "cast" and checkpoint.scales else kind, wanted)
 
 
 def _fp8_entries(
     layers: Mapping[str, Fp8Linear], checkpoint: Checkpoint | None, name: str, key: str, weight: Tensor
 ) -> dict[str, Tensor]:
-    """`fp8_entries` of the tensor `name` in `checkpoint` (None: it was changed), not rounded anew where it is fp8."""
-    known = checkpoint is not None and name in checkpoint.scales
-    if known and key in layers and layers[key].kind == "scaled":
-        stored, template = checkpoint.readers[name](), layers[key].scale_weight
+    """`fp8_entries` of a weight, without rounding it again where `checkpoint` holds it as scaled fp8.
+
+    name: of the tensor in `checkpoint`; checkpoint: None when LoRA has changed the weight.
+    """
+    template = layers[key].scale_weight if key in layers and layers[key].kind == "scaled" else None
+    if template is not None and checkpoint is not None and name in checkpoint.scales:
+        stored = checkpoint.readers[name]()
         blocks = blocks_of_scale(checkpoint.read_scale(name, weight.device), stored.shape).to(weight.dtype)
         rows, columns = template.shape[:2] if template.ndim == 3 else (len(template), 1)
         normal = blocks.abs() >= torch.finfo(weight.dtype).tiny  # in float16 small scales are too coarse, or 0
@@ -251,6 +261,8 @@ def load_vae(path: str | Path, dtype: torch.dtype, device: torch.device | str) -
 
 def _open_t5(path: str | Path) -> tuple[Checkpoint, UMT5EncoderModel]:
     checkpoint = layouts.with_scales(open_checkpoint(path, "--t5", rename=layouts.t5_name))
+    from transformers import UMT5EncoderModel  # noqa: F401  `_on_meta` says why
+
     model = _on_meta(checkpoint, t5.build_t5)
     _check(checkpoint, t5.t5_shapes(model))
     return checkpoint, model
@@ -262,7 +274,7 @@ def inspect_t5(path: str | Path) -> int:
 
 
 def count_t5(path: str | Path) -> int:
-    """How many numbers the weights of a T5 file are (5.68 billion in umT5-XXL)."""
+    """Number of weights in a T5 file (5.68 billion in umT5-XXL). Reads the header only."""
     return sum(math.prod(shape) for shape in t5.t5_shapes(_open_t5(path)[1]).values())
 
 
@@ -278,6 +290,8 @@ def load_t5(
 
 def _open_clip(path: str | Path) -> tuple[Checkpoint, CLIPVisionModel]:
     checkpoint = layouts.clip_layout(open_checkpoint(path, "--clip", rename=layouts.clip_name))
+    from transformers import CLIPVisionModel  # noqa: F401  `_on_meta` says why
+
     model = _on_meta(checkpoint, clip.build_clip)
     _check(checkpoint, clip.clip_shapes(model), ignored=clip.unused_names(checkpoint.shapes))
     return checkpoint, model

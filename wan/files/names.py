@@ -106,8 +106,8 @@ def vae_name(stored: str) -> str:
 
 # T5
 
-_T5_MODULES = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5._IN_BLOCK.items()}
-_T5_OUTSIDE = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5._OUTSIDE.items()}
+_T5_MODULES = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5.IN_BLOCK.items()}
+_T5_OUTSIDE = {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for ours, theirs in t5.OUTSIDE.items()}
 _T5_OUTSIDE |= {"token_embd": "token_embedding", "enc.output_norm": "norm"}
 _T5_MODULES |= {  # llama.cpp's names (gguf-py, gguf/tensor_mapping.py)
     "attn_norm": "norm1",
@@ -140,11 +140,11 @@ def t5_name(stored: str) -> str | None:
 # CLIP
 
 _CLIP_MODULES = {  # transformers' module -> official one, and which of how many parts of it
-    theirs: (ours, part, len(parts)) for ours, parts in clip._IN_BLOCK.items() for part, theirs in enumerate(parts)
+    theirs: (ours, part, len(parts)) for ours, parts in clip.IN_BLOCK.items() for part, theirs in enumerate(parts)
 }
-_CLIP_OUTSIDE = {theirs: ours for ours, theirs in clip._OUTSIDE.items()}
+_CLIP_OUTSIDE = {theirs: ours for ours, theirs in clip.OUTSIDE.items()}
 _CLIP_UNUSED = ("post_layernorm.", "visual_projection.", "text_model.", "text_projection.", "logit_scale")
-_SPLIT = re.compile(r"(?P<before>.+)\[0/(?P<count>\d)\](?P<after>.+)")
+_SPLIT = re.compile(r"(?P<before>.+)\[0/(?P<count>[1-9])\](?P<after>.+)")
 
 
 def clip_name(stored: str) -> str | None:
@@ -169,9 +169,9 @@ def clip_layout(checkpoint: Checkpoint) -> Checkpoint:
             continue
         count = int(split["count"])
         names = [f"{split['before']}[{i}/{count}]{split['after']}" for i in range(count)]
-        infos = {checkpoint.tensors.get(name) for name in names}
-        whole = split["before"] + split["after"]
-        if len(infos) == 1 and (info := infos.pop()).shape and whole not in tensors:
+        info, whole = checkpoint.tensors[first], split["before"] + split["after"]
+        are_equal = all(checkpoint.tensors.get(name) == info for name in names)
+        if are_equal and info.shape and whole not in tensors:
             tensors[whole] = replace(info, shape=(count * info.shape[0], *info.shape[1:]))
             readers[whole] = partial(_concatenated, [readers[name] for name in names])
             for name in names:

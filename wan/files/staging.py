@@ -5,7 +5,7 @@ thread. Here both work at the same time, and many threads read.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ THREADS = 16  # 16 GB/s out of the page cache of a machine with 16 cores; 4 thre
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that lies in a file byte by byte."""
+    """A tensor whose bytes lie in a file in one piece, in row-major order and the byte order of the machine."""
 
     path: Path
     offset: int  # bytes
@@ -33,9 +33,9 @@ class FileTensor:
     dtype: torch.dtype
 
     def __call__(self) -> Tensor:
-        """The mapped tensor; what is written to it does not reach the file. Raises OSError when that ends before.
+        """The mapped tensor; what is written to it does not reach the file. OSError when the file ends too early.
 
-        Mapped alone, because Linux refuses to map a whole file that is larger than the memory of the machine.
+        Each tensor is mapped alone, because Linux refuses to map a file that is larger than the memory of the machine.
         """
         count = prod(self.shape) * self.dtype.itemsize
         if not count:
@@ -47,7 +47,7 @@ class FileTensor:
         return torch.from_numpy(values).view(self.dtype).reshape(self.shape)
 
     def fill(self, view: memoryview, start: int) -> None:
-        """Bytes of the tensor from `start` on -> the whole of `view`. Raises OSError when the file ends before."""
+        """Fill `view` with the bytes of the tensor from `start` on. Raises OSError when the file ends too early."""
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + start)
             while view:
@@ -58,32 +58,44 @@ class FileTensor:
 
 
 class _Buffer:
-    """Page-locked memory, and when the GPU has copied out of it."""
+    """Page-locked memory that the GPU copies out of, in order and while Python goes on."""
 
     def __init__(self, size: int, on_gpu: bool) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-        self.view = memoryview(self.memory.numpy())
-        self._copied = torch.cuda.Event() if on_gpu else None
+        self.view = self.memory.numpy().data
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call] # torch does not annotate it
 
     def wait(self) -> None:
+        """Return when the last copy is over, so that the memory may be written again."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def copy_into(self, target: Tensor) -> None:
+        """Start to copy the first bytes into `target`, uint8 [bytes] on the GPU."""
         target.copy_(self.memory[: len(target)], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
 
-class _Piece(NamedTuple):
-    """What fits into a buffer; without bytes when the tensor is where it belongs."""
+class _Chunk(NamedTuple):
+    """The part of a tensor that fits into a buffer."""
 
     name: str
-    tensor: Tensor  # on the device
-    bytes: Tensor | None  # of it, uint8
-    fill: Callable[[memoryview, int], None] | None  # (view, first byte in the tensor): fills the view
-    start: int  # of the bytes, in the tensor
+    tensor: Tensor  # on the device, complete with its last chunk
+    bytes: Tensor  # the part of it, uint8
+    fill: Callable[[memoryview, int], None]  # (view, first byte in the tensor): fills the view
+    start: int  # first byte of the part in the tensor
     last: bool
+
+
+class _Ready(NamedTuple):
+    """A tensor that needs no buffer: it is empty, or its reader has put it on a device already."""
+
+    name: str
+    tensor: Tensor
+
+
+_Upload = tuple[_Chunk, _Buffer, list[Future[None]]]
 
 
 def staged(
@@ -92,64 +104,66 @@ def staged(
     size: int = _BUFFER,
     threads: int = THREADS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on `device`) in the order of `readers`; those that are read next are on their way meanwhile.
+    """(name, tensor on `device`) in the order of `readers`, whose next tensors are read and copied meanwhile.
 
     The copies run in the current stream, so that whatever is done with a tensor there comes after them. size: bytes of
-    a buffer.
+    a buffer. Raises what the readers raise.
     """
     buffers = deque(_Buffer(size, device.type == "cuda") for _ in range(_BUFFERS))
-    on_the_way: deque[tuple[_Piece, _Buffer, list[Future]]] = deque()
-    with ThreadPoolExecutor(threads) as pool, closing(_pieces(readers, device, size)) as pieces:
-        for piece in pieces:
-            if piece.bytes is None:
-                while on_the_way:
-                    yield from _arrive(on_the_way, buffers)
-                yield piece.name, piece.tensor
+    uploads: deque[_Upload] = deque()
+    with ThreadPoolExecutor(threads) as pool, closing(_chunks(readers, device, size)) as chunks:
+        for chunk in chunks:
+            if isinstance(chunk, _Ready):
+                while uploads:
+                    yield from _upload_next(uploads, buffers)
+                yield chunk.name, chunk.tensor
                 continue
             if not buffers:
-                yield from _arrive(on_the_way, buffers)
+                yield from _upload_next(uploads, buffers)
             buffer = buffers.popleft()
             buffer.wait()
-            on_the_way.append((piece, buffer, _fill(pool, piece, buffer.view, threads)))
-        while on_the_way:
-            yield from _arrive(on_the_way, buffers)
+            uploads.append((chunk, buffer, _fill(pool, chunk, buffer.view, threads)))
+        while uploads:
+            yield from _upload_next(uploads, buffers)
 
 
-def _arrive(on_the_way: deque, buffers: deque[_Buffer]) -> Iterator[tuple[str, Tensor]]:
-    """Send the first piece to the device; its tensor, if that was the last of it."""
-    piece, buffer, jobs = on_the_way.popleft()
+def _upload_next(uploads: deque[_Upload], buffers: deque[_Buffer]) -> Iterator[tuple[str, Tensor]]:
+    """Send the first chunk to the device; yields its tensor when that was the last chunk of it."""
+    chunk, buffer, jobs = uploads.popleft()
     for job in jobs:
         job.result()
-    buffer.copy_into(piece.bytes)
+    buffer.copy_into(chunk.bytes)
     buffers.append(buffer)
-    if piece.last:
-        yield piece.name, piece.tensor
+    if chunk.last:
+        yield chunk.name, chunk.tensor
 
 
-def _fill(pool: ThreadPoolExecutor, piece: _Piece, view: memoryview, threads: int) -> list[Future]:
-    """Fill the first bytes of `view` with the piece, in equal parts."""
-    count = len(piece.bytes)
+def _fill(pool: ThreadPoolExecutor, chunk: _Chunk, view: memoryview, threads: int) -> list[Future[None]]:
+    """Let threads fill the first bytes of `view` with the chunk, in equal parts."""
+    count = len(chunk.bytes)
     part = max(-(-count // threads), _PART)
     starts = range(0, count, part)
-    return [pool.submit(piece.fill, view[at : min(at + part, count)], piece.start + at) for at in starts]
+    return [pool.submit(chunk.fill, view[at : min(at + part, count)], chunk.start + at) for at in starts]
 
 
-def _pieces(readers: Iterable[tuple[str, Callable[[], Tensor]]], device: torch.device, size: int) -> Iterator[_Piece]:
+def _chunks(
+    readers: Iterable[tuple[str, Callable[[], Tensor]]], device: torch.device, size: int
+) -> Generator[_Chunk | _Ready, None, None]:
     for name, reader in readers:
         source = reader()
         if source.device.type != "cpu" or not source.numel():
-            yield _Piece(name, source.to(device), None, None, 0, True)
+            yield _Ready(name, source.to(device))
             continue
         fill = reader.fill if isinstance(reader, FileTensor) else _from_memory(source)
         target = torch.empty(source.shape, dtype=source.dtype, device=device)
         target_bytes = target.reshape(-1).view(torch.uint8)
         for start in range(0, len(target_bytes), size):
             part = target_bytes[start : start + size]
-            yield _Piece(name, target, part, fill, start, last=start + size >= len(target_bytes))
+            yield _Chunk(name, target, part, fill, start, last=start + size >= len(target_bytes))
 
 
 def _from_memory(source: Tensor) -> Callable[[memoryview, int], None]:
-    """What a FileTensor's `fill` is, of a tensor in host memory; mapped ones are read from their file in passing."""
+    """`FileTensor.fill` for a tensor in host memory; one that is mapped is read from its file on the way."""
     values = source.contiguous().reshape(-1).view(torch.uint8).numpy()
 
     def fill(view: memoryview, start: int) -> None:

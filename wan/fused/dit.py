@@ -1,6 +1,6 @@
-"""The blocks of a DiT with their elementwise work fused into few passes over memory. Same weights, same results.
+"""A DiT with its elementwise operations fused into few passes over memory. Same weights, same results.
 
-wan/nets/dit.py is the reference. What differs is rounding: a normalisation and what follows it are rounded once
+wan/nets/dit.py is the reference. Only rounding differs: a normalisation and the operations after it are rounded once
 instead of after each step, so that the error against float64 is no larger.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wan.lora.layers import LoRALinear
 from wan.lora.product import cast_low_rank, lora_products
 from wan.memory.fp8 import Fp8Linear, Fp8Rows, product_of_rows
-from wan.memory.runner import Saving, SavingRunner
+from wan.memory.runner import Recipe, Saving, SavingRunner
 from wan.nets.attention import cudnn, sdpa
 from wan.nets.context import Context, KeysValues, Prepared
 from wan.nets.dit import (
@@ -29,6 +29,7 @@ from wan.nets.dit import (
     CrossAttention,
     Head,
     Linear32,
+    RMSNorm,
     SelfAttention,
     Shared,
     WanDiT,
@@ -46,7 +47,7 @@ _HOPPER = (9, 0)  # the compute capability from which cuDNN's attention is the f
 
 
 class Residual(NamedTuple):
-    """The residual stream between two blocks: stream + addend * gate, which the next normalisation adds up."""
+    """The residual stream between two blocks, stream + addend * gate; the next normalisation computes the sum."""
 
     stream: Tensor  # [B, L, dim] float32
     addend: Tensor  # [B, L, dim]
@@ -54,7 +55,7 @@ class Residual(NamedTuple):
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Whether the kernels run there."""
+    """Whether the kernels run on the device."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= _AMPERE
@@ -67,8 +68,9 @@ def fuse_(dit: WanDiT, device: torch.device, swapped: int = 0, operations: Modul
     blocks keep the attention function they were handed, but torch's own becomes cuDNN's on the GPUs it is made for.
     """
     if operations is None:
-        from wan.fused import kernels as operations
+        from wan.fused import kernels
 
+        operations = kernels
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER:
         for module in dit.modules():
             if isinstance(module, SelfAttention | CrossAttention) and module.attention is sdpa:
@@ -130,7 +132,9 @@ class FusedBlocks(SavingRunner):
         """runner: for blocks with trained parameters that the operations have no gradient for."""
         self._plain, last = runner, len(dit.blocks) - swapped
         self.blocks = {
-            block: _FusedBlock(block, operations, one_matrix=number < last) for number, block in enumerate(dit.blocks)
+            block: _FusedBlock(block, operations, one_matrix=number < last)
+            for number, block in enumerate(dit.blocks)
+            if isinstance(block, Block)
         }
 
     def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
@@ -160,33 +164,39 @@ class _FusedBlock:
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         layers = self.layers_with_lora(dtype)
 
-        def norm(x, addend, gate, *settings):
-            x, h = run.residual_norm(x, addend, gate, *settings, dtype)
-            return x, (h, lambda: run.residual_norm(x, None, None, *settings, dtype)[1])
+        def norm(
+            x: Tensor, addend: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, modulated: bool
+        ) -> tuple[Tensor, Recipe]:
+            settings = scale, shift, eps, modulated, dtype
+            x, h = run.residual_norm(x, addend, gate, *settings)
+            return x, (h, lambda: run.residual_norm(x, None, None, *settings)[1])
 
-        def rotate(y, norm, *angles):
-            work = partial(run.rms_rope, y, norm.weight, *angles, norm.eps)
+        def rotate(y: Tensor, norm: RMSNorm, cos: Tensor | None, sin: Tensor | None) -> Recipe:
+            work = partial(run.rms_rope, y, norm.weight, cos, sin, norm.eps)
             return work(), work
 
-        own = block.self_attn
-        x, normed = norm(x.contiguous(), None, None, scale, shift, eps, True)
+        def self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rotated_q, rotated_k = rotate(q, own.norm_q, cos, sin), rotate(k, own.norm_k, cos, sin)
+            with saving.recipes(rotated_q, rotated_k):
+                return own.attention(split_heads(rotated_q[0]), split_heads(rotated_k[0]), split_heads(v)).flatten(2)
+
+        def cross_attention(q: Tensor) -> Tensor:
+            normed, seen = rotate(q, cross.norm_q, None, None), self.keys_values(context, layers)
+            with saving.recipes(normed):
+                return self.attend(split_heads(normed[0]), seen).flatten(2)
+
+        own, cross, weights = block.self_attn, block.cross_attn, block.norm3
+        x, normed = norm(x.contiguous(), None, None, scale, shift, True)
         with saving.recipes(normed):
             q, k, v = layers(normed[0], own.q, own.k, own.v)
-        q, k = rotate(q, own.norm_q, cos, sin), rotate(k, own.norm_k, cos, sin)
-        with saving.recipes(q, k):
-            h = own.attention(split_heads(q[0]), split_heads(k[0]), split_heads(v)).flatten(2)
-        (h,) = layers(h, own.o)
+        (h,) = layers(self_attention(q, k, v), own.o)
 
-        weights, cross = block.norm3, block.cross_attn
-        x, normed = norm(x, h, gate, weights.weight[None], weights.bias[None], eps, False)
+        x, normed = norm(x, h, gate, weights.weight[None], weights.bias[None], False)
         with saving.recipes(normed):
             (q,) = layers(normed[0], cross.q)
-        q, seen = rotate(q, cross.norm_q, None, None), self.keys_values(context, layers)
-        with saving.recipes(q):
-            h = self.attend(split_heads(q[0]), seen).flatten(2)
-        (h,) = layers(h, cross.o)
+        (h,) = layers(cross_attention(q), cross.o)
 
-        x, normed = norm(x, h, None, ffn_scale, ffn_shift, eps, True)
+        x, normed = norm(x, h, None, ffn_scale, ffn_shift, True)
         first, gelu, last = block.ffn
         with saving.recipes(normed):
             (h,) = layers(normed[0], first)
@@ -234,18 +244,21 @@ class _FusedBlock:
         return run
 
     def infer(self, x: Tensor | Residual, modulation: Tensor, context: Context, cos: Tensor, sin: Tensor) -> Residual:
-        """Writes over x."""
+        """Without gradients. Writes over x."""
         block, run, dtype, eps = self.block, self.operations, context.tokens.dtype, self.block.norm1.eps
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unbind(1)
         x, addend, addend_gate = x if isinstance(x, Residual) else (x.contiguous(), None, None)
 
-        def norm_(addend, gate, scale, shift, modulated, layer):
+        def norm_(
+            addend: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, modulated: bool, layer: nn.Module
+        ) -> Tensor | Fp8Rows:
             return run.residual_norm_(x, addend, gate, scale, shift, eps, modulated, dtype, _takes_rows(layer))
 
         own = block.self_attn
         q, k, v = self.project(norm_(addend, addend_gate, scale, shift, True, own.q))
         run.rms_rope_(q, own.norm_q.weight, cos, sin, own.norm_q.eps)
         run.rms_rope_(k, own.norm_k.weight, cos, sin, own.norm_k.eps)
+        h: Tensor | Fp8Rows
         h = self.apply(own.o, own.attention(split_heads(q), split_heads(k), split_heads(v)).flatten(2))
 
         norm, cross = block.norm3, block.cross_attn
@@ -256,7 +269,7 @@ class _FusedBlock:
         return Residual(x, self.feed_forward(h), ffn_gate)
 
     def attend(self, q: Tensor, seen: KeysValues) -> Tensor:
-        """As `CrossAttention.attend`; what the user chose for attention serves here too."""
+        """`CrossAttention.attend`, by one operation for text and image unless an attention package was chosen."""
         cross = self.block.cross_attn
         if cross.attention in (sdpa, cudnn):
             repeats = TEXT_LENGTH - seen.text_rows + 1  # how many rows the last one of the text stands for
@@ -265,17 +278,21 @@ class _FusedBlock:
 
     def project(self, h: Tensor | Fp8Rows) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v [B, L, dim], in one product where their weights can lie in one matrix."""
-        layers = self.block.self_attn.q, self.block.self_attn.k, self.block.self_attn.v
+        own = self.block.self_attn
+        layers = own.q, own.k, own.v
         if not self.one_matrix or any(type(layer) not in (nn.Linear, Fp8Linear) for layer in layers):
-            return tuple(self.apply(layer, h) for layer in layers)
-        if isinstance(h, Fp8Rows):
+            q, k, v = (self.apply(layer, h) for layer in layers)
+        elif isinstance(h, Fp8Rows):
+            assert isinstance(own.q, Fp8Linear)
             names = ("quantized", "scale_weight", "bias")
             weight, scale, bias = (_joined([getattr(layer, name) for layer in layers]) for name in names)
-            return product_of_rows(h, Fp8Rows(weight, scale), bias, layers[0].compute_dtype).chunk(3, dim=-1)
-        if isinstance(layers[0], Fp8Linear):
-            return tuple(layer(h) for layer in layers)
-        weight, bias = (_joined([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        return F.linear(h, weight, bias).chunk(3, dim=-1)
+            q, k, v = product_of_rows(h, Fp8Rows(weight, scale), bias, own.q.compute_dtype).chunk(3, dim=-1)
+        elif isinstance(own.q, Fp8Linear):
+            q, k, v = (layer(h) for layer in layers)
+        else:
+            weight, bias = (_joined([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+            q, k, v = F.linear(h, weight, bias).chunk(3, dim=-1)
+        return q, k, v
 
     def feed_forward(self, h: Tensor | Fp8Rows) -> Tensor:
         """[B, L, dim] -> [B, L, dim]"""
@@ -289,11 +306,12 @@ class _FusedBlock:
     def apply(self, layer: nn.Module, h: Tensor | Fp8Rows) -> Tensor:
         if _takes_rows(layer):
             rows = h if isinstance(h, Fp8Rows) else self.operations.quantized(h)
-            return product_of_rows(rows, Fp8Rows(layer.quantized, layer.scale_weight), layer.bias, layer.compute_dtype)
+            return product_of_rows(rows, layer.rows, layer.bias, layer.compute_dtype)
         return layer(h)
 
 
-def _takes_rows(layer: nn.Module) -> bool:
+def _takes_rows(layer: nn.Module) -> TypeGuard[Fp8Linear]:
+    """Whether the layer multiplies inputs that are quantised row by row."""
     return isinstance(layer, Fp8Linear) and layer.kind == "rows"
 
 

@@ -1,14 +1,14 @@
-"""CUDA graphs: what the GPU has to do for inputs of one size, recorded once and then started by one call.
+"""CUDA graphs: the kernels for inputs of one size, captured once and then launched by one call.
 
-With few tokens a GPU is done with its kernels faster than Python starts them, one by one. What is replayed reads and
-writes the memory that it was recorded with: inputs are copied there, and a result lasts until the next call.
+With few tokens a GPU finishes its kernels faster than Python launches them one by one. A graph reads and writes the
+memory that it was captured with: inputs are copied there, and a result lasts until the next call.
 """
 
 import gc
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -21,20 +21,26 @@ from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
 
-# work -> (what does it again, its result): `work` takes nothing and returns a tensor or several
-Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], object], Any]]
 _MOST_TOKENS = 4096  # of a batch: with more, an H100 takes longer than Python
+T = TypeVar("T")
+
+
+class Recorder(Protocol):
+    """Runs work that returns tensors, and makes a function that repeats it."""
+
+    def __call__(self, work: Callable[[], T]) -> tuple[Callable[[], object], T]:
+        """(function that does the work again and writes over its result, the result)."""
 
 
 class CudaRecorder:
-    """Its graphs take turns in the same memory."""
+    """Captures CUDA graphs that share one memory pool."""
 
     def __init__(self) -> None:
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+    def __call__(self, work: Callable[[], T]) -> tuple[Callable[[], object], T]:
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what compiling left in cycles may hold on to autograd's nodes, which belong to another stream
+        gc.collect()  # cycles that compiling left may hold autograd's nodes, which belong to another stream
         pool = next((other.pool() for other in self._graphs), None)  # with the last of its graphs it is gone
         # Threads that load data may go on meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -43,17 +49,17 @@ class CudaRecorder:
         return graph.replay, result
 
 
-class Recorded:
-    """A function of tensors and constants, for constants and sizes that it is made with."""
+class Recorded(Generic[T]):
+    """`work` captured as a CUDA graph for these constants and shapes."""
 
-    def __init__(self, record: Recorder, work: Callable[..., Any], *inputs: Any) -> None:
+    def __init__(self, record: Recorder, work: Callable[..., T], *inputs: object) -> None:
         self._inputs = [tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in inputs]
         self._replay, self._result = record(partial(work, *self._inputs))
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The result, which the next call writes over."""
+    def __call__(self, *inputs: object) -> T:
+        """Result for other tensors of these shapes; the next call writes over it."""
         for own, tensor in zip(self._inputs, inputs, strict=True):
-            if isinstance(own, Tensor):
+            if isinstance(own, Tensor) and isinstance(tensor, Tensor):
                 own.copy_(tensor, non_blocking=True)
         self._replay()
         return self._result
@@ -65,12 +71,12 @@ def graph_passes_(dit: WanDiT, record: Recorder | None = None) -> None:
 
 
 class _GraphedPass:
-    """A PassRunner that replays what `runner` does."""
+    """A PassRunner that captures and replays the kernels of another."""
 
     def __init__(self, runner: PassRunner, record: Recorder) -> None:
         self._runner, self._record = runner, record
         self._used: WeakSet[Prepared] = WeakSet()  # the first pass makes keys and values, which no graph may own
-        self._recorded: WeakKeyDictionary[Prepared, dict[tuple[Hashable, ...], Recorded]] = WeakKeyDictionary()
+        self._recorded: WeakKeyDictionary[Prepared, dict[tuple[Hashable, ...], Recorded[Tensor]]] = WeakKeyDictionary()
         self._fits = True
 
     def __call__(
@@ -101,19 +107,23 @@ class _GraphedPass:
         return found[size](*inputs).clone()
 
 
+Gradients = tuple[Tensor, Sequence[Tensor | None]]
+"""Losses [B], and a gradient per parameter."""
+
+
 class GraphedGradients:
     """A loss and its gradients, replayed from the second time on that inputs of a size occur."""
 
     def __init__(
         self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter], record: Recorder | None = None
     ) -> None:
-        """loss: of named tensors, returns [B]. parameters: what the gradients are for. record: default CUDA's."""
+        """loss: of named tensors, returns [B]. parameters: to take gradients by. record: default CUDA's."""
         self._loss, self.parameters, self._record = loss, parameters, record or CudaRecorder()
-        self._known: set[tuple] = set()  # sizes that kernels have been chosen for
-        self._recorded: dict[tuple, Recorded] = {}
+        self._known: set[tuple[Hashable, ...]] = set()  # sizes that kernels have been chosen for
+        self._recorded: dict[tuple[Hashable, ...], Recorded[Gradients]] = {}
         self._fits = True
 
-    def __call__(self, inputs: dict[str, Any], factor: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def __call__(self, inputs: dict[str, Any], factor: Tensor) -> Gradients:
         """The losses [B], and the gradients of their sum times `factor`, a scalar. The next call may write over both.
 
         inputs: of `loss`, tensors, tuples of them and constants; among them `latents` [B, 16, F, H, W].
@@ -137,7 +147,7 @@ class GraphedGradients:
         except torch.OutOfMemoryError:
             if not self._recorded:
                 raise
-        self.release()  # what graphs reserve serves nobody else
+        self.release()  # memory that graphs reserve serves nobody else
         return work(*tensors)
 
     def release(self) -> None:
@@ -146,7 +156,7 @@ class GraphedGradients:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _work(self, structure: TreeSpec, factor: Tensor, *leaves: Any) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def _work(self, structure: TreeSpec, factor: Tensor, *leaves: object) -> Gradients:
         losses = self._loss(**tree_unflatten(leaves, structure))
         gradients = torch.autograd.grad(losses.sum() * factor, self.parameters, allow_unused=True)
         return losses.detach(), gradients

@@ -1,7 +1,7 @@
 """The fused operations of wan/fused/plain.py, under the same names, as Triton kernels. Imported on CUDA only.
 
-Every kernel reads and writes each number once: at these sizes nothing but memory traffic counts. A program handles one
-row, i.e. one token, and computes in float32.
+Every kernel reads and writes each number once, because memory traffic bounds them all. A program handles one row, i.e.
+one token, and computes in float32.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _rows(x: Tensor) -> int:
 
 
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A kernel takes no None; which inputs it may read is told by its constants."""
+    """`stand_in` instead of None, which kernels do not take; their constants say which inputs they may read."""
     return stand_in if tensor is None else tensor
 
 
@@ -134,7 +134,7 @@ def residual_norm_(
     scales = torch.empty(*x.shape[:-1], 1, device=x.device) if eight_bits else None
     addend = None if addend is None else addend.contiguous()
     _residual_norm(x, addend, gate, scale, shift, eps, modulated, x, out, scales)
-    return Fp8Rows(out, scales) if eight_bits else out
+    return out if scales is None else Fp8Rows(out, scales)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def _residual_norm_backward_kernel(
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """`residual_norm`, with gradients for x and the addend only. Without `dtype` it is `residual_add`."""
+    """Autograd function of `residual_norm`, and without `dtype` of `residual_add`: gradients for x and the addend."""
 
     @staticmethod
     def forward(ctx, x, addend, gate, scale, shift, eps, modulated, dtype):
@@ -193,7 +193,7 @@ class _ResidualNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype, device=x.device) if norm else None
         _residual_norm(x, addend, gate, scale, shift, eps, modulated, new, out)
         ctx.save_for_backward(new if norm else None)
-        ctx.modulation = gate, scale  # not saved: a block that is made again ends with the last tensor that is
+        ctx.modulation = gate, scale  # not saved: recomputing a block ends with the last tensor that is
         ctx.settings = eps, modulated, addend.dtype if add else None
         return new if add else x.view_as(x), out
 
@@ -302,7 +302,7 @@ def _rms_rope_backward_kernel(
     tl.store(grad + row * dim + columns, result.to(grad.dtype.element_ty), mask=mask)
 
 
-def _row_of_heads(cos: Tensor | None, dim: int) -> dict:
+def _row_of_heads(cos: Tensor | None, dim: int) -> dict[str, bool | int]:
     """Constants of a kernel that sees a row as heads."""
     half = _HALF_HEAD if cos is None else cos.shape[-1]
     heads = triton.next_power_of_2(triton.cdiv(dim, 2 * half))
@@ -323,7 +323,7 @@ def rms_rope_(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None,
 
 
 class _RmsRope(torch.autograd.Function):
-    """`rms_rope`, with a gradient for y only."""
+    """Autograd function of `rms_rope`, with a gradient for y only."""
 
     @staticmethod
     def forward(ctx, y, weight, cos, sin, eps):

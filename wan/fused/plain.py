@@ -1,4 +1,4 @@
-"""The fused operations of wan/fused/dit.py in plain PyTorch: what the kernels must equal, and what runs without them.
+"""The fused operations of wan/fused/dit.py in plain PyTorch: the reference of the kernels, for tests and CPUs.
 
 x is the float32 residual stream [B, L, dim]; gate, scale and shift are [B or 1, dim]; cos and sin are [B, L, D / 2].
 Names that end in _ write their result over their input.
@@ -55,7 +55,7 @@ def residual_norm_(
     dtype: torch.dtype,
     eight_bits: bool = False,
 ) -> Tensor | Fp8Rows:
-    """The second result of `residual_norm`; x' is in place of x. eight_bits: it is quantised row by row."""
+    """Second result of `residual_norm`; x' is written over x. eight_bits: the result is quantised row by row."""
     new, out = residual_norm(x, addend, gate, scale, shift, eps, modulated, torch.float32 if eight_bits else dtype)
     x.copy_(new)
     return quantize_rows(out) if eight_bits else out
@@ -64,14 +64,14 @@ def residual_norm_(
 def rms_rope(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     """RMS normalisation of [B, L, dim] over all heads, then, with angles, their rotation; rounded once, at the end."""
     normed = F.rms_norm(y.float(), y.shape[-1:], weight.float(), eps)
-    if cos is not None:
+    if cos is not None and sin is not None:
         heads = normed.unflatten(-1, (-1, 2 * cos.shape[-1]))
         normed = apply_rope(heads, cos, sin).flatten(2)
     return normed.to(y.dtype)
 
 
 def rms_rope_(y: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
-    """`rms_rope` over its input, whose rows may lie apart."""
+    """`rms_rope` written over its input, whose rows may lie apart."""
     return y.copy_(rms_rope(y, weight, cos, sin, eps))
 
 

@@ -19,15 +19,17 @@ _SCORES = 1 << 26  # attention scores that are in memory at a time: 256 MB in fl
 
 
 def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Attend | None = None) -> None:
-    """Lay the weights out for channels-last convolutions and fuse what is between them; for use without gradients.
+    """Lay the weights out for channels-last convolutions and fuse the operations between them; without gradients.
 
     normalize, attend: `channel_norm` of wan/fused/vae_kernels.py and `attention` below unless given.
     """
     if normalize is None:
-        from wan.fused.vae_kernels import channel_norm as normalize
+        from wan.fused.vae_kernels import channel_norm
+
+        normalize = channel_norm
     for module in vae.modules():
         if isinstance(module, nn.Conv2d):
-            module.to(memory_format=torch.channels_last)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's annotations
         elif isinstance(module, CausalConv3d):
             module.weight.data = _last_channels(module.weight.data)
         elif isinstance(module, ChannelNorm):
@@ -39,7 +41,7 @@ def fuse_vae_(vae: WanVAE, normalize: Norm | None = None, attend: Attend | None 
 
 
 def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, SiLU]]:
-    """The pairs of layers that one kernel can do."""
+    """Pairs of layers that one kernel can compute."""
     for sequence in vae.modules():
         for first, second in pairwise(sequence) if isinstance(sequence, nn.Sequential) else ():
             if isinstance(first, ChannelNorm) and isinstance(second, SiLU):
@@ -47,7 +49,7 @@ def norms_before_silu(vae: WanVAE) -> Iterator[tuple[ChannelNorm, SiLU]]:
 
 
 def _last_channels(weight: Tensor) -> Tensor:
-    """The same [out, in, time, height, width], in memory as time, out, height, width, in: each tap is channels-last."""
+    """[out, in, time, height, width], laid out as time, out, height, width, in: each tap is channels-last."""
     return weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""What the fused VAE does between its convolutions, as Triton kernels. Imported on CUDA only."""
+"""Normalisation, SiLU and softmax of the fused VAE as Triton kernels. Imported on CUDA only."""
 
 import math
 

@@ -38,22 +38,21 @@ def explain_generation(
     guidance: GuidanceConfig,
 ) -> list[str]:
     """A table per picture, then what all of them need."""
-    lines, forwards, flops, most = [], 0, 0.0, 0
+    lines: list[str] = []
+    forwards, flops = 0, 0.0
     for number, request in enumerate(requests, start=1):
         together, in_step = prompts_per_pass(request, guidance)
         own, tokens = request_tokens(request)
         at_length = request.reasoning_steps if request.reasoning_frames else 0
         steps = ((own, request.steps - at_length), (tokens, at_length))
         cost = in_step * sum(count * forward_flops(dit.spec, length) for length, count in steps)
-        forwards, flops, most = (
-            forwards + in_step * request.steps,
-            flops + cost,
-            max(most, forward_tokens(request, guidance)),
-        )
+        forwards += in_step * request.steps
+        flops += cost
         if number <= SHOWN:
             lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {request.prompt}"]
             lines += [*_request_lines(request, in_step, together, cost), ""]
     lines += left_out(len(requests))
+    most = max((forward_tokens(request, guidance) for request in requests), default=0)
     held, _ = meta_dit(dit, dit.dtype, memory)
     rows = [
         ("task", f"{dit.task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),

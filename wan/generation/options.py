@@ -29,6 +29,9 @@ from wan.models.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
 
+WAYS = ("prompt", "from_file", "interactive", "latent_path")
+"""Flags that say what to generate; one of them is needed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig(Section, Prompt):
@@ -50,8 +53,7 @@ class PromptConfig(Section, Prompt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ways = ("prompt", "from_file", "interactive", "latent_path")
-        chosen = [f"--{name}" for name in ways if getattr(self, name) not in (None, False, ())]
+        chosen = [f"--{name}" for name in WAYS if getattr(self, name) not in (None, False, ())]
         if not chosen:
             raise ConfigError(
                 "nothing to generate; give --prompt, --from_file, --interactive, --latent_path or --recipe"

@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,13 @@ from wan.generation.guidance import GuidanceConfig
 from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
+from wan.generation.sampling import Schedule
 from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
 from wan.nets.spec import LATENT_CHANNELS, VAE_STRIDE
 from wan.nets.t5 import encode_text
+from wan.nets.tokens import FrameSizes
 from wan.nets.vae import WanVAE
 
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
@@ -167,76 +170,115 @@ def denoise(
 
     watch: is called in each step with its number, from 0, and what these latents will be as far as it can tell then.
     """
-    request, guidance = encoded.request, guidance or GuidanceConfig()
-    clip, encoding = request.clip, request.layout.encoding
-    conditioning = encoded.conditioning.map(lambda tensor: tensor[None].to(device))
-    given = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
-    rows = pad_text([*given.values()]).to(device)
-    texts = {name: rows[number, None] for number, name in enumerate(given)}
-    frame_indices = torch.tensor([clip.time_indices], device=device)
-    own = torch.tensor(clip.kept, device=device)
-    own_conditioning, own_indices = conditioning.select(own), frame_indices[:, own]
-    own_sizes, sizes = request.layout.clip.frame_sizes(request.sizes), request.frame_sizes
-    noise = _noise(request, device)
-    guided_steps = guidance.guided_steps(request.steps)
+    request = encoded.request
     schedule = sampling.schedule(request.solver, request.steps, request.shift)
-    timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
-    sigmas = schedule.sigmas.tolist()
-    expert = experts.at(float(schedule.timesteps[0]))
-    experts.use(expert)  # loads before the progress bar starts
-    caches: dict[tuple[tuple[str, ...], bool], StepCache] = defaultdict(StepCache)
+    noise, sigmas = _noise(request, device), schedule.sigmas.tolist()
+    conditioning = encoded.conditioning.map(lambda tensor: tensor.to(device))
+    guided_velocity = _GuidedVelocity(experts, encoded, conditioning, guidance or GuidanceConfig(), schedule, device)
 
     def velocity(x: Tensor, timestep: Tensor, step: int) -> Tensor:
-        nonlocal expert
-        whole = not request.reasoning_frames or step < request.reasoning_steps
-        if (due := experts.at(float(timestep))) is not expert:
-            expert = due
-            caches.clear()
-        dit = experts.use(expert)
-
-        def run(*names: str, skip_blocks: frozenset[int] = frozenset()) -> Tensor:
-            """Velocities of the texts called `names`, [len(names), 16, F, H, W], by one pass."""
-
-            def repeated(tensor: Tensor) -> Tensor:
-                return tensor.expand(len(names), *tensor.shape[1:])
-
-            frames = (x, conditioning, frame_indices) if whole else (x[:, own], own_conditioning, own_indices)
-            latents, times, indices = map(repeated, (frames[0][None], timesteps[step, None], frames[2]))
-            text = torch.cat([texts[name] for name in names])
-            inputs = latents, frames[1].map(repeated), times, text, indices, skip_blocks
-            found: Tensor = dit(*inputs, cache=caches[names, whole], frame_sizes=sizes if whole else own_sizes)
-            return found
-
-        scale = expert.guidance if guided_steps[step] else 1.0
-        result = _guided(run, scale, step, request.steps, guidance)
-        if not whole:  # frames that were dropped stay as they are: what a solver does, it does to each number alone
-            result = torch.zeros_like(x).index_copy(1, own, result.to(x.dtype))
+        result = guided_velocity(x, float(timestep), step)
         if request.pin_controls:
-            result = pin_controls(result, conditioning.map(lambda tensor: tensor[0]), noise)
+            result = pin_controls(result, conditioning, noise)
         if watch is not None:
-            watch(step, encoding.target(request.layout.clip, (x - sigmas[step] * result)[:, own], own_sizes))
+            watch(step, _target(request, x - sigmas[step] * result))
         return result
 
     with tqdm(total=request.steps, desc=label, unit="step") as bar:
         latents = sampling.sample(request.solver, velocity, noise, schedule, bar.update)
-    return encoding.target(request.layout.clip, latents[:, own], own_sizes).cpu()
+    return _target(request, latents).cpu()
 
 
-def _guided(run: Callable[..., Tensor], scale: float, step: int, steps: int, guidance: GuidanceConfig) -> Tensor:
-    """The velocity [16, F, H, W] of a step, of one to three that `run` gives by the names of their texts."""
-    if scale == 1:
-        return run("prompt")[0]
-    skips_layers = guidance.skips_layers(step, steps)
-    if skips_layers:
-        skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
-    if skips_layers and guidance.slg_mode == "uncond":
-        return sampling.guided(run("prompt")[0], skipped, scale)
-    if guidance.separate_passes:
-        conditional, unconditional = run("prompt")[0], run("negative")[0]
-    else:
-        conditional, unconditional = run("prompt", "negative")
-    result = sampling.guided(conditional, unconditional, scale)
-    return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
+@dataclass(frozen=True, eq=False)
+class _Frames:
+    """Inputs of the DiT for some of the clip's frames, as a batch of one."""
+
+    conditioning: Conditioning
+    indices: Tensor  # [1, F]
+    sizes: FrameSizes | None
+
+
+class _GuidedVelocity:
+    """The velocity of an encoded request in each step, by the expert for its noise level, with guidance."""
+
+    def __init__(
+        self,
+        experts: Experts,
+        encoded: Encoded,
+        conditioning: Conditioning,
+        guidance: GuidanceConfig,
+        schedule: Schedule,
+        device: torch.device,
+    ) -> None:
+        """conditioning: that of `encoded`, on the device."""
+        request, clip = encoded.request, encoded.request.clip
+        self._request, self._guidance, self._guided_steps = request, guidance, guidance.guided_steps(request.steps)
+        given = {"prompt": encoded.text} | ({} if encoded.negative is None else {"negative": encoded.negative})
+        rows = pad_text([*given.values()]).to(device)
+        self._texts = {name: rows[number, None] for number, name in enumerate(given)}
+        batch = conditioning.map(lambda tensor: tensor[None])
+        indices = torch.tensor([clip.time_indices], device=device)
+        self._kept = torch.tensor(clip.kept, device=device)
+        self._all_frames = _Frames(batch, indices, request.frame_sizes)
+        kept_sizes = request.layout.clip.frame_sizes(request.sizes)
+        self._kept_frames = _Frames(batch.select(self._kept), indices[:, self._kept], kept_sizes)
+        self._timesteps = schedule.timesteps.to(device)  # at once: a copy per step would wait for the step before
+        self._experts, self._expert = experts, experts.at(float(schedule.timesteps[0]))
+        self._caches: dict[tuple[_Frames, tuple[str, ...]], StepCache] = defaultdict(StepCache)  # of that expert
+        experts.use(self._expert)  # loads before the progress bar starts
+
+    def __call__(self, x: Tensor, timestep: float, step: int) -> Tensor:
+        """x, and the result: [16, F, H, W] of all frames; frames that are dropped by then have velocity 0.
+
+        A solver steps each number alone, so that those stay as they are.
+        """
+        expert = self._experts.at(timestep)
+        if expert is not self._expert:
+            self._expert = expert
+            self._caches.clear()
+        scale = expert.guidance if self._guided_steps[step] else 1.0
+        if not self._request.reasoning_frames or step < self._request.reasoning_steps:
+            return self._guided(self._all_frames, x, step, scale)
+        result = self._guided(self._kept_frames, x[:, self._kept], step, scale)
+        return torch.zeros_like(x).index_copy(1, self._kept, result.to(x.dtype))
+
+    def _guided(self, frames: _Frames, x: Tensor, step: int, scale: float) -> Tensor:
+        """Combine the velocities of one to three passes. scale: 1 for a step without guidance."""
+        run, guidance = partial(self._run, frames, x, step), self._guidance
+        if scale == 1:
+            return run("prompt")[0]
+        skips_layers = guidance.skips_layers(step, self._request.steps)
+        if skips_layers:
+            skipped = run("negative", skip_blocks=guidance.skipped_blocks)[0]
+        if skips_layers and guidance.slg_mode == "uncond":
+            return sampling.guided(run("prompt")[0], skipped, scale)
+        if guidance.separate_passes:
+            conditional, unconditional = run("prompt")[0], run("negative")[0]
+        else:
+            conditional, unconditional = run("prompt", "negative")
+        result = sampling.guided(conditional, unconditional, scale)
+        return result + guidance.slg_scale * (conditional - skipped) if skips_layers else result
+
+    def _run(
+        self, frames: _Frames, x: Tensor, step: int, *names: str, skip_blocks: frozenset[int] = frozenset()
+    ) -> Tensor:
+        """Velocities [len(names), 16, F, H, W] of the texts called `names`, by one pass of the DiT."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return tensor.expand(len(names), *tensor.shape[1:])
+
+        latents, times, indices = map(repeated, (x[None], self._timesteps[step, None], frames.indices))
+        text = torch.cat([self._texts[name] for name in names])
+        inputs = latents, frames.conditioning.map(repeated), times, text, indices, skip_blocks
+        dit = self._experts.use(self._expert)
+        result: Tensor = dit(*inputs, cache=self._caches[frames, names], frame_sizes=frames.sizes)
+        return result
+
+
+def _target(request: Request, latents: Tensor) -> Tensor:
+    """[16, F, H, W] of all frames -> the latents to decode the picture from."""
+    clip = request.layout.clip
+    return request.layout.encoding.target(clip, latents[:, request.clip.kept], clip.frame_sizes(request.sizes))
 
 
 def _noise(request: Request, device: torch.device) -> Tensor:

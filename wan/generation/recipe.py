@@ -7,9 +7,9 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from PIL import Image
@@ -18,8 +18,10 @@ from safetensors import safe_open
 from utils import cli
 from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
+from utils.options import declared_options, flag_name
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
+from wan.generation.options import WAYS
 from wan.generation.prompt import FLAGS
 from wan.generation.request import SamplingConfig
 from wan.models.device import DeviceConfig
@@ -31,18 +33,26 @@ log = logging.getLogger(__name__)
 KEY = "recipe"
 """Keyword of the PNG text chunk, and key in the metadata of a latent file."""
 
+_MODEL_SECTIONS = (DiTConfig, VAEConfig, T5Config, CLIPConfig)
 _SECTIONS = (
-    *(DiTConfig, VAEConfig, T5Config, CLIPConfig, AttentionConfig, LoRAConfig),
+    *(*_MODEL_SECTIONS, AttentionConfig, LoRAConfig),
     *(GenerationMemoryConfig, SamplingConfig, GuidanceConfig),
 )
+
+
+def _flags(section: type) -> dict[str, type]:
+    """Flag -> type of its value, or of each of several."""
+    hints = get_type_hints(section)
+    return {flag_name(field): cli.value_type(hints[field.name])[0] for field, _ in declared_options(section)}
+
+
 # A file from anywhere may set these and nothing else; above all no option that writes.
 _OPTIONS = frozenset(
-    [*(field.name for section in _SECTIONS for field in fields(section)), *FLAGS, "video_size", "latent_path"]
+    [*(flag for section in _SECTIONS for flag in _flags(section)), *FLAGS, "video_size", "latent_path"]
 )
-_MODELS = ("dit", "vae", "t5", "t5_tokenizer", "clip")
+_MODELS = tuple(flag for section in _MODEL_SECTIONS for flag, kind in _flags(section).items() if kind is Path)
 _IMAGES = tuple(flag for flag, option in FLAGS.items() if option.is_image)
 _FILES = (*_MODELS, "lora_weight", *_IMAGES, "latent_path")
-_WAYS = ("prompt", "latent_path", "from_file", "interactive")
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
     place, recipe = f"--recipe {path}", read(path)
     known = vars(parser.typed(recipe.options, place))
     args = parser.parse_args(argv, argparse.Namespace(**known))
-    ways = [name for name in _WAYS if getattr(args, name) not in (None, (), False)]
-    for name in _WAYS[:2]:
+    ways = [name for name in WAYS if getattr(args, name) not in (None, (), False)]
+    for name in WAYS:
         if len(ways) > 1 and name in known and getattr(args, name) == known[name]:
             setattr(args, name, parser.get_default(name))  # the command line says what to do with the settings
             known.pop(name)

@@ -16,7 +16,7 @@ from wan.nets.dit import Block, BlockRunner, Shared, WanDiT
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-SLOTS = 2  # blocks on the device that those in host memory take turns in: one computes, the next is copied
+SLOTS = 2  # places on the device that swapped blocks take turns in: one block computes, the next is copied
 _ALIGNMENT = 64  # bytes between the starts of tensors that share a buffer; any dtype can be viewed there
 
 
@@ -45,7 +45,7 @@ def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = F
             names = [name for name, parameter in block.named_parameters() if not parameter.requires_grad]
             state.update(zip([f"{prefix}blocks.{number}.{name}" for name in names], weights, strict=True))
 
-    dit.register_state_dict_post_hook(show_host_memory)
+    dit.register_state_dict_post_hook(show_host_memory)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 class SwappedBlocks(SavingRunner):
@@ -65,7 +65,7 @@ class SwappedBlocks(SavingRunner):
 
 
 def _places(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the frozen parameters of a block are."""
+    """(module, name) of each frozen parameter of a block."""
     return [
         (module, name)
         for module in block.modules()
@@ -80,7 +80,7 @@ def _frozen(block: nn.Module) -> list[nn.Parameter]:
 
 @dataclass
 class _Slot:
-    """Device memory for one block: parameters that several blocks share."""
+    """Device memory for one block at a time: parameters that several blocks share."""
 
     parameters: list[nn.Parameter]
     content: int | None = None  # number of the block whose weights are in it
@@ -88,10 +88,10 @@ class _Slot:
 
 
 class _Swapper:
-    """The host copies of the swapped blocks, numbered from 0, and the two slots that they take turns in."""
+    """Host copies of the swapped blocks, numbered from 0, and the two slots on the device that they take turns in."""
 
     def __init__(self, templates: list[list[nn.Parameter]], device: torch.device, pinned: bool) -> None:
-        """templates: what the slots have to hold."""
+        """templates: parameters of the shapes and dtypes that the slots have to hold."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned = pinned and self._stream is not None
         self._slots = [
@@ -102,7 +102,7 @@ class _Swapper:
         self._previous = -1
 
     def take_over(self, block: nn.Module) -> None:
-        """Move the frozen parameters of the next block to the host and put those of its slot in their place."""
+        """Move the frozen parameters of the next block to the host and put the slot's parameters in their place."""
         weights = [parameter.detach().cpu() for parameter in _frozen(block)]
         slot = self._slot(len(self._host))
         self._host.append(_page_locked(weights) if self._pinned else weights)
@@ -110,7 +110,7 @@ class _Swapper:
             setattr(module, name, parameter)
 
     def weights(self) -> list[list[Tensor]]:
-        """Those of each block in host memory, to be read and written: no copy is on its way, and all are made anew."""
+        """Host copies of each block, to be read and written: no copy is under way, and all are fetched anew."""
         if self._stream is not None:
             self._stream.synchronize()
         for slot in self._slots:
@@ -123,7 +123,7 @@ class _Swapper:
         free = self.now()  # from here on nothing reads the other slot
         self.prefetch(number, after=free)
         if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(self._slot(number).ready)
+            _wait(torch.cuda.current_stream(self._stream.device), self._slot(number).ready)
         step = -1 if number == self._previous - 1 else 1  # backward recomputes the blocks from the last to the first
         self._previous = number
         try:
@@ -132,7 +132,7 @@ class _Swapper:
             self.prefetch(number + step, after=free)
 
     def now(self) -> torch.cuda.Event | None:
-        """The end of all work that the device has been given so far."""
+        """Event after all work that the device has been given so far; None on a CPU."""
         return None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
 
     def prefetch(self, number: int, after: torch.cuda.Event | None) -> None:
@@ -144,7 +144,7 @@ class _Swapper:
         if self._stream is None:
             self._copy(number)
         else:
-            self._stream.wait_event(after)
+            _wait(self._stream, after)
             with torch.cuda.stream(self._stream):
                 self._copy(number)
                 slot.ready = self._stream.record_event()
@@ -159,6 +159,11 @@ class _Swapper:
             parameter.copy_(weight, non_blocking=True)
             if self._stream is not None:
                 parameter.record_stream(self._stream)  # if the model is dropped meanwhile, its memory waits for this
+
+
+def _wait(stream: torch.cuda.Stream, event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        stream.wait_event(event)
 
 
 def _page_locked(tensors: list[Tensor]) -> list[Tensor]:

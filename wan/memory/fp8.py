@@ -7,14 +7,14 @@ on any device. With the kind `rows` the inputs are rounded as well and the GPU m
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FP8 = torch.float8_e4m3fn
-# A plain cast, or one after a division by scales that are kept: of 64 columns of a row, or of a whole row
+# A plain cast; a cast after a division by scales, one per 64 columns of a row; or one per row
 FP8Kind = Literal["cast", "scaled", "rows"]
 SMALLEST_ROW = 1e-12  # a row whose largest number is below is scaled as if this were it
 _MAX = torch.finfo(FP8).max
@@ -66,12 +66,12 @@ def quantize(weight: Tensor, kind: FP8Kind) -> tuple[Tensor, Tensor | None]:
     64 does not divide `in`. Values that are beyond 448 nevertheless become 448. rows: see `quantize_rows`.
     """
     if kind == "rows":
-        return tuple(quantize_rows(weight))
+        return quantize_rows(weight)
     values, scale = weight.float(), None
     if kind == "scaled":
         parts = _parts(values)
         smallest = max(_SMALLEST_SCALE, torch.finfo(weight.dtype).tiny)  # 1e-8 is 0 in float16
-        # Rounded first, so that what is divided by here is what `dequantize` multiplies by
+        # Rounded first, so that the division here is by the numbers that `dequantize` multiplies by
         scale = (parts.abs().amax(-1, keepdim=True) / _MAX).clamp(min=smallest).to(weight.dtype)
         values = (parts / scale.float()).reshape(weight.shape)
     return values.clamp(-_MAX, _MAX).to(FP8), scale
@@ -92,26 +92,29 @@ def _parts(weight: Tensor) -> Tensor:
 
 
 class _Fp8Product(torch.autograd.Function):
-    """F.linear whose backward pass dequantises again: what waits for it is 8 bits wide. Only x gets a gradient."""
+    """F.linear that saves 8-bit weights for backward, which dequantises them again. Only x gets a gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, quantized: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype):
+    def forward(
+        ctx: Any, x: Tensor, quantized: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(quantized, scale)
         ctx.dtype = dtype
         return F.linear(x, dequantize(quantized, scale, dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient @ dequantize(*ctx.saved_tensors, ctx.dtype), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        quantized, scale = ctx.saved_tensors
+        return gradient @ dequantize(quantized, scale, ctx.dtype), None, None, None, None
 
 
 class Fp8Linear(nn.Linear):
     """A frozen linear layer with a float8 weight, computed in `compute_dtype`; `weight` is made on each access.
 
-    Its parameters are `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
+    Parameters: `quantized` [out, in], `scale_weight`, see `quantize`, and `bias` [out].
     """
 
-    scale_weight: nn.Parameter | None  # registered below
+    scale_weight: nn.Parameter | None
 
     def __init__(self, base: nn.Linear, compute_dtype: torch.dtype, kind: FP8Kind) -> None:
         """Empty, of the shape and on the device of `base`."""
@@ -123,34 +126,41 @@ class Fp8Linear(nn.Linear):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=base.weight.device), requires_grad=False)
 
         self.quantized = empty(self.out_features, self.in_features, dtype=FP8)
-        scales = {
-            "cast": lambda: None,
-            "scaled": lambda: empty(*_parts(self.quantized).shape[:-1], 1),
-            "rows": lambda: empty(self.out_features, 1, dtype=torch.float32),
-        }
-        self.register_parameter("scale_weight", scales[kind]())
+        if kind == "cast":
+            scale = None
+        elif kind == "scaled":
+            scale = empty(*_parts(self.quantized).shape[:-1], 1)
+        else:
+            scale = empty(self.out_features, 1, dtype=torch.float32)
+        self.register_parameter("scale_weight", scale)
         self.register_parameter("bias", None if base.bias is None else empty(self.out_features))
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter of nn.Linear, here made on each access
         """[out, in] in the compute dtype."""
         return dequantize(self.quantized, self.scale_weight, self.compute_dtype)
 
+    @property
+    def rows(self) -> Fp8Rows:
+        """The quantised weight of the kind `rows`: [out, in] and a scale per row."""
+        assert self.scale_weight is not None
+        return Fp8Rows(self.quantized, self.scale_weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], both in the compute dtype. Of the kind `rows` it has no gradient."""
+        """[..., in] -> [..., out], both in the compute dtype. The kind `rows` has no gradient."""
         if self.kind == "rows":
-            weight = Fp8Rows(self.quantized, self.scale_weight)
-            return product_of_rows(quantize_rows(x), weight, self.bias, self.compute_dtype)
-        return _Fp8Product.apply(x, self.quantized, self.scale_weight, self.bias, self.compute_dtype)
+            return product_of_rows(quantize_rows(x), self.rows, self.bias, self.compute_dtype)
+        inputs = x, self.quantized, self.scale_weight, self.bias, self.compute_dtype
+        return _Fp8Product.apply(*inputs)  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def is_dit_weight(name: str) -> bool:
-    """Whether the DiT keeps the weight of the linear layer `name` in fp8: inside blocks it does, others are small."""
+    """Whether the weight of the linear layer `name` of a DiT is kept in fp8: inside blocks; the others are small."""
     return "blocks" in name and not _NEVER.search(name)
 
 
 def is_inner_dit_weight(name: str, blocks: int) -> bool:
-    """The same for the kind `rows`, which rounds inputs too: the first and the last of the blocks stay as they are."""
+    """`is_dit_weight` for the kind `rows`, which rounds inputs too: the first and the last block are left out."""
     return is_dit_weight(name) and not re.match(rf"blocks\.(0|{blocks - 1})\.", name)
 
 
@@ -171,7 +181,7 @@ def use_fp8_(
 
 
 def fp8_entries(layers: Mapping[str, Fp8Linear], key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """An entry of a full state dict -> the entries for the model in which `use_fp8_` put `layers`."""
+    """One entry of a full state dict -> the entries for a model in which `use_fp8_` put `layers`."""
     if key not in layers:
         return {key: tensor}
     quantized, scale = quantize(tensor, layers[key].kind)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ATTENTION = [
+_ATTENTION = [  # operations whose result a recomputed block may save
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -80,9 +80,14 @@ class RecomputedBlocks(SavingRunner):
         def run(x: Tensor, *shared: Unpack[Shared]) -> Tensor:
             return self._inner.run(Saving(repeated=repetition.begun), block, x, *shared)
 
-        settings = {"use_reentrant": False, "preserve_rng_state": block in self._stochastic}
-        out: Tensor = checkpoint(run, x, *shared, context_fn=lambda: (first, repetition), **settings)
-        return out
+        return checkpoint(
+            run,
+            x,
+            *shared,
+            use_reentrant=False,
+            preserve_rng_state=block in self._stochastic,
+            context_fn=lambda: (first, repetition),
+        )
 
 
 def _is_stochastic(module: nn.Module) -> bool:
@@ -109,8 +114,8 @@ class _Repetition(AbstractContextManager[None]):
 class RecomputeChoice:
     """How the blocks run for one size of batch."""
 
-    kept: int  # blocks that keep their activations: the last ones, backward frees theirs before it recomputes others
-    save_less: bool  # they keep only what takes long to make
+    kept: int  # blocks that save their activations: the last ones, whose backward frees them before others recompute
+    save_less: bool  # these blocks leave out results of cheap operations, see `Saving.less`
 
 
 class ActivationBudget(SavingRunner):
@@ -151,10 +156,10 @@ class ActivationBudget(SavingRunner):
         return out
 
     def _fitting(self, x: Tensor, activations: int) -> int:
-        """Blocks that can save so many bytes of activations."""
+        """Number of blocks that can save their activations, of so many bytes each."""
         whole, free = self._measured[x.shape]
         checkpointed = x.nbytes + x.nbytes // 2  # the stream, and what attention returns in 16 bits
-        # As much as a whole block for what backward makes; blocks are recomputed when those that keep theirs are done
+        # One block's worth is left for gradients. Blocks are recomputed after the backward of those that save theirs
         return kept_blocks(len(self._numbers), activations, checkpointed, free - whole)
 
     def _decide(self, x: Tensor, choice: RecomputeChoice, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Runners that wrap the one of a DiT (`WanDiT.runner`), and how they tell each other what autograd is to save."""
+"""Runners that wrap the runner of a DiT (`WanDiT.runner`), and how they tell each other what autograd is to save."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Recipe = tuple[Tensor, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Saving:
-    """What autograd saves of one pass through a block.
+    """Tells a runner which tensors autograd is to save in one pass through a block.
 
-    less: instead of results of cheap operations, their recipes. repeated: the pass is a recomputation for backward, so
-    that nothing reads its result. sizes: bytes of each saved storage by address, to be filled in; None if not wanted.
+    less: of cheap operations, recipes in place of results. repeated: the pass is a recomputation for backward, so that
+    nothing reads its result. sizes: bytes of each saved storage by address, to be filled in; None if not wanted.
     """
 
     less: bool = False
@@ -37,7 +37,7 @@ class Saving:
         return saved_as_recipes(*recipes, note=self.note) if self.less else nullcontext()
 
     def note(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which autograd saves."""
+        """Returns the tensor after noting its size: a hook for each tensor that autograd saves."""
         if self.sizes is not None:
             storage = tensor.untyped_storage()
             self.sizes[storage.data_ptr()] = storage.nbytes()
@@ -67,7 +67,7 @@ def saved_as_recipes(*recipes: Recipe, note: Callable[[Tensor], Tensor] = lambda
 
 
 class SavingRunner(ABC):
-    """A `BlockRunner` that is told what autograd is to save, or that hands this on to the runner which it wraps."""
+    """A `BlockRunner` that knows `Saving`, or hands it on to the runner that it wraps."""
 
     saves_less: bool
     """Whether `Saving.less` makes a difference."""
@@ -77,11 +77,11 @@ class SavingRunner(ABC):
 
     @abstractmethod
     def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
-        """`Block.compute` of `block`, for which autograd saves what `saving` says."""
+        """Output of `block`, see `Block.compute`; autograd saves as much as `saving` says."""
 
 
 class Saver(SavingRunner):
-    """Any runner as a SavingRunner: of one that is none, autograd saves everything."""
+    """Adapter of any runner to a SavingRunner; one that knows no `Saving` makes autograd save everything."""
 
     def __init__(self, runner: BlockRunner) -> None:
         self._runner = runner

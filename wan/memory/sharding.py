@@ -1,33 +1,36 @@
-"""Tensors that FSDP2 has shared out between processes (DTensors), and what they are as a whole.
+"""Tensors that FSDP2 has sharded between processes (DTensors), and the full ones.
 
-Files hold whole tensors, so that a state or a LoRA does not depend on how many processes wrote it.
+Files hold full tensors, so that a state or a LoRA does not depend on how many processes wrote it.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+if TYPE_CHECKING:  # importing it takes time, which runs in one process need not spend
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a part of it only."""
+
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether each process holds a part of the tensor only."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a shared one every process has to ask."""
+    """The full tensor. Collective if it is sharded: every process has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: of one that is not shared out, all."""
+    """The part of a tensor that this process holds: all of one that is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shard_like(example: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, whole and the same in all processes, in the dtype of `example` and shared out like it."""
+    """Shards a full tensor, the same in all processes, like `example`, in its dtype and on its device."""
     if not is_sharded(example):
         return tensor.to(example)
     from torch.distributed.tensor import distribute_tensor
@@ -37,12 +40,12 @@ def shard_like(example: Tensor, tensor: Tensor) -> Tensor:
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` of whole tensors; with shared ones every process has to ask."""
-    return mapped(optimizer.state_dict(), full_tensor)
+    """`optimizer.state_dict()` with full tensors. Collective if they are sharded: every process has to call it."""
+    return {name: mapped(value, full_tensor) for name, value in optimizer.state_dict().items()}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """The inverse of `optimizer_state`. Raises ValueError or KeyError when it is of other parameters."""
+    """The inverse of `optimizer_state`. Raises ValueError or KeyError when the state is of other parameters."""
     optimizer.load_state_dict(dict(state))
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
@@ -51,7 +54,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nest of dicts and lists with `change` of each tensor in it."""
+    """Apply `change` to each tensor in a nest of dicts and lists."""
     if torch.is_tensor(value):
         return change(value)
     if isinstance(value, dict):

@@ -49,6 +49,9 @@ class Processes:
             PartialState().wait_for_everyone()
 
 
+ALONE = Processes()
+
+
 @dataclass(frozen=True)
 class DeviceConfig(Section):
     """device"""

@@ -1,6 +1,7 @@
 """How much memory of a GPU a run is expected to need, in parts. Measured figures: docs/performance.md."""
 
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import torch
 from torch import nn
@@ -25,6 +26,20 @@ _CHECKPOINT_BYTES = 4  # per token and channel of a recomputed block: its float3
 _PROMPTS = 2  # that a guided step keeps keys and values of, in all blocks
 _KEPT_BYTES = 4  # of a key and a value in 16 bits
 _PASS_BYTES = 32  # per token and channel while a block computes without gradients; half of what training keeps
+
+
+@overload
+def meta_dit(checkpoint: DiTCheckpoint, dtype: torch.dtype, memory: MemoryConfig) -> tuple[WanDiT, None]: ...
+
+
+@overload
+def meta_dit(
+    checkpoint: DiTCheckpoint,
+    dtype: torch.dtype,
+    memory: MemoryConfig,
+    network: NetworkConfig,
+    weights: LoRAFile | None = None,
+) -> tuple[WanDiT, LoRANetwork]: ...
 
 
 def meta_dit(

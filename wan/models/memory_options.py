@@ -61,8 +61,6 @@ class MemoryConfig(Section):
     cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
     cuda_cudnn_benchmark: bool = option(False, help="let cuDNN try its convolutions and keep the fastest")
 
-    gradient_checkpointing: ClassVar[str] = "none"  # of training only
-    gradient_checkpointing_cpu_offload: ClassVar[bool] = False
     chosen_by_plan: ClassVar[tuple[str, ...]] = ("fp8_scaled", "blocks_to_swap", "use_pinned_memory_for_block_swap")
 
     def __post_init__(self) -> None:
@@ -82,17 +80,27 @@ class MemoryConfig(Section):
         """How the weights of the blocks are kept in fp8, if at all."""
         return "scaled" if self.fp8_scaled else None
 
+    @property
+    def recomputed(self) -> str:
+        """Blocks whose activations are recomputed in backward: "all", "none", or with "auto" as many as do not fit."""
+        return "none"
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether the inputs of recomputed blocks wait in host memory."""
+        return False
+
     def fuses(self, device: torch.device) -> bool:
         """Whether a DiT on `device` computes with fused operations."""
         return self.dit_backend == "fused" or (self.dit_backend == "auto" and not self.compile and can_fuse(device))
 
     def records(self, device: torch.device) -> bool:
-        """Whether CUDA graphs replay what the GPU does. Copies of swapped blocks, and offloaded tensors, can't be."""
-        moves = self.blocks_to_swap or self.gradient_checkpointing_cpu_offload
+        """Whether CUDA graphs replay the kernels. Copies of swapped blocks or offloaded tensors can't be captured."""
+        moves = self.blocks_to_swap or self.offloads_activations
         return device.type == "cuda" and self.fuses(device) and not moves
 
     def check(self, spec: DiTSpec, stored: torch.dtype, device: torch.device) -> None:
-        """Raise ConfigError when the DiT file, of which `stored` is the dtype, or the device does not allow it."""
+        """Raise ConfigError when the DiT file, stored in this dtype, or the device does not allow an option."""
         if self.blocks_to_swap >= spec.num_layers:
             raise ConfigError(
                 f"--blocks_to_swap {self.blocks_to_swap}: the DiT has {spec.num_layers} blocks; "
@@ -158,6 +166,14 @@ class TrainingMemoryConfig(MemoryConfig):
             )
 
     @property
+    def recomputed(self) -> str:
+        return self.gradient_checkpointing
+
+    @property
+    def offloads_activations(self) -> bool:
+        return self.gradient_checkpointing_cpu_offload
+
+    @property
     def fp8_kind(self) -> FP8Kind | None:
         return super().fp8_kind or ("cast" if self.fp8_base else None)
 
@@ -192,7 +208,8 @@ def apply_memory_options_(dit: WanDiT, config: MemoryConfig, device: torch.devic
     """Apply the options to a loaded DiT, which carries its LoRA layers when it is to be trained.
 
     From the inside out: a block is fused or compiled; its weights are fetched around that; all of that is recomputed in
-    the backward pass. Each line wraps `dit.runner`, those of fused operations and graphs `dit.pass_runner`.
+    the backward pass. Each step wraps the runner that it finds: `dit.runner`, of fused operations and graphs also
+    `dit.pass_runner`.
     """
     if config.cuda_allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -207,9 +224,8 @@ def apply_memory_options_(dit: WanDiT, config: MemoryConfig, device: torch.devic
         compile_blocks_(dit, config)
     if config.blocks_to_swap:
         swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
-    if config.gradient_checkpointing != "none":
-        only_needed = config.gradient_checkpointing == "auto"
-        recompute_blocks_(dit, config.gradient_checkpointing_cpu_offload, only_needed)
+    if config.recomputed != "none":
+        recompute_blocks_(dit, config.offloads_activations, config.recomputed == "auto")
 
 
 def compile_blocks_(dit: WanDiT, config: MemoryConfig) -> None:

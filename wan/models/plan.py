@@ -35,7 +35,6 @@ from wan.nets.dit import WanDiT
 
 log = logging.getLogger(__name__)
 Memory = TypeVar("Memory", bound=MemoryConfig)
-Options = dict[str, Any]  # by name
 
 _HOST_SPARE = 4e9  # bytes
 _LESS = 0.9  # after memory has run out: what the next choice needs, at most, as a share of the last one's
@@ -177,12 +176,12 @@ def plan_t5(t5: T5Checkpoint, device: torch.device, room: Room) -> T5Checkpoint:
     return replace(t5, fp8=True)
 
 
-def _precisions(checkpoint: DiTCheckpoint, fp8: Options) -> list[Options]:
+def _precisions(checkpoint: DiTCheckpoint, fp8: dict[str, Any]) -> list[dict[str, Any]]:
     """As the file has it, and in fp8 if the file is not."""
     return [{}] if checkpoint.stored_dtype.itemsize == 1 else [{}, fp8]
 
 
-def _swaps(dit: WanDiT, more: Options) -> Iterator[Options]:
+def _swaps(dit: WanDiT, more: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Ever more blocks in host memory; fewer than three would save nothing."""
     for count in range(SLOTS + 1, len(dit.blocks)):
         yield {"blocks_to_swap": count, "use_pinned_memory_for_block_swap": True, **more}

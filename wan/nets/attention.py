@@ -86,7 +86,7 @@ _BACKENDS: dict[str, tuple[Attention, str, str]] = {
 def select_attention(name: str, flag: str | None = None) -> Attention:
     """The backend called `name`; ConfigError when there is none or its package is missing.
 
-    flag: what the user typed to get it, for the message; default `--attn_mode <name>`.
+    flag: the words of the user that ask for it, for the message; default `--attn_mode <name>`.
     """
     flag = flag or f"--attn_mode {name}"
     if name not in _BACKENDS:

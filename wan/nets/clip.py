@@ -25,14 +25,14 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BLOCKS = "visual.transformer."
-_OUTSIDE = {
+OUTSIDE = {
     "visual.cls_embedding": "embeddings.class_embedding",
     "visual.pos_embedding": "embeddings.position_embedding.weight",
     "visual.patch_embedding.weight": "embeddings.patch_embedding.weight",
     "visual.pre_norm.weight": "pre_layrnorm.weight",
     "visual.pre_norm.bias": "pre_layrnorm.bias",
 }
-_IN_BLOCK = {  # official module after `visual.transformer.<i>.` -> transformers' modules, which split its rows evenly
+IN_BLOCK = {  # official module after `visual.transformer.<i>.` -> transformers' modules, which split its rows evenly
     "norm1": ("layer_norm1",),
     "attn.to_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.proj": ("self_attn.out_proj",),
@@ -75,27 +75,28 @@ def build_clip(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVisionModel:
     from transformers import CLIPVisionModel
 
     model = CLIPVisionModel(clip_config(shapes))
-    model.post_layernorm = nn.Identity()  # serves the pooled output only, which Wan does not use
-    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # in no file, so never on meta
+    # The norm serves the pooled output only, which Wan does not use. Positions are in no file, so never on meta.
+    model.post_layernorm = nn.Identity()  # type: ignore[assignment]  # any module will do
+    model.embeddings.position_ids = torch.arange(CLIP_TOKENS, device="cpu")[None]  # type: ignore[assignment]  # a buffer
     return model
 
 
 def clip_keys(official: str) -> tuple[str, ...]:
     """`visual.transformer.3.mlp.0.bias` -> (`encoder.layers.3.mlp.fc1.bias`,); q, k and v for the fused projection."""
-    if official in _OUTSIDE:
-        return (_OUTSIDE[official],)
+    if official in OUTSIDE:
+        return (OUTSIDE[official],)
     index, rest = official.removeprefix(_BLOCKS).split(".", 1)
     part, kind = rest.rsplit(".", 1)
-    return tuple(f"encoder.layers.{index}.{module}.{kind}" for module in _IN_BLOCK[part])
+    return tuple(f"encoder.layers.{index}.{module}.{kind}" for module in IN_BLOCK[part])
 
 
 def clip_shapes(model: CLIPVisionModel) -> dict[str, tuple[int, ...]]:
     """{official name: shape} of every tensor that `model` needs."""
     state = model.state_dict()
     layers = range(model.config.num_hidden_layers)
-    blocks = [f"{_BLOCKS}{i}.{part}.{kind}" for i in layers for part in _IN_BLOCK for kind in ("weight", "bias")]
+    blocks = [f"{_BLOCKS}{i}.{part}.{kind}" for i in layers for part in IN_BLOCK for kind in ("weight", "bias")]
     shapes = {}
-    for name in (*_OUTSIDE, *blocks):
+    for name in (*OUTSIDE, *blocks):
         keys = clip_keys(name)
         rows, *rest = state[keys[0]].shape
         shapes[name] = (*_LEADING_ONES.get(name, ()), rows * len(keys), *rest)
@@ -134,7 +135,7 @@ def encode_image(model: CLIPVisionModel, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_inputs(model: CLIPVisionModel, inputs: Tensor) -> Tensor:
-    """What `preprocess` makes of images -> [B, 257, width] in the model's dtype: no final norm, class token first."""
+    """Preprocessed images [B, 3, 224, 224] -> [B, 257, width] in the model's dtype; class token first, not normed."""
     return model(pixel_values=inputs.to(model.dtype)).last_hidden_state
 
 

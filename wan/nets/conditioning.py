@@ -1,4 +1,4 @@
-"""What the DiT is told beside the text: known frames as input channels, and image features."""
+"""Inputs of the DiT beside the text: known frames as input channels, and image features."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -86,6 +86,6 @@ class Prepared:
 
 @dataclass(eq=False)
 class StepCache:
-    """For several calls with the same text, image, frame indices and sizes: the first fills it, the others reuse it."""
+    """Shared by calls with the same text, image, frame indices and sizes: the first fills it, the others read it."""
 
     prepared: Prepared | None = None

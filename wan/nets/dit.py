@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text and, with its own keys and values, to the image tokens in front of it."""
+    """Attention to the text plus, with separate keys and values, attention to the image."""
 
     def __init__(self, dim: int, eps: float, attention: Attention, has_image: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class CrossAttention(nn.Module):
         return self.o(self.attend(split_heads(self.norm_q(self.q(x))), self.keys_values(context)).flatten(2))
 
     def keys_values(self, context: Context) -> KeysValues:
-        """Keys and values of the context, or those that it has kept."""
+        """Keys and values of the context: new ones, unless it has kept some."""
         if context.kept is not None:
             return context.kept
         keys, values = self.k(context.text), self.v(context.text)

@@ -8,7 +8,7 @@ from utils.errors import ConfigError
 
 TEXT_LENGTH = 512  # text tokens the DiT sees, padding included
 CLIP_TOKENS = 257  # tokens of one CLIP image: the class token and 16 x 16 patches
-LATENT_CHANNELS = 16  # of the VAE, and of what the DiT predicts
+LATENT_CHANNELS = 16  # of the VAE, and of the velocity that the DiT predicts
 VAE_STRIDE = 8  # pixels per latent pixel, each side
 TIME_STRIDE = 4  # video frames per latent frame, but for the first, which holds one
 MASK_CHANNELS = TIME_STRIDE  # of a condition, in front of its latents: one per video frame of a latent frame, 1 = given

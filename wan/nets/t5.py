@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
     from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 _EMBEDDING = "token_embedding.weight"
-_OUTSIDE = {_EMBEDDING: "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
-_IN_BLOCK = {  # official name after `blocks.<i>.` -> transformers' after `encoder.block.<i>.`
+OUTSIDE = {_EMBEDDING: "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+IN_BLOCK = {  # official name after `blocks.<i>.` -> transformers' after `encoder.block.<i>.`
     "norm1.weight": "layer.0.layer_norm.weight",
     "attn.q.weight": "layer.0.SelfAttention.q.weight",
     "attn.k.weight": "layer.0.SelfAttention.k.weight",
@@ -50,10 +50,10 @@ def official_name(stored: str) -> str:
 def t5_key(official: str) -> str:
     """`blocks.3.attn.q.weight` -> `encoder.block.3.layer.0.SelfAttention.q.weight`; KeyError for unknown names."""
     name = official_name(official)
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
+    if name in OUTSIDE:
+        return OUTSIDE[name]
     _, index, part = name.split(".", 2)
-    return f"encoder.block.{index}.{_IN_BLOCK[part]}"
+    return f"encoder.block.{index}.{IN_BLOCK[part]}"
 
 
 def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
@@ -84,7 +84,8 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
         relative_attention_max_distance=128,  # this and the next two: wan/modules/t5.py of Wan2.1
         layer_norm_epsilon=1e-6,
         feed_forward_proj="gated-gelu",
-        attn_implementation="eager",  # like the original: scores + position bias + mask, softmax
+        # Like the original: scores + position bias + mask, softmax
+        attn_implementation="eager",  # type: ignore[call-arg]  # among the keyword arguments of the base class
     )
 
 
@@ -100,7 +101,7 @@ def build_t5(shapes: Mapping[str, tuple[int, ...]]) -> UMT5EncoderModel:
 def t5_shapes(model: UMT5EncoderModel) -> dict[str, tuple[int, ...]]:
     """{official name: shape} of every tensor that `model` needs."""
     state = model.state_dict()
-    names = [*_OUTSIDE, *(f"blocks.{i}.{part}" for i in range(model.config.num_layers) for part in _IN_BLOCK)]
+    names = [*OUTSIDE, *(f"blocks.{i}.{part}" for i in range(model.config.num_layers) for part in IN_BLOCK)]
     return {name: tuple(state[t5_key(name)].shape) for name in names}
 
 

@@ -4,8 +4,8 @@ Frames are processed all at once instead of in the official chunks of four with 
 because every convolution over time sees only the past, with zeros before the first frame. The first frame is its own
 group: it passes the temporal down- and upsampling unchanged, which the frames after it share four to a latent.
 
-A single frame goes through as [B, C, H, W], by convolutions in two dimensions: all that a convolution over time sees of
-it is its own slice of the kernel, the last.
+A single frame goes through as [B, C, H, W], by convolutions in two dimensions: of the kernel of a convolution over
+time only the last slice meets it.
 """
 
 from collections import OrderedDict
@@ -73,7 +73,7 @@ class ChannelNorm(nn.Module):
 
 
 class SiLU(nn.SiLU):
-    """operation: computes it; the plain one is `F.silu`, and another may take its place."""
+    """SiLU. operation: computes it; another may take the place of the plain one, which is `F.silu`."""
 
     operation: Callable[[Tensor], Tensor]
 
@@ -113,7 +113,8 @@ class ResidualBlock(nn.Module):
 
 def attend(qkv: Tensor) -> Tensor:
     """Single-head self-attention: q, k and v, [N, L, 3 C] side by side -> [N, L, C]."""
-    return F.scaled_dot_product_attention(*qkv[:, None].chunk(3, dim=-1))[:, 0]
+    q, k, v = qkv[:, None].chunk(3, dim=-1)
+    return F.scaled_dot_product_attention(q, k, v)[:, 0]
 
 
 class FrameAttention(nn.Module):

@@ -4,6 +4,7 @@ import logging
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 class MemoryRanOut(Exception):  # noqa: N818 it says what happened
     """The GPU's memory was not enough for a step. `state`: from where to go on, in host memory; None before a step."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, cause: torch.OutOfMemoryError, state: State) -> None:
         super().__init__()
+        self.cause = cause
         on_host = [mapped(part, Tensor.cpu) for part in (state.weights, state.optimizer)]
         self.state = State(state.path, state.progress, state.facts, *on_host) if state.progress.step else None
 
@@ -108,7 +110,7 @@ class Trainer:
         try:
             result = self.training_step.run(data.batches, data.items, epoch, step, stop.signal is not None)
         except torch.OutOfMemoryError as error:
-            raise MemoryRanOut(self._state()) from error
+            raise MemoryRanOut(error, self._state()) from error
         self.progress.add_step(data.new_items, None if result.skipped else result.loss)
         if result.skipped:
             log.warning("step %d: no finite loss or gradient; nothing was updated", step)
@@ -116,12 +118,13 @@ class Trainer:
 
     # --- what is seen of the run
 
-    def _progress_bar(self) -> "tqdm[None]":
+    def _progress_bar(self) -> "tqdm[NoReturn]":
         hidden = not self.accelerator.is_main_process
         done, total = self.progress.step, self.length.total_steps
-        return tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
+        bar: tqdm[NoReturn] = tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
+        return bar
 
-    def _report(self, result: StepResult, bar: "tqdm[None]") -> None:
+    def _report(self, result: StepResult, bar: "tqdm[NoReturn]") -> None:
         average, rates = self.progress.average_loss, self.training_step.learning_rates()
         bar.set_postfix(loss=f"{average:.4f}", lr=f"{next(iter(rates.values())):.2e}", refresh=False)
         bar.update()
@@ -167,7 +170,7 @@ class Trainer:
                 log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
         log.info("going on from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
-    def _stop(self, reason: str, exit_code: int) -> None:
+    def _stop(self, reason: str, exit_code: int) -> NoReturn:
         path = self.saver.save_interrupted(self.progress.step)
         self.job.tracker.close()
         self.accelerator.wait_for_everyone()  # as soon as one has ended, the launcher kills the others

@@ -129,9 +129,13 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
         )
     from transformers.optimization import get_adafactor_schedule, get_scheduler
 
+    schedule: LRScheduler
     if name == "adafactor":
-        return get_adafactor_schedule(optimizer, config.learning_rate)
-    specific = {
+        schedule = get_adafactor_schedule(  # type: ignore[no-untyped-call] # transformers does not annotate it
+            optimizer, config.learning_rate
+        )
+        return schedule
+    specific: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": config.lr_scheduler_num_cycles},
         "polynomial": {"power": config.lr_scheduler_power},
         "inverse_sqrt": {"timescale": config.lr_scheduler_timescale},
@@ -145,7 +149,8 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
             "min_lr_ratio": config.lr_scheduler_min_lr_ratio or 0.0,
         },
     }
-    return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific.get(name, {}))
+    schedule = get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific.get(name, {}))
+    return schedule
 
 
 def _rex(step: int, warmup: int, total: int, low: float) -> float:

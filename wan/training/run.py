@@ -16,6 +16,7 @@ from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
 from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
+from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.plan import Plan, Room, choose_plan, plan_t5, plan_training
 from wan.training import loop, start
@@ -93,7 +94,7 @@ def _train_within(
             done = True
         except loop.MemoryRanOut as error:
             if accelerator.num_processes > 1 or not plan.step_down():
-                raise error.__cause__ from None
+                raise error.cause from None
             state = error.state or state
         accelerator.free_memory()
 
@@ -166,9 +167,9 @@ def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerat
     if options.memory.memory == "auto":
         t5 = plan_t5(t5, device, Room.on(device))
     pipeline = Pipeline(samples.vae, t5, samples.clip, device)
-    share = (accelerator.process_index, accelerator.num_processes)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
     folder = options.save.output_dir / "sample"
-    return Sampler(samples.requests, pipeline, folder, options.save.output_name, share, options.preview.preview)
+    return Sampler(samples.requests, pipeline, folder, options.save.output_name, processes, options.preview.preview)
 
 
 def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:

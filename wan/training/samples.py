@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from utils.files import written_whole
 from utils.options import Section, option
@@ -17,7 +17,9 @@ from wan.generation.pipeline import Encoded, Pipeline, denoise
 from wan.generation.prompt import Prompt
 from wan.generation.prompt_lines import TRAINING, read_file
 from wan.generation.request import Request, SamplingConfig
+from wan.models.device import ALONE, Processes
 from wan.models.tasks import TaskSpec
+from wan.nets.dit import WanDiT
 from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class SampleConfig(Section):
 class Sampler:
     """Prompts encoded once, before the DiT needs the memory, and drawn whenever training asks.
 
-    `share` of (process, processes) picks the prompts of this process. A failing sample is reported and never raises.
+    The prompts are shared out between the processes. A failing sample is reported and never raises.
     """
 
     def __init__(
@@ -64,19 +66,18 @@ class Sampler:
         pipeline: Pipeline,
         folder: Path,
         name: str,
-        share: tuple[int, int] = (0, 1),
+        processes: Processes = ALONE,
         preview: int | None = None,
     ) -> None:
         self._pipeline, self._folder, self._name, self._preview = pipeline, folder, name, preview
-        process, processes = share
         self._writes = True
-        numbers = range(process, len(requests), processes)
+        numbers = processes.rank_slice(range(len(requests)))
         mine = [requests[number] for number in numbers]
         encoded = pipeline.encode(mine) if mine else []
         self._view = pipeline.fit_preview(mine) if mine and preview else None
         self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
 
-    def draw_together(self, gather: Callable[[list], list], writes: bool) -> None:
+    def draw_together(self, gather: Callable[[list[Any]], list[Any]], writes: bool) -> None:
         """From now on all processes draw every prompt, in step: a DiT that FSDP2 has shared out needs all of them.
 
         All have to call it. gather: a list -> those of all processes in a row; writes: whether this one writes files.
@@ -84,9 +85,9 @@ class Sampler:
         self._encoded = sorted(gather(self._encoded), key=lambda pair: pair[0])
         self._writes = writes
 
-    def draw(self, dit: nn.Module, suffix: str) -> list[Path]:
+    def draw(self, dit: WanDiT, suffix: str) -> list[Path]:
         """Write one PNG per prompt of this process, in eval mode; no random state is touched."""
-        was_training, paths = dit.training, []
+        was_training, paths = dit.training, list[Path]()
         dit.eval()
         for number, encoded in self._encoded:
             try:
@@ -98,13 +99,15 @@ class Sampler:
         dit.train(was_training)
         return paths
 
-    def _draw_one(self, dit: nn.Module, number: int, encoded: Encoded, suffix: str) -> list[Path]:
+    def _draw_one(self, dit: WanDiT, number: int, encoded: Encoded, suffix: str) -> list[Path]:
         if self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
         time = datetime.now().strftime("%Y%m%d%H%M%S")
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
-        watch = partial(self._view.save_each, self._preview, rough) if self._view and self._writes else None
+        watch = None
+        if self._writes and self._view is not None and self._preview is not None:
+            watch = partial(self._view.save_each, self._preview, rough)
         experts = Experts.one(dit, encoded.request.guidance)
         latents = denoise(experts, encoded, self._pipeline.device, f"sample {number}", watch=watch)
         if not self._writes:

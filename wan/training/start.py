@@ -18,7 +18,7 @@ from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.device import DeviceConfig
+from wan.models.device import DeviceConfig, Processes
 from wan.models.memory_options import apply_memory_options_
 from wan.models.options import build_merger
 from wan.nets.attention import Attention
@@ -73,7 +73,8 @@ def build_step(accelerator: Accelerator, job: TrainingJob, total_steps: int) -> 
     scheduler = build_scheduler(options.optimizer, optimizer, total_steps)
     # All processes read the same file: only what is trained is worth sending around at the start.
     frozen = [name for name, parameter in job.dit.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(job.dit, frozen)
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(job.dit, frozen)  # type: ignore[no-untyped-call] # torch does not annotate it
     model, optimizer = accelerator.prepare(job.dit, optimizer)
     seed = job.training_set.seed
     return TrainingStep(accelerator, model, job.network, optimizer, scheduler, job.task, options, seed)
@@ -91,7 +92,7 @@ def build_validator(accelerator: Accelerator, job: TrainingJob, step: TrainingSt
         validation.levels,
         job.training_set.seed,
         accelerator.device,
-        (accelerator.process_index, accelerator.num_processes),
+        Processes(accelerator.process_index, accelerator.num_processes),
         accelerator.reduce,
     )
     return Validator(job.dit, job.network.disabled, measure)
@@ -144,9 +145,10 @@ def build_accelerator(config: DeviceConfig) -> Accelerator:
 
 
 def shared_seed(seed: int | None, state: State | None) -> int:
-    """The run's seed: that of the state, else the one given, else a random one that all processes agree on."""
+    """Seed of the run: that of the state, else the one given, else a random one that all processes agree on."""
     if state is not None:
-        if seed not in (None, state.facts["seed"]):
-            log.warning("--seed %d: the resumed run goes on with its own seed, %d", seed, state.facts["seed"])
-        return state.facts["seed"]
-    return seed if seed is not None else broadcast_object_list([random.SystemRandom().randrange(1 << 31)])[0]
+        own = int(state.facts["seed"])
+        if seed not in (None, own):
+            log.warning("--seed %d: the resumed run goes on with its own seed, %d", seed, own)
+        return own
+    return seed if seed is not None else int(broadcast_object_list([random.SystemRandom().randrange(1 << 31)])[0])

@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from wan.training.timesteps import sample_noise_levels
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same in all processes."""
+    """Outcome of a step, the same in all processes."""
 
     loss: float  # mean over all items, before the update
     gradient_norm: float  # before clipping
@@ -39,7 +40,7 @@ class StepResult:
 
 
 class TrainingStep:
-    """Updates the LoRA of `model`. `model` is what accelerate made of the DiT.
+    """Updates the LoRA of `model`, the DiT as accelerate has wrapped it.
 
     Noise levels, noise and dropout depend on (seed, epoch, item) and (seed, step, process) alone, so that a resumed run
     repeats an uninterrupted one.
@@ -80,7 +81,7 @@ class TrainingStep:
             # Gradients are averaged over processes, while the mean that is wanted is over all items.
             factor = accelerator.num_processes / items
             if self.graphs is not None:
-                losses = self._replayed(noisy, factor, keep=len(batches) > 1)
+                losses = self._replayed(self.graphs, noisy, factor, keep=len(batches) > 1)
             else:
                 with nullcontext() if batch is batches[-1] else accelerator.no_sync(self.model):
                     losses = self.batch_loss(*noisy, self.options.noise.weighting_scheme)
@@ -123,7 +124,7 @@ class TrainingStep:
         self.scaler.load_state_dict(state["scaler"])
 
     def release_memory(self) -> None:
-        """Give back what is kept between steps, for work of another kind."""
+        """Free the memory that is kept between steps, for work of another kind."""
         if self.graphs is not None:
             self.graphs.release()
 
@@ -132,12 +133,14 @@ class TrainingStep:
         return flow_matching_loss(self.model, **self._inputs(batch, noise, t), weighting_scheme=weighting_scheme)
 
     def _inputs(self, batch: TrainingBatch, noise: Tensor, t: Tensor) -> dict[str, Any]:
-        """Those of `flow_matching_loss`, tensors on the device."""
+        """Arguments of `flow_matching_loss`, tensors on the device."""
         run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = condition.natural_indices(frame_indices)
-        clips, target_only = [layout.clip for layout in batch.layouts], run.one_frame_loss == "target"
-        weights = condition.loss_weights(clips, batch.conditioning.given, batch.target_masks, target_only)
+        clips, given = [layout.clip for layout in batch.layouts], batch.conditioning.given
+        if given is None:
+            raise ValueError("a training batch lacks the places that are given")
+        weights = condition.loss_weights(clips, given, batch.target_masks, run.one_frame_loss == "target")
         tensors = {
             "latents": batch.latents,
             "text": pad_text(batch.text),
@@ -155,7 +158,7 @@ class TrainingStep:
         }
 
     def _noisy(self, batch: TrainingBatch, epoch: int) -> tuple[TrainingBatch, Tensor, Tensor]:
-        """What the epoch makes of a batch: with the targets drawn, if they are, and its noise and noise levels."""
+        """Batch (targets drawn, if they are), noise [B, 16, F, H, W] and noise levels [B] of this epoch."""
         noise_config, target_range = self.options.noise, self.options.run.target_range
         if target_range is not None:
             batch = with_random_targets(batch, target_range, self.seed, epoch)
@@ -164,10 +167,12 @@ class TrainingStep:
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
         return batch, noise, t
 
-    def _replayed(self, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool) -> Tensor:
-        """Losses [B]; their gradients, times `factor`, are added up. keep: there are more batches before the update."""
-        losses, gradients = self.graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
-        for parameter, gradient in zip(self.graphs.parameters, gradients, strict=True):
+    def _replayed(
+        self, graphs: GraphedGradients, noisy: tuple[TrainingBatch, Tensor, Tensor], factor: float, keep: bool
+    ) -> Tensor:
+        """Losses [B] by the recorded graphs; gradients times `factor` are added up. keep: more batches follow."""
+        losses, gradients = graphs(self._inputs(*noisy), torch.tensor(factor, device=self.accelerator.device))
+        for parameter, gradient in zip(graphs.parameters, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient
             elif gradient is not None:
@@ -181,13 +186,13 @@ class TrainingStep:
 
 
 def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: int) -> TrainingBatch:
-    """The batch with each item's target at an index drawn from `indices`, controls excepted; frames are moved along."""
+    """The batch with the target of each item at a time index drawn from `indices`, except those of its controls."""
     layouts = tuple(
         layout.with_random_target(indices, seeded(seed, "target", epoch, key))
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
     slots = [new.slots_of(old) for old, new in zip(batch.layouts, layouts, strict=True)]
-    items = (batch.conditioning.map(lambda tensor, i=i: tensor[i]) for i in range(len(slots)))
+    items = (batch.conditioning.map(itemgetter(i)) for i in range(len(slots)))
     return replace(
         batch,
         latents=torch.stack([frames[:, places] for frames, places in zip(batch.latents, slots, strict=True)]),

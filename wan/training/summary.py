@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
@@ -99,7 +100,7 @@ def explain_training(
 ) -> list[str]:
     """A table per dataset, size and layout, then what a step needs. weights: the LoRA that training starts from."""
     run, memory = options.run, options.memory
-    groups: dict[tuple, TrainingItem] = {}
+    groups: dict[tuple[Any, ...], TrainingItem] = {}
     for item in training_set.items:
         header = read_header(item.latents)
         groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
@@ -127,12 +128,14 @@ def explain_training(
 
 
 def _cached_frames(item: TrainingItem) -> list[TableFrame]:
+    """The frames of a cached item, controls first, with the share of each that its mask uses."""
     cache = read_latent_cache(item.latents)
-    controls, used = len(item.layout.control_indices), {}
-    for slot, i in enumerate(cache.layout.clip.order):
-        given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
-        if i < controls and bool((given < 1).any()):
-            used[i] = float(given.mean())
+    controls, used = len(item.layout.control_indices), dict[int, float]()
+    if cache.conditioning.given is not None:
+        for slot, i in enumerate(cache.layout.clip.order):
+            given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
+            if i < controls and bool((given < 1).any()):
+                used[i] = float(given.mean())
     if cache.target_mask is not None:
         used[controls] = float(cache.target_mask.mean())
     sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)
@@ -141,6 +144,6 @@ def _cached_frames(item: TrainingItem) -> list[TableFrame]:
 
 
 def _training_flops(spec: DiTSpec, training_set: TrainingSet, recomputed: bool) -> Iterator[float]:
-    """Of the items of each bucket: forward, the gradients of the activations, and forward again when recomputed."""
+    """FLOPs of the items of each bucket: forward, gradients of the activations, and forward again when recomputed."""
     for bucket in training_set.buckets:
         yield bucket.items * (3 if recomputed else 2) * forward_flops(spec, bucket.tokens)

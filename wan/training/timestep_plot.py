@@ -47,7 +47,7 @@ class Histogram:
     weights: Tensor  # [intervals] mean loss weight of the levels there, NaN without any
 
 
-def show(config: NoiseConfig, latent_size: tuple[int, int], mode: str, output: Path | None = None) -> None:
+def show(config: NoiseConfig, latent_size: tuple[int, int], mode: str, output: Path) -> None:
     """Draw 100,000 noise levels and print a histogram (mode `console`) or write one (`image`) as a PNG to `output`.
 
     latent_size: (H, W) of the items, for the methods whose shift depends on it. Raises ConfigError like `picture`.

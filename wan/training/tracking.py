@@ -142,8 +142,9 @@ class Tracker:
         path = require_writable_dir(output_dir, "--output_dir") / f"{output_name}-metrics.jsonl"
         arguments = config.arguments()
         shown = public_settings(settings) if config.log_config else {}
-        openers = {"tensorboard": _TensorBoard, "wandb": _WandB}
-        logs = [openers[name](config, shown, output_dir, arguments.get(name, {})) for name in config.trackers]
+        openers: dict[str, Callable[..., _Log]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
+        folder = config.logging_dir or output_dir
+        logs = [openers[name](config, shown, folder, arguments.get(name, {})) for name in config.trackers]
         _rewind(path, resume_step)
         return cls(_Metrics(path), logs)
 
@@ -226,11 +227,11 @@ class _TensorBoard:
     """Event files in `<logging_dir>/<log_prefix><time>/<log_tracker_name>`."""
 
     def __init__(
-        self, config: TrackingConfig, settings: dict[str, Any], output_dir: Path, arguments: dict[str, Any]
+        self, config: TrackingConfig, settings: dict[str, Any], parent: Path, arguments: dict[str, Any]
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = config.logging_dir / f"{config.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}" / config.name
+        folder = parent / f"{config.log_prefix or ''}{datetime.now():%Y%m%d%H%M%S}" / config.name
         try:
             self._writer = SummaryWriter(str(folder), **arguments)
         except (TypeError, OSError) as error:
@@ -255,13 +256,13 @@ class _WandB:
     """A run of Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
 
     def __init__(
-        self, config: TrackingConfig, settings: dict[str, Any], output_dir: Path, arguments: dict[str, Any]
+        self, config: TrackingConfig, settings: dict[str, Any], parent: Path, arguments: dict[str, Any]
     ) -> None:
         import wandb
 
         self._wandb = wandb
         named = {} if config.wandb_run_name is None else {"name": config.wandb_run_name}
-        defaults = {"project": config.name, "dir": str(config.logging_dir or output_dir), "config": settings or None}
+        defaults = {"project": config.name, "dir": str(parent), "config": settings or None}
         try:
             if config.wandb_api_key is not None:
                 wandb.login(key=config.wandb_api_key)

@@ -12,6 +12,7 @@ from dataset.loader import BatchItems, TrainingBatch, ValidationSet, load_batch
 from utils.errors import ConfigError
 from utils.options import Section, option
 from utils.randomness import seeded
+from wan.models.device import ALONE, Processes
 from wan.training.cadence import Every
 
 log = logging.getLogger(__name__)
@@ -84,19 +85,18 @@ def validate(
     levels: Sequence[float],
     seed: int,
     device: torch.device,
-    share: tuple[int, int] = (0, 1),
+    processes: Processes = ALONE,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[float, float]:
     """Mean loss over the items at each noise level.
 
     An item's noise depends on (seed, item, level) alone. Items go through the model one by one, so neither does its
-    loss depend on others. loss: gets tensors on `device`, apart from the batch. share: (process, processes); every
-    process calls `loss` equally often, as distributed models demand. reduce: adds up a tensor over the processes.
+    loss depend on others. loss: gets tensors on `device`, apart from the batch. processes: each of
+    them calls `loss` equally often, as distributed models demand. reduce: adds up a tensor over the processes.
     """
-    process, processes = share
-    items = validation_set.items
+    items, count = validation_set.items, processes.count
     sums = torch.zeros(len(levels) + 1, dtype=torch.float64, device=device)  # of losses by level, and of items
-    for turn in range(process, -(-len(items) // processes) * processes, processes):
+    for turn in range(processes.index, -(-len(items) // count) * count, count):
         item = items[turn % len(items)]
         batch = load_batch(BatchItems((item,)))
         losses = [
@@ -109,8 +109,8 @@ def validate(
         ]
         if turn < len(items):  # beyond, it only keeps this process in step with the others
             sums += torch.cat([*losses, torch.ones(1, device=device)])
-    *totals, count = reduce(sums).tolist()
-    return {level: total / count for level, total in zip(levels, totals, strict=True)}
+    *totals, measured = reduce(sums).tolist()
+    return {level: total / measured for level, total in zip(levels, totals, strict=True)}
 
 
 class Validator:
@@ -123,7 +123,7 @@ class Validator:
     def __init__(
         self,
         model: nn.Module,
-        without_lora: Callable[[], AbstractContextManager],
+        without_lora: Callable[[], AbstractContextManager[None]],
         measure: Callable[[], dict[float, float]],
     ) -> None:
         self._model, self._without_lora, self._measure = model, without_lora, measure
