@@ -5,8 +5,9 @@ from utils.errors import ConfigError
 from wan.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
 from wan.frames.table import ExplainConfig
 from wan.generation import start
-from wan.generation.options import GenerationModels, GenerationOptions, MergedModelConfig, write_merged_model
+from wan.generation.options import MergedModelConfig, write_merged_model
 from wan.generation.recipe import parse_args
+from wan.generation.start import GenerationModels, GenerationOptions
 from wan.models.options import ReleaseConfig
 
 

@@ -12,9 +12,6 @@ from utils.files import require_writable_dir
 from utils.images import STEP
 from utils.options import Section, option
 from wan.files.load import save_dit
-from wan.generation.guidance import GuidanceConfig
-from wan.generation.outputs import OutputConfig
-from wan.generation.preview import PreviewConfig
 from wan.generation.prompt import OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
@@ -22,9 +19,7 @@ from wan.generation.sweep import SweepConfig, SweepImage
 from wan.generation.terminal import history_file, typed_lines
 from wan.lora.trained_for import TrainedFor
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.device import DeviceConfig
-from wan.models.memory_options import GenerationMemoryConfig
-from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
+from wan.models.options import LoRAConfig
 from wan.models.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -85,37 +80,6 @@ class PromptConfig(Section, Prompt):
                     yield SweepConfig().cells(prompt, task, sampling, trained, lora)
                 except ConfigError as error:
                     log.error("%s", error)
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """The sections of a run that are not about its model files."""
-
-    prompts: PromptConfig
-    sampling: SamplingConfig
-    guidance: GuidanceConfig
-    output: OutputConfig
-    sweep: SweepConfig
-    preview: PreviewConfig
-
-    def __post_init__(self) -> None:
-        prompts = self.prompts
-        if self.sweep.axes and (prompts.interactive or prompts.latent_path or not self.output.wants_image):
-            raise ConfigError("--sweep needs --prompt or --from_file, and images as --output_type")
-
-
-@dataclass(frozen=True)
-class GenerationModels:
-    """The model files of a run, and how and where they run."""
-
-    dit: DiTConfig
-    vae: VAEConfig
-    t5: T5Config
-    clip: CLIPConfig
-    device: DeviceConfig
-    attention: AttentionConfig
-    lora: LoRAConfig
-    memory: GenerationMemoryConfig
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,57 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from wan.generation.experts import DiTFiles, ModelOnDemand
 from wan.generation.explain import explain_generation, forward_tokens
+from wan.generation.guidance import GuidanceConfig
 from wan.generation.on_demand import AfterUse
-from wan.generation.options import GenerationModels, GenerationOptions
-from wan.generation.outputs import read_latent, result_stem, save_image
+from wan.generation.options import PromptConfig
+from wan.generation.outputs import OutputConfig, read_latent, result_stem, save_image
 from wan.generation.pipeline import Pipeline, decode_latents
+from wan.generation.preview import PreviewConfig
 from wan.generation.recipe import Recipe
+from wan.generation.request import SamplingConfig
 from wan.generation.run import Generation
-from wan.generation.sweep import SweepImage
+from wan.generation.sweep import SweepConfig, SweepImage
 from wan.lora.trained_for import TrainedFor
 from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
+from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig
+from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
 from wan.models.plan import Plan, Room, choose_plan, plan_generation, plan_t5
 
 log = logging.getLogger(__name__)
 
 _TYPED = 2 * 3 * 4096  # tokens of both prompts with three frames of 1024 x 1024: what a typed line may ask for
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """The sections of a run that are not about its model files."""
+
+    prompts: PromptConfig
+    sampling: SamplingConfig
+    guidance: GuidanceConfig
+    output: OutputConfig
+    sweep: SweepConfig
+    preview: PreviewConfig
+
+    def __post_init__(self) -> None:
+        prompts = self.prompts
+        if self.sweep.axes and (prompts.interactive or prompts.latent_path or not self.output.wants_image):
+            raise ConfigError("--sweep needs --prompt or --from_file, and images as --output_type")
+
+
+@dataclass(frozen=True)
+class GenerationModels:
+    """The model files of a run, and how and where they run."""
+
+    dit: DiTConfig
+    vae: VAEConfig
+    t5: T5Config
+    clip: CLIPConfig
+    device: DeviceConfig
+    attention: AttentionConfig
+    lora: LoRAConfig
+    memory: GenerationMemoryConfig
 
 
 @dataclass(frozen=True)
