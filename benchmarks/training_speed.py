@@ -88,7 +88,7 @@ def build_trainer(folder: Path, arguments: argparse.Namespace, clock: Clock) -> 
     parsed = wan_train_network.build_parser().parse_args(flags)
     models, options = cli.build_group(TrainingModels, parsed), cli.build_group(TrainingOptions, parsed)
     accelerator = build_accelerator(DeviceConfig("cpu" if arguments.size == "tiny" else None))
-    datasets = read_config(options.run.dataset_config, need_sources=False)
+    datasets = read_config(options.run.dataset_config)
     dtype = torch.float32 if arguments.size == "tiny" else torch.bfloat16
     with random_checkpoint(SPECS[arguments.size], accelerator.device):
         dit = load_dit("dit.safetensors", dtype, accelerator.device)

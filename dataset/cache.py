@@ -6,7 +6,6 @@ frames differ in size, and `settings`, JSON that tells what a file was made of. 
 tensor. musubi-tuner reads our files, but frames of several sizes with their padding, and we read its.
 """
 
-import functools
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +37,8 @@ log = logging.getLogger(__name__)
 RECIPE = 2  # raise it when the same images, captions and models give other tensors than before
 
 _COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
-_LATENT_NAME = re.compile(r"(.+)_(\d{4,})x(\d{4,})_wan\.safetensors")
+_LATENT_SUFFIX = "_wan.safetensors"
+_LATENT_NAME = re.compile(rf"(.+)_(\d{{4,}})x(\d{{4,}}){re.escape(_LATENT_SUFFIX)}")
 _TEXT_SUFFIX = "_wan_te.safetensors"
 _LATENTS = re.compile(r"latents_\d+x\d+x\d+_\w+")
 _CONDITION = re.compile(r"latents_image_\d+x\d+x\d+_\w+")
@@ -55,9 +55,14 @@ _LATENT_SCRIPT, _TEXT_SCRIPT = "wan_cache_latents.py", "wan_cache_text_encoder_o
 # --- names
 
 
-def latent_cache_path(directory: Path, stem: str, size: tuple[int, int]) -> Path:
-    """`<stem>_<W>x<H>_wan.safetensors`; size: (width, height) of the target image as it is on disk, in pixels."""
-    return directory / f"{stem}_{size[0]:04d}x{size[1]:04d}_wan.safetensors"
+def latent_cache_name(stem: str, size: Size) -> str:
+    """`<stem>_<W>x<H>`, which tells latent caches of a folder apart; size: of the target image on disk, in pixels."""
+    return f"{stem}_{size[0]:04d}x{size[1]:04d}"
+
+
+def latent_cache_path(directory: Path, stem: str, size: Size) -> Path:
+    """`<stem>_<W>x<H>_wan.safetensors` in the folder; size: as for `latent_cache_name`."""
+    return directory / f"{latent_cache_name(stem, size)}{_LATENT_SUFFIX}"
 
 
 def text_cache_path(directory: Path, stem: str) -> Path:
@@ -69,7 +74,7 @@ def parse_latent_name(path: Path) -> tuple[str, tuple[int, int]]:
     """Undoes `latent_cache_path`: (stem, (width, height)). Raises ConfigError for other names."""
     match = _LATENT_NAME.fullmatch(path.name)
     if match is None:
-        raise ConfigError(f"{path}: is not named like a latent cache, <stem>_<W>x<H>_wan.safetensors")
+        raise ConfigError(f"{path}: is not named like a latent cache, <stem>_<W>x<H>{_LATENT_SUFFIX}")
     return match[1], (int(match[2]), int(match[3]))
 
 
@@ -95,9 +100,18 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
 # --- latent caches
 
 
+class EncoderFacts(TypedDict):
+    """Facts recorded about VAE and CLIP: fingerprints of their files, and names of the dtypes they compute in."""
+
+    vae: str
+    clip: str
+    vae_dtype: str
+    clip_dtype: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentSettings:
-    """What a latent cache is made of: a file with equal settings need not be made again.
+    """Everything that decides on the contents of a latent cache: with equal settings it need not be made again.
 
     The time indices are not among them: unless there is a `causal_order`, frames can be put in any order later.
     """
@@ -127,13 +141,13 @@ class LatentCache:
 
     @property
     def frame_sizes(self) -> FrameSizes | None:
-        """Those of `latents` and `condition`."""
+        """Rows and columns of the latents of each slot; None: all fill the tensors."""
         return self.sizes and self.layout.clip.frame_sizes(self.sizes)
 
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """What a latent cache says without its tensors being read."""
+    """Shapes, layout and metadata of a latent cache, read without its tensors."""
 
     frames: int
     height: int  # of the latents
@@ -162,21 +176,18 @@ def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings 
     """
     _, (width, height) = parse_latent_name(path)
     shape, dtype = "x".join(map(str, cache.latents.shape[1:])), dtype_name(cache.latents.dtype)
-    tensors = {
+    tensors: dict[str, Tensor | None] = {
         f"latents_{shape}_{dtype}": cache.latents,
         f"latents_image_{shape}_{dtype}": cache.conditioning.channels,
         _INDICES: torch.tensor(cache.layout.clip.time_indices, dtype=torch.int32),
     }
-    if cache.conditioning.clip is not None:
-        tensors[f"clip_{dtype}"] = cache.conditioning.clip
-    if cache.target_mask is not None:
-        tensors[_TARGET_MASK] = cache.target_mask
+    tensors |= {f"clip_{dtype}": cache.conditioning.clip, _TARGET_MASK: cache.target_mask}
     metadata = {"width": str(width), "height": str(height), "one_frame": str(cache.layout)}
     if settings is not None and settings.own_layout is not None:
         metadata[_OWN_LAYOUT] = "true"
-    if cache.frame_sizes is not None:
+    if cache.sizes is not None and cache.frame_sizes is not None:
         metadata[_SIZES] = ";".join("{}x{}".format(*size) for size in cache.sizes)
-    _write(path, tensors, metadata, settings)
+    _write(path, {key: tensor for key, tensor in tensors.items() if tensor is not None}, metadata, settings)
 
 
 def read_header(path: Path) -> LatentHeader:
@@ -198,9 +209,9 @@ def read_latent_cache(path: Path) -> LatentCache:
     return LatentCache(latents, conditioning, header.layout, mask, header.sizes)
 
 
-def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
-    """The settings of an item's cache. models: what is recorded about VAE and CLIP, by field name. Reads the files."""
-    masks = tuple(mask and fingerprint(mask) for mask in (item.target_mask, *item.control_masks))
+def latent_settings(item: Item, models: EncoderFacts) -> LatentSettings:
+    """The settings of an item's cache. Reads the item's files."""
+    masks = tuple(None if mask is None else fingerprint(mask) for mask in (item.target_mask, *item.control_masks))
     return LatentSettings(
         bucket=item.bucket,
         target=fingerprint(item.target),
@@ -212,7 +223,7 @@ def latent_settings(item: Item, models: Mapping[str, str]) -> LatentSettings:
     )
 
 
-def latent_source_reason(path: Path, item: Item) -> str | None:
+def latent_source_reason(path: Path, item: Item, warned: set[Path] | None = None) -> str | None:
     """Like `latent_stale_reason`, whatever VAE and CLIP it was made with. Raises ConfigError for a damaged file."""
     metadata = read_header(path).metadata
     if "settings" not in metadata:
@@ -223,14 +234,25 @@ def latent_source_reason(path: Path, item: Item) -> str | None:
         recorded = dict(json.loads(metadata.get("settings", "{}")))
     except ValueError:
         recorded = {}
-    models = {name: recorded.get(name, "") for name in ("vae", "clip", "vae_dtype", "clip_dtype")}
-    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes)
+    models = EncoderFacts(
+        vae=recorded.get("vae", ""),
+        clip=recorded.get("clip", ""),
+        vae_dtype=recorded.get("vae_dtype", ""),
+        clip_dtype=recorded.get("clip_dtype", ""),
+    )
+    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes, warned)
 
 
-def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: ControlSizes = AS_TARGET) -> str | None:
-    """Why the cache at `path` must be made again, or None. control_sizes: those of the item's layout.
+def latent_stale_reason(
+    path: Path,
+    expected: LatentSettings,
+    control_sizes: ControlSizes = AS_TARGET,
+    warned: set[Path] | None = None,
+) -> str | None:
+    """Why the cache at `path` must be made again, or None. control_sizes: of the item's layout.
 
-    A file without settings is musubi-tuner's; it is kept, with a notice, when its size and frame count fit.
+    A file without settings is musubi-tuner's. It is kept when its size and frame count fit, with a warning unless its
+    folder is in `warned`, to which the folder is added.
     """
     if not path.is_file():
         return "not cached yet"
@@ -257,7 +279,7 @@ def latent_stale_reason(path: Path, expected: LatentSettings, control_sizes: Con
         "clip_dtype": "CLIP dtype {} -> {}",
         "recipe": "made by another version of this script",
     }
-    return _changed(path, header.metadata, expected, reasons)
+    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
 
 
 def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayout:
@@ -278,7 +300,7 @@ def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayou
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """What a text cache is made with, besides the caption."""
+    """Everything but the caption that decides on the contents of a text cache."""
 
     t5: str  # fingerprint of the file
     dtype: str
@@ -287,7 +309,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class TextHeader:
-    """What a text cache says without its tensors being read."""
+    """Shape, caption and metadata of a text cache, read without its tensor."""
 
     length: int  # tokens
     width: int
@@ -300,7 +322,8 @@ def write_text_cache(path: Path, embedding: Tensor, caption: str, settings: Text
 
     As in the reference, whatever else an existing file holds is kept.
     """
-    tensors, metadata = {}, {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     if path.is_file():
         try:
             with _opened(path, _TEXT_SCRIPT) as file:
@@ -317,19 +340,20 @@ def write_text_cache(path: Path, embedding: Tensor, caption: str, settings: Text
 def read_text_header(path: Path) -> TextHeader:
     """Shape and metadata. Raises ConfigError when the file is damaged or no text cache."""
     with _opened(path, _TEXT_SCRIPT) as file:
-        shape = file.get_slice(_text_key(path, file)).get_shape()
+        length, width = file.get_slice(_text_key(path, file)).get_shape()
         metadata = file.metadata() or {}
-    return TextHeader(*shape, metadata.get("caption1"), metadata)
+    return TextHeader(length, width, metadata.get("caption1"), metadata)
 
 
 def read_text_cache(path: Path) -> Tensor:
     """The embedding [L, D] in its stored dtype. Raises ConfigError as `read_text_header` does."""
     with _opened(path, _TEXT_SCRIPT) as file:
-        return file.get_tensor(_text_key(path, file)).clone()
+        embedding: Tensor = file.get_tensor(_text_key(path, file))
+        return embedding.clone()
 
 
-def text_stale_reason(path: Path, caption: str, expected: TextSettings) -> str | None:
-    """Why the text cache at `path` must be made again, or None. Files without settings are kept, with a notice."""
+def text_stale_reason(path: Path, caption: str, expected: TextSettings, warned: set[Path] | None = None) -> str | None:
+    """Why the text cache at `path` must be made again, or None. warned: as for `latent_stale_reason`."""
     if not path.is_file():
         return "not cached yet"
     try:
@@ -343,7 +367,7 @@ def text_stale_reason(path: Path, caption: str, expected: TextSettings) -> str |
         "dtype": "T5 dtype {} -> {}",
         "recipe": "made by another version of this script",
     }
-    return _changed(path, header.metadata, expected, reasons)
+    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
 
 
 # --- both
@@ -380,7 +404,7 @@ def _keys(file: Any) -> list[str]:
     return list(file.keys())
 
 
-def _find(file: Any, pattern: re.Pattern) -> str | None:
+def _find(file: Any, pattern: re.Pattern[str]) -> str | None:
     return next((key for key in _keys(file) if pattern.fullmatch(key)), None)
 
 
@@ -411,24 +435,40 @@ def _header(path: Path, file: Any) -> LatentHeader:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; delete it and run {_LATENT_SCRIPT} again") from None
     images = None if clip_shape is None else (clip_shape[0] if len(clip_shape) == 3 else 1, clip_shape[-1])
-    return LatentHeader(*shape[1:], images, layout, sizes, metadata)
+    _, frames, height, width = shape
+    return LatentHeader(frames, height, width, images, layout, sizes, metadata)
 
 
 def _sizes(metadata: Mapping[str, str], shape: Sequence[int]) -> tuple[Size, ...]:
-    """Those of the controls and the target in latents [F, H, W]; ConfigError when they can't be."""
+    """Sizes in pixels of the controls and the target. ConfigError unless they fit latents [F, H, W] of this shape."""
     try:
-        matches = [_SIZE.fullmatch(part) for part in metadata[_SIZES].split(";")]
-        sizes = tuple((int(match[1]), int(match[2])) for match in matches)
+        sizes = tuple(_size(part) for part in metadata[_SIZES].split(";"))
         check_sizes(tuple((height // VAE_STRIDE, width // VAE_STRIDE) for width, height in sizes), shape)
-    except (TypeError, ValueError):
+    except ValueError:
         raise ConfigError(f"its {_SIZES} {metadata[_SIZES]} do not fit {tuple(shape)}") from None
     return sizes
 
 
-def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str]) -> str | None:
+def _size(text: str) -> Size:
+    """`64x48` -> (64, 48). ValueError for other texts."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]), int(match[2])
+
+
+def _changed(
+    path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str], warned: set[Path]
+) -> str | None:
     """The reason of the first setting that differs from the recorded one; `{} -> {}` in it shows both values."""
     if "settings" not in metadata:
-        _say_kept(path.parent)
+        if path.parent not in warned:
+            warned.add(path.parent)
+            log.warning(
+                "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size "
+                "fits. Run without --skip_existing to replace them",
+                path.parent,
+            )
         return None
     try:
         recorded = dict(json.loads(metadata["settings"]))
@@ -439,12 +479,3 @@ def _changed(path: Path, metadata: Mapping[str, str], expected: Any, reasons: Ma
         if recorded.get(key) != wanted[key]:
             return reason.format(recorded.get(key), wanted[key])
     return None
-
-
-@functools.cache
-def _say_kept(directory: Path) -> None:
-    log.warning(
-        "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size fits. "
-        "Run without --skip_existing to replace them",
-        directory,
-    )

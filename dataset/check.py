@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from dataset.cache import (
     read_text_header,
     text_cache_path,
 )
-from dataset.config import DatasetsConfig, ImageDatasetConfig, check_sources, read_config
+from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source, read_config
 from dataset.pictures import look
 from dataset.problems import ERROR, BucketRow, Problem, Report
 from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
@@ -26,6 +26,7 @@ from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
+from wan.frames.sizes import Size
 from wan.nets.spec import TEXT_LENGTH
 
 _FIRST_WIDE_LETTER = 0x2E80  # CJK starts here in Unicode: about a token a letter, others about four letters a token
@@ -58,7 +59,7 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
     control. Raises nothing for mistakes: they are what is reported.
     """
     try:
-        config = read_config(path, layout=layout, need_sources=False)
+        config = read_config(path, layout=layout)
     except ConfigError as error:
         return Report((Problem.of_error("D01", path, error),), ())
     found: list[Problem] = []
@@ -84,10 +85,10 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
 
 
 def _sources(found: list[Problem], dataset: ImageDatasetConfig, place: str) -> list[Source]:
-    """What the folders or the list hold, in their order, without the entries that no item can be made of."""
+    """Entries of the folders or the list, in their order, without those that no item can be made of."""
     try:
-        check_sources("", dataset)
-        sources = _of_folder(found, dataset) if dataset.image_directory else _of_list(found, dataset)
+        where = image_source("", dataset)
+        sources = _of_folder(found, where) if isinstance(where, ImageFolder) else _of_list(found, where, dataset)
     except ConfigError as error:
         found.append(Problem.of_error("D02", place, ConfigError(str(error).removeprefix("."))))
         return []
@@ -114,27 +115,29 @@ def _check_caption(found: list[Problem], source: Source) -> None:
         found.append(Problem("D13", str(source.target), message, "shorten it"))
 
 
-def _of_folder(found: list[Problem], dataset: ImageDatasetConfig) -> list[Source]:
-    targets = list_images(dataset.image_directory)
+def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
+    targets = list_images(folder.targets)
     stems = {target.stem for target in targets}
-    controls, masks, target_masks = {}, {}, {}
-    if dataset.control_directory is not None:
-        masks, candidates = masks_beside(stems, list_images(dataset.control_directory))
+    controls: dict[str, tuple[Path, ...]] = {}
+    masks: dict[Path, Path] = {}
+    target_masks: dict[str, Path] = {}
+    if folder.controls is not None:
+        masks, candidates = masks_beside(stems, list_images(folder.controls))
         controls, _ = match_controls(stems, candidates)
         claimed = {path for paths in controls.values() for path in paths}
         for path in candidates:
             if path not in claimed:
-                fix = f"add a target of that name to {dataset.image_directory}, or end the name in _<number>"
+                fix = f"add a target of that name to {folder.targets}, or end the name in _<number>"
                 found.append(Problem("D07", str(path), "belongs to no target", fix))
-    if dataset.target_mask_directory is not None:
-        for mask in list_images(dataset.target_mask_directory):
+    if folder.target_masks is not None:
+        for mask in list_images(folder.target_masks):
             if mask.stem in stems:
                 target_masks[mask.stem] = mask
             else:
                 found.append(Problem("D10", str(mask), "belongs to no target", "name it like its target"))
     sources = []
     for target in targets:
-        caption_file = target.with_name(target.stem + dataset.caption_extension)
+        caption_file = target.with_name(target.stem + folder.caption_extension)
         if not caption_file.is_file():
             found.append(Problem("D11", str(target), "is left out, because it has no caption", f"write {caption_file}"))
             continue
@@ -148,8 +151,8 @@ def _of_folder(found: list[Problem], dataset: ImageDatasetConfig) -> list[Source
     return sources
 
 
-def _of_list(found: list[Problem], dataset: ImageDatasetConfig) -> list[Source]:
-    path, sources = dataset.image_jsonl_file, []
+def _of_list(found: list[Problem], source: ImageList, dataset: ImageDatasetConfig) -> list[Source]:
+    path, sources = source.path, []
     for number, line in enumerate(read_text(path, "image_jsonl_file").split("\n"), start=1):
         if line.strip():
             try:
@@ -190,7 +193,7 @@ def _items(
 def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[Item]) -> None:
     """Items made of the same bytes, in one use or in both."""
     trained: dict[str, Path] = {}
-    first: dict[tuple, Path] = {}
+    first: dict[Hashable, Path] = {}
     by_use = sorted(items, key=lambda item: config.datasets[item.dataset].validation)
     for item in by_use:
         validation, target = config.datasets[item.dataset].validation, fingerprint(item.target)
@@ -207,7 +210,7 @@ def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[I
 
 
 def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRow]:
-    groups: dict[tuple, list[Item]] = defaultdict(list)
+    groups: dict[tuple[int, Size, tuple[Size, ...], int], list[Item]] = defaultdict(list)
     for item in items:
         controls = item.sizes[:-1] if len(set(item.sizes)) > 1 else ()
         groups[item.dataset, item.bucket, controls, 1 + len(item.controls)].append(item)
@@ -234,7 +237,7 @@ def _buckets(config: DatasetsConfig, items: Iterable[Item]) -> Iterable[BucketRo
 
 def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequence[Item], stems: set[str]) -> None:
     """stems: those of all entries, also of the ones that are no usable items."""
-    folder = dataset.cache_directory
+    folder, warned = dataset.cache_directory, set[Path]()
     if not folder.is_dir():
         return
     again = "run wan_cache_latents.py again"
@@ -246,7 +249,7 @@ def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequ
                 found.append(Problem("D34", str(item.target), "has no latent cache, others have", again))
             continue
         try:
-            if reason := latent_source_reason(path, item):
+            if reason := latent_source_reason(path, item, warned):
                 found.append(Problem("D32", str(path), reason, again))
         except ConfigError as error:
             found.append(Problem.of_error("D31", path, error))

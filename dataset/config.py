@@ -22,31 +22,32 @@ log = logging.getLogger(__name__)
 
 
 # Readers of one value: the value as the file gives it -> the field's value, or ConfigError with reason and fix.
-def _flag(value: Any) -> bool:
+def _flag(value: object) -> bool:
     if type(value) is not bool:
         raise ConfigError("is no switch; write true or false")
     return value
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:  # neither True nor 1.0 counts
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):  # 1.0 does not count either
         raise ConfigError("is no whole number; write one without quotes or decimal point")
     return value
 
 
-def _count(value: Any) -> int:
-    if _integer(value) < 1:
+def _count(value: object) -> int:
+    count = _integer(value)
+    if count < 1:
         raise ConfigError("is too small; use 1 or more")
-    return value
+    return count
 
 
-def _indices(value: Any) -> tuple[int, ...]:
+def _indices(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(index) is int for index in value):
         raise ConfigError("is no list of whole numbers; write for example [0]")
     return tuple(value)
 
 
-def _size(value: Any) -> tuple[int, int]:
+def _size(value: object) -> tuple[int, int]:
     size = [value, value] if type(value) is int else value
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int for side in size):
         raise ConfigError("is no size; write [width, height] as whole numbers, or one number for a square")
@@ -55,29 +56,33 @@ def _size(value: Any) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ConfigError("is no text; write it in quotes")
     return value
 
 
-def _suffix(value: Any) -> str:
-    if "." not in _text(value):
-        raise ConfigError(f"has no dot; write '.{value}'")
-    return value
+def _suffix(value: object) -> str:
+    suffix = _text(value)
+    if "." not in suffix:
+        raise ConfigError(f"has no dot; write '.{suffix}'")
+    return suffix
 
 
-def _layout_name(value: Any) -> str:
+def _layout_name(value: object) -> str:
     return encoding_named(_text(value)).name
 
 
-def _path(value: Any) -> Path:
-    if any(ord(letter) < 32 for letter in _text(value)):  # "data\target" holds a tab
+def _path(value: object) -> Path:
+    text = _text(value)
+    if any(ord(letter) < 32 for letter in text):  # "data\target" holds a tab
         raise ConfigError("holds a control character; write / instead of \\, or use single quotes")
-    return Path(value)
+    return Path(text)
 
 
-def _setting(read: Callable[[Any], Any], default: Any, key: str | None = None, general: bool = False) -> Any:
+def _setting(
+    read: Callable[[Any], Any], default: Any = dataclasses.MISSING, key: str | None = None, general: bool = False
+) -> Any:
     """A field that is also a key of [[datasets]] (named `key`, or like the field) and, with `general`, of [general]."""
     return dataclasses.field(default=default, metadata={"read": read, "key": key, "general": general})
 
@@ -96,7 +101,7 @@ class ImageDatasetConfig:
     image_jsonl_file: Path | None = _setting(_path, None)  # used only without image_directory
     control_directory: Path | None = _setting(_path, None)  # used only with image_directory
     target_mask_directory: Path | None = _setting(_path, None)  # used only with image_directory
-    cache_directory: Path | None = _setting(_path, None)  # never None after `read_config`
+    cache_directory: Path = _setting(_path)  # default: image_directory
     validation: bool = _setting(_flag, False)  # never trained on; the loss of its items shows how training goes
     clean_indices: tuple[int, ...] | None = _setting(_indices, None, key="fp_1f_clean_indices")
     target_index: int | None = _setting(_integer, None, key="fp_1f_target_index")
@@ -121,6 +126,15 @@ class ImageDatasetConfig:
         """That of an item with these indices and this number of control images, if known; see `layout_from_toml`."""
         return layout_from_toml(clean_indices, target_index, controls, self.encoding, keys, self.control_sizes)
 
+    def layout_of_cached(self, cached: OneFrameLayout, owned: bool) -> OneFrameLayout:
+        """The layout of an item whose latents are cached at another one; owned: by the item, not by its dataset.
+
+        Without indices in the configuration an item keeps those that it is cached at.
+        """
+        if owned or (self.clean_indices is None and self.target_index is None):
+            return dataclasses.replace(cached, encoding=self.encoding, control_sizes=self.control_sizes)
+        return self.layout_of(self.clean_indices, self.target_index, len(cached.control_indices))
+
     @property
     def encoding(self) -> Encoding:
         """How images become latent frames."""
@@ -128,13 +142,30 @@ class ImageDatasetConfig:
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """What sizes control images are brought to."""
+        """Sizes that control images are brought to."""
         return ControlSizes(self.control_resolution, self.no_resize_control)
 
     @cached_property
     def buckets(self) -> Buckets:
         """The sizes that targets, and controls without sizes of their own, are brought to."""
         return Buckets(self.resolution, self.enable_bucket, self.bucket_no_upscale)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Targets with their captions in files beside them; control images and masks are matched by name."""
+
+    targets: Path
+    caption_extension: str
+    controls: Path | None
+    target_masks: Path | None
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """A JSONL file that names the images and captions of each item."""
+
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -152,7 +183,7 @@ class DatasetsConfig:
 
     @property
     def control_sizes(self) -> ControlSizes:
-        """Those of all datasets; where they differ, the target's."""
+        """Control sizes of all datasets; where they differ, the size of the target."""
         sizes = {dataset.control_sizes for dataset in self.datasets}
         return sizes.pop() if len(sizes) == 1 else AS_TARGET
 
@@ -160,6 +191,7 @@ class DatasetsConfig:
 _FIELDS = {field.metadata["key"] or field.name: field for field in dataclasses.fields(ImageDatasetConfig)}
 _GENERAL = {key: field for key, field in _FIELDS.items() if field.metadata["general"]}
 
+_NO_IMAGES = "has no images; add image_directory or image_jsonl_file"
 _NO_VIDEO = "video datasets are not supported yet; use image_directory or image_jsonl_file"
 _OTHER_NAMES = {
     "flux_kontext_no_resize_control": "no_resize_control",
@@ -173,27 +205,23 @@ _REFUSED = {
 }
 
 
-def read_config(
-    path: str | Path, batch_size: int | None = None, layout: str | None = None, need_sources: bool = True
-) -> DatasetsConfig:
-    """Read and check a dataset configuration file.
+def read_config(path: str | Path, batch_size: int | None = None, layout: str | None = None) -> DatasetsConfig:
+    """Read and check a dataset configuration file, but not the files that it names: see `image_source`.
 
     A value comes from the [[datasets]] entry, else from [general], else (batch_size, layout) from the command line,
-    else from the default. `need_sources=False` is for training, which reads the caches alone: the images may be
-    elsewhere.
-    Raises ConfigError with one line for anything the user must fix.
+    else from the default. Raises ConfigError with one line for anything the user must fix.
     """
     path = require_file(path, "--dataset_config")
     command_line: dict[str, Any] = {"layout_name": layout}
     if batch_size is not None:
         command_line["batch_size"] = _read("--batch_size", _count, batch_size)
     try:
-        return DatasetsConfig(_read_datasets(_load(path), command_line, need_sources), path)
+        return DatasetsConfig(_read_datasets(_load(path), command_line), path)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     if path.suffix.lower() not in (".toml", ".json"):
         raise ConfigError(f"suffix '{path.suffix}' is unknown; name the file .toml or .json")
     try:
@@ -210,7 +238,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None
 
 
-def _read_datasets(document: Any, defaults: dict[str, Any], need_sources: bool) -> tuple[ImageDatasetConfig, ...]:
+def _read_datasets(document: Any, defaults: dict[str, Any]) -> tuple[ImageDatasetConfig, ...]:
     if not isinstance(document, Mapping):
         raise ConfigError("holds no table; write 'general' and 'datasets'")
     for key in document:
@@ -224,17 +252,15 @@ def _read_datasets(document: Any, defaults: dict[str, Any], need_sources: bool) 
     if not entries:
         raise ConfigError("holds no dataset; add a [[datasets]] entry")
     defaults = defaults | _read_table("general", general, _GENERAL)
-    datasets = []
-    for i, entry in enumerate(entries):
-        dataset = _complete(f"datasets[{i}]", defaults | _read_table(f"datasets[{i}]", entry, _FIELDS))
-        if need_sources:
-            check_sources(f"datasets[{i}]", dataset)
-        datasets.append(dataset)
+    datasets = [
+        _complete(f"datasets[{i}]", defaults | _read_table(f"datasets[{i}]", entry, _FIELDS))
+        for i, entry in enumerate(entries)
+    ]
     _check_caches(datasets)
     return tuple(datasets)
 
 
-def _read_table(place: str, table: Mapping[str, Any], known: Mapping[str, dataclasses.Field]) -> dict[str, Any]:
+def _read_table(place: str, table: Mapping[str, Any], known: Mapping[str, dataclasses.Field[Any]]) -> dict[str, Any]:
     """Keys as the file names them -> values by field name."""
     values = {}
     for key, value in table.items():
@@ -266,13 +292,11 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 
 
 def _complete(place: str, values: dict[str, Any]) -> ImageDatasetConfig:
-    dataset = ImageDatasetConfig(**values)
-    if dataset.image_directory is None and dataset.image_jsonl_file is None:
-        raise ConfigError(f"{place}: has no images; add image_directory or image_jsonl_file")
-    if dataset.cache_directory is None:
-        if dataset.image_directory is None:
-            raise ConfigError(f"{place}.cache_directory: is missing; a JSONL dataset needs a folder for its caches")
-        dataset = dataclasses.replace(dataset, cache_directory=dataset.image_directory)
+    if "image_directory" not in values and "image_jsonl_file" not in values:
+        raise ConfigError(f"{place}: {_NO_IMAGES}")
+    if "cache_directory" not in values and "image_directory" not in values:
+        raise ConfigError(f"{place}.cache_directory: is missing; a JSONL dataset needs a folder for its caches")
+    dataset = ImageDatasetConfig(**{"cache_directory": values.get("image_directory"), **values})
     try:
         _ = dataset.layout
     except ConfigError as error:
@@ -280,15 +304,20 @@ def _complete(place: str, values: dict[str, Any]) -> ImageDatasetConfig:
     return dataset
 
 
-def check_sources(place: str, dataset: ImageDatasetConfig) -> None:
-    """Raise ConfigError unless the files and folders that the images come from exist and make sense together."""
+def image_source(place: str, dataset: ImageDatasetConfig) -> ImageFolder | ImageList:
+    """Where the images of a dataset come from.
+
+    Raises ConfigError, starting with `place`, unless these files and folders exist and make sense together.
+    """
     if dataset.image_directory is None:
-        require_file(dataset.image_jsonl_file, f"{place}.image_jsonl_file")
+        if dataset.image_jsonl_file is None:
+            raise ConfigError(f"{place}: {_NO_IMAGES}")
+        path = require_file(dataset.image_jsonl_file, f"{place}.image_jsonl_file")
         if dataset.control_directory is not None:
             log.warning("%s.control_directory is ignored: a JSONL file names its control images itself", place)
         if dataset.target_mask_directory is not None:
             log.warning("%s.target_mask_directory is ignored: a JSONL file names its masks itself", place)
-        return
+        return ImageList(path)
     if dataset.image_jsonl_file is not None:
         log.warning("%s.image_jsonl_file is ignored: image_directory is given too", place)
     for key in ("image_directory", "control_directory", "target_mask_directory"):
@@ -302,6 +331,9 @@ def check_sources(place: str, dataset: ImageDatasetConfig) -> None:
             raise ConfigError(f"{place}.{key}: is the image_directory too; give {what} their own folder")
     if dataset.caption_extension is None:
         raise ConfigError(f'{place}.caption_extension: is missing; add for example caption_extension = ".txt"')
+    return ImageFolder(
+        dataset.image_directory, dataset.caption_extension, dataset.control_directory, dataset.target_mask_directory
+    )
 
 
 def _check_caches(datasets: list[ImageDatasetConfig]) -> None:

@@ -1,13 +1,17 @@
 """How alike two pictures of one size are: whether anything differs, and whether one is shifted against the other."""
 
 import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+"""An RGB picture: [height, width, 3]."""
 
 _BLOCK = 16  # pixels a side
 _SAME = 12  # levels of 255 that compression and resizing may change in a pixel
 _MOSTLY = 0.6  # share of the pixels
 
 
-def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
+def largest_difference(one: Pixels, other: Pixels) -> float:
     """The mean difference, in levels of 255, of the blocks of 16 x 16 pixels that differ most.
 
     Images are [height, width, 3] uint8; their sides are multiples of 16. Compression spreads its error over the
@@ -19,7 +23,7 @@ def largest_difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(blocks.mean(axis=(1, 3)).max())
 
 
-def shift_between(one: np.ndarray, other: np.ndarray) -> tuple[int, int] | None:
+def shift_between(one: Pixels, other: Pixels) -> tuple[int, int] | None:
     """(right, down) in pixels by which `other` is moved against `one`; None where most of the picture is not the same.
 
     The peak of the phase correlation (Kuglin and Hines 1975), believed when moving back by it makes most pixels equal
@@ -41,7 +45,7 @@ def shift_between(one: np.ndarray, other: np.ndarray) -> tuple[int, int] | None:
     return (right, down) if same and after.mean() < before.mean() / 2 else None
 
 
-def _overlap(image: np.ndarray, down: int, right: int) -> np.ndarray:
-    """What is left of an image that moved by (down, right), without the rows and columns that came in."""
+def _overlap(image: NDArray[np.float32], down: int, right: int) -> NDArray[np.float32]:
+    """The part of an image moved by (down, right) that shows the original: no rows and columns that came in."""
     height, width = image.shape
     return image[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]

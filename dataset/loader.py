@@ -11,7 +11,7 @@ import random
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.cache import (
     LatentHeader,
+    latent_cache_name,
     list_latent_caches,
     parse_latent_name,
     read_header,
@@ -33,12 +34,14 @@ from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
 from utils.text import some
 from wan.frames.condition import clip_controls
-from wan.frames.layout import OneFrameLayout, layout_from_toml
+from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size, frame_of, pad_to
 from wan.nets.conditioning import Conditioning
 from wan.nets.tokens import FrameSizes, token_count
 
 log = logging.getLogger(__name__)
+
+_NO_CLIP = "holds no CLIP features; run wan_cache_latents.py again with --clip"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class TrainingItem:
     """A cached item. `layout`: where its frames shall sit, whatever the cache says."""
 
     key: str  # "<dataset>/<stem>_<W>x<H>/<repeat>": the same in every run, for random numbers of its own
+    dataset: int  # position of its dataset in the configuration
     latents: Path
     text: Path
     layout: OneFrameLayout
@@ -77,13 +81,14 @@ class TrainingBatch:
     def target_size(self) -> tuple[int, int]:
         """Rows and columns of the target's latents, in all items."""
         if self.frame_sizes is None:
-            return tuple(self.latents.shape[3:])
+            height, width = self.latents.shape[3:]
+            return height, width
         return self.frame_sizes[self.layouts[0].clip.target_slot]
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What items must have in common to be stacked."""
+    """Items with equal buckets can be stacked into one batch."""
 
     dataset: int
     frames: int
@@ -106,7 +111,7 @@ class _Cached:
     layout: OneFrameLayout
 
     def item(self, repeat: int) -> TrainingItem:
-        return TrainingItem(f"{self.name}/{repeat}", self.latents, self.text, self.layout)
+        return TrainingItem(f"{self.name}/{repeat}", self.bucket.dataset, self.latents, self.text, self.layout)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class BucketCount:
 
     @property
     def tokens(self) -> int:
-        """Of one item."""
+        """Tokens of one item, of all its frames."""
         return token_count((self.frames, self.height, self.width), self.frame_sizes)
 
 
@@ -154,7 +159,8 @@ class TrainingSet:
         self._batch_sizes = [dataset.batch_size for dataset in config.datasets]
         self._buckets: dict[_Bucket, list[TrainingItem]] = defaultdict(list)
         self._widths: dict[tuple[int, int], Path] = {}  # (CLIP, text) -> a file that has them
-        trained, held_back = [], []
+        trained: list[_Cached] = []
+        held_back: list[_Cached] = []
         for i, dataset in enumerate(config.datasets):
             try:
                 (held_back if dataset.validation else trained).extend(self._find(i, dataset))
@@ -184,7 +190,7 @@ class TrainingSet:
 
     @property
     def buckets(self) -> list[BucketCount]:
-        """What there is of each dataset and size."""
+        """Number of items of each dataset and size."""
         return [
             BucketCount(key.dataset, key.frames, key.height, key.width, len(items), size, key.frame_sizes)
             for key, items in self._buckets.items()
@@ -237,10 +243,10 @@ class TrainingSet:
         return steps + short
 
     def _plans(self, batches: list[list[TrainingItem]], size: int, rng: random.Random) -> list[BatchItems]:
-        if (self.timestep_buckets or 0) < 2:
+        if self.timestep_buckets is None or self.timestep_buckets < 2:
             return [BatchItems(tuple(items)) for items in batches]
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        uniform = stratified_uniform(len(batches) * size, self.timestep_buckets, generator).split(size)
+        uniform = torch.split(stratified_uniform(len(batches) * size, self.timestep_buckets, generator), size)
         return [
             BatchItems(tuple(items), tuple(values[: len(items)].tolist()))
             for items, values in zip(batches, uniform, strict=True)
@@ -258,7 +264,7 @@ class TrainingSet:
                 continue
             header, text_header = read_header(path), read_text_header(text)
             if header.clip is None:
-                raise ConfigError(f"{path}: holds no CLIP features; run wan_cache_latents.py again with --clip")
+                raise ConfigError(f"{path}: {_NO_CLIP}")
             self._widths.setdefault((header.clip[1], text_header.width), path)
             if header.bucket != dataset.buckets.choose(size):
                 other_sizes.append("{} ({}x{})".format(path.name, *header.bucket))
@@ -266,7 +272,7 @@ class TrainingSet:
             sizes = header.sizes and layout.clip.frame_sizes(header.sizes)
             shape = header.frames, header.height, header.width
             bucket = _Bucket(index, *shape, header.clip[0], sizes, header.bucket if sizes else None)
-            name = f"{index}/{path.name.removesuffix('_wan.safetensors')}"
+            name = f"{index}/{latent_cache_name(stem, size)}"
             found.append(_Cached(name, stem, bucket, path, text, layout))
         _warn(index, texts_missing, "have no text cache and are skipped; run wan_cache_text_encoder_outputs.py")
         _warn(index, other_sizes, "have another size than this file asks for and are used as they are")
@@ -282,16 +288,14 @@ def load_batch(plan: BatchItems) -> TrainingBatch:
     latents = [cache.latents.float()[:, places] for cache, places in read]
     conditioning = [cache.conditioning.map(Tensor.float).select(places) for cache, places in read]
     sizes = caches[0].sizes and layouts[0].clip.frame_sizes(caches[0].sizes)
+    target = frame_of(latents[0], layouts[0].clip.target_slot, sizes)
     masks = [cache.target_mask for cache in caches]
-    if sizes is None and all(mask is None for mask in masks):
-        masks = None
-    else:
-        own = frame_of(latents[0], layouts[0].clip.target_slot, sizes)
-        masks = [pad_to(torch.ones(own.shape[2:]) if mask is None else mask, *latents[0].shape[2:]) for mask in masks]
+    whole = sizes is None and all(mask is None for mask in masks)
+    full = [pad_to(torch.ones(target.shape[2:]) if mask is None else mask, *latents[0].shape[2:]) for mask in masks]
     return TrainingBatch(
         latents=torch.stack(latents),
         conditioning=Conditioning.stack(conditioning),
-        target_masks=masks and torch.stack(masks),
+        target_masks=None if whole else torch.stack(full),
         text=[read_text_cache(item.text) for item in plan.items],
         layouts=layouts,
         frame_indices=torch.tensor([layout.clip.time_indices for layout in layouts]),
@@ -301,13 +305,17 @@ def load_batch(plan: BatchItems) -> TrainingBatch:
     )
 
 
-def clip_for(batch: TrainingBatch, images: int) -> Tensor:
-    """CLIP features [B, images, 257, D] for a model that takes 1 (i2v) or 2 (flf2v) images.
+def clip_for(batch: TrainingBatch, images: int) -> Tensor | None:
+    """CLIP features [B, images, 257, D] for a model that takes none, 1 (i2v) or 2 (flf2v) images; None for none.
 
-    They are those of the earliest and the latest control. A cache that doesn't hold one image per control, but as many
-    as wanted, is taken as it is. Raises ConfigError for another number.
+    Features are those of the earliest and the latest control. A cache that doesn't hold one image per control, but as
+    many as wanted, is taken as it is. Raises ConfigError for another number.
     """
+    if not images:
+        return None
     features = batch.conditioning.clip
+    if features is None:
+        raise ConfigError(f"{batch.item_keys[0]}: {_NO_CLIP}")
     found, controls = features.shape[1], len(batch.layouts[0].control_indices)
     if found == controls:
         chosen = [clip_controls(layout.clip, images) for layout in batch.layouts]
@@ -364,7 +372,7 @@ def _leave_interrupts_to_the_trainer(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Files(Dataset):
+class _Files(Dataset[TrainingBatch | ConfigError]):
     """Runs in the workers. Hands errors over as values, because torch would wrap them in a worker's traceback."""
 
     def __getitem__(self, plan: BatchItems) -> TrainingBatch | ConfigError:
@@ -388,7 +396,7 @@ class _Current:
 
 
 def _held_back_stems(stems: set[str], split: float) -> set[str]:
-    """Those with the lowest hashes, so that few change sides when the dataset grows."""
+    """Stems with the lowest hashes, so that few change sides when the dataset grows. split: a share or a number."""
     if not split:
         return set()
     count = int(split) if split >= 1 else max(1, round(split * len(stems)))
@@ -399,14 +407,11 @@ def _held_back_stems(stems: set[str], split: float) -> set[str]:
 
 def _layout(path: Path, header: LatentHeader, dataset: ImageDatasetConfig) -> OneFrameLayout:
     """The layout that item, else configuration, else cache asks for. ConfigError when the cache is made for another."""
-    wanted = header.layout
-    if not header.owns_layout and (dataset.clean_indices is not None or dataset.target_index is not None):
-        try:
-            wanted = layout_from_toml(dataset.clean_indices, dataset.target_index, header.frames - 1)
-        except ConfigError as error:
-            raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
     try:
-        wanted = replace(wanted, encoding=dataset.encoding, control_sizes=dataset.control_sizes)
+        wanted = dataset.layout_of_cached(header.layout, header.owns_layout)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (so {path.name} is cached), or run wan_cache_latents.py") from None
+    try:
         wanted.check_latents(made_for=header.layout)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from None

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from dataset.config import ImageDatasetConfig
-from dataset.likeness import largest_difference, shift_between
+from dataset.likeness import Pixels, largest_difference, shift_between
 from dataset.problems import Problem
 from dataset.sources import Item, Source, make_item
 from utils.errors import ConfigError
 from utils.files import fingerprint
 from utils.images import Resize, check_image, check_mask_size, open_masked, resize_to_fill
 from wan.frames.layout import OneFrameLayout
+from wan.frames.sizes import Size
 
 # Where a picture starts to suffer: choices of ours.
 _ENLARGED = 1.5  # times
@@ -32,8 +33,8 @@ class _Picture:
 
     path: Path
     fit: Resize  # what was done to it
-    pixels: np.ndarray  # [height, width, 3] uint8
-    mask: np.ndarray | None  # the same, 255 where the picture counts
+    pixels: Pixels  # [height, width, 3] uint8
+    mask: Pixels | None  # the same, 255 where the picture counts
 
 
 def look(
@@ -54,18 +55,19 @@ def look(
         return None, found
     masks = (item.target_mask, *item.control_masks)
     paths = (item.target, *item.controls)
-    fits = (
-        lambda size: Resize(size, item.bucket),
-        *[partial(item.layout.control_sizes.fit, target=item.bucket)] * needed,
-    )
+    target_fit = partial(Resize, bucket=item.bucket)
+    control_fit = partial(item.layout.control_sizes.fit, target=item.bucket)
+    fits: list[Callable[[Size], Resize]] = [target_fit, *[control_fit] * needed]
     pictures = [_open(found, path, mask, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
     _check_black(found, item, pictures)
     _check_controls(found, item)
-    if None not in pictures:
-        item = replace(item, control_fits=tuple(picture.fit for picture in pictures[1:]))
-        _check_sizes(found, item, pictures)
-        for control in pictures[1:]:
-            _compare(found, pictures[0], control, alignment)
+    opened = [picture for picture in pictures if picture is not None]
+    if len(opened) == len(pictures):
+        target_picture, *controls = opened
+        item = replace(item, control_fits=tuple(control.fit for control in controls))
+        _check_sizes(found, item, opened)
+        for control in controls:
+            _compare(found, target_picture, control, alignment)
     stopped = any(problem.kind.severity == "error" for problem in found)
     return None if stopped else item, found
 
@@ -110,7 +112,7 @@ def _open(
     return _Picture(path, fit, _filled(image, fit), shown)
 
 
-def _filled(image: Image.Image, fit: Resize) -> np.ndarray:
+def _filled(image: Image.Image, fit: Resize) -> Pixels:
     return resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)
 
 

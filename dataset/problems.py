@@ -86,7 +86,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class BucketRow:
-    """What becomes of the items of one dataset, size and number of frames."""
+    """Items of one dataset, size and number of frames: how they fill batches, and what resizing costs them."""
 
     dataset: int
     width: int  # pixels

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataset.config import DatasetsConfig, ImageDatasetConfig
+from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source
 from utils.errors import ConfigError
 from utils.files import parse_json
 from utils.images import IMAGE_SUFFIXES, Resize, check_image, check_mask_size
@@ -44,60 +45,91 @@ class Item:
 
     @property
     def target_fit(self) -> Resize:
-        """What is done to the target."""
+        """Resizing and cropping of the target."""
         return Resize(self.size, self.bucket)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """What controls and target are brought to."""
+        """Width and height of the frames in pixels: the controls as given, then the target."""
         return *(fit.bucket for fit in self.control_fits), self.bucket
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the folder or list says about an item, before any image is looked at."""
+    """An item as the folder or list names it, before any image is looked at."""
 
     target: Path
     caption: str
-    controls: tuple[Path, ...]  # all there are
-    control_masks: tuple[Path | None, ...]  # as many
-    target_mask: Path | None
+    controls: tuple[Path, ...] = ()  # all there are
+    control_masks: tuple[Path | None, ...] = ()  # as many
+    target_mask: Path | None = None
     layout: OneFrameLayout | None = None  # where the item has its own
 
 
-def find_all_items(config: DatasetsConfig, need_controls: bool) -> list[Item]:
-    """The items of all datasets, in the order of the configuration; see `find_items`."""
+def find_all_items(config: DatasetsConfig) -> list[Item]:
+    """Items of all datasets, in the order of the configuration; see `find_items`."""
+    return _of_all(config, find_items)
+
+
+def find_all_targets(config: DatasetsConfig) -> list[Item]:
+    """Items of all datasets without their control images and masks: all that caching of captions needs."""
+    return _of_all(config, find_targets)
+
+
+def _of_all(config: DatasetsConfig, find: Callable[[ImageDatasetConfig, int], list[Item]]) -> list[Item]:
     try:
-        return [item for i, dataset in enumerate(config.datasets) for item in find_items(dataset, i, need_controls)]
+        return [item for i, dataset in enumerate(config.datasets) for item in find(dataset, i)]
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error}") from None
 
 
-def find_items(config: ImageDatasetConfig, index: int, need_controls: bool) -> list[Item]:
+def find_items(config: ImageDatasetConfig, index: int) -> list[Item]:
     """The items of one dataset: a folder's in the order of their names, a JSONL file's in its own order.
 
-    config: from `read_config` with its sources checked; index: its position there; need_controls: find the control
-    images as well and refuse items with fewer of them than there are control indices. Images are not decoded, only
-    their headers are read. Raises ConfigError, starting with `datasets[index]`, when files are missing, broken or too
-    small, when two targets have one stem, and when there is no item at all.
+    index: its position in the configuration. Images are not decoded, only their headers are read. Raises ConfigError,
+    starting with `datasets[index]`, when files are missing, broken or too small, when an item has fewer control images
+    than control indices, when two targets have one stem, and when there is no item at all.
     """
     place = f"datasets[{index}]"
+    source = image_source(place, config)
+    key = _images_key(source, place)
+    control_key = f"{place}.control_directory" if isinstance(source, ImageFolder) else key
+    sources = _read_sources(source, config, place)
+    shared = _check_controls(sources, config, place)
+    items = []
+    for one in sources:
+        item = make_item(one, config, index, shared, check_image(one.target, key), key)
+        items.append(_with_fits(item, key, control_key))
+    return items
+
+
+def find_targets(config: ImageDatasetConfig, index: int) -> list[Item]:
+    """The items of one dataset without control images, masks and layouts of their own. Raises as `find_items` does."""
+    place = f"datasets[{index}]"
+    source = image_source(place, config)
+    key = _images_key(source, place)
+    if isinstance(source, ImageFolder):
+        source = replace(source, controls=None, target_masks=None)
+    items = []
+    for one in _read_sources(source, config, place):
+        bare = Source(one.target, one.caption)
+        items.append(make_item(bare, config, index, config.layout, check_image(one.target, key), key))
+    return items
+
+
+def _images_key(source: ImageFolder | ImageList, place: str) -> str:
+    """Place and key of the dataset file that name the images of a dataset."""
+    return f"{place}.image_directory" if isinstance(source, ImageFolder) else f"{place}.image_jsonl_file"
+
+
+def _read_sources(source: ImageFolder | ImageList, config: ImageDatasetConfig, place: str) -> list[Source]:
+    key = _images_key(source, place)
     try:
-        if config.image_directory is not None:
-            key, control_key = f"{place}.image_directory", f"{place}.control_directory"
-            sources = _from_folder(config, place, need_controls)
-        else:
-            key = control_key = f"{place}.image_jsonl_file"
-            sources = _from_jsonl(config, key)
+        sources = _from_jsonl(source, config, key) if isinstance(source, ImageList) else _from_folder(source, place)
     except OSError as error:
         raise ConfigError(f"{place}: {error.filename} cannot be read ({error.strerror}); check the file") from None
     _refuse_same_stems(sources, key)
-    shared = _check_controls(sources, config, place) if need_controls else config.layout
-    items = []
-    for source in sources:
-        item = make_item(source, config, index, shared, check_image(source.target, key), key, need_controls)
-        items.append(_with_fits(item, key, control_key))
-    return items
+    return sources
 
 
 def make_item(
@@ -107,14 +139,13 @@ def make_item(
     shared: OneFrameLayout,
     size: tuple[int, int],
     key: str,
-    need_controls: bool = True,
 ) -> Item:
     """The item of a source whose target has `size`; shared: the layout of those without one of their own.
 
     Its `control_fits` are left to who looks at the control images.
     """
     layout = source.layout or shared
-    count = len(layout.control_indices) if need_controls else 0
+    count = len(layout.control_indices)
     try:
         bucket = config.buckets.choose(size)
     except ConfigError as error:
@@ -129,7 +160,7 @@ def make_item(
         bucket=bucket,
         layout=layout,
         owns_layout=source.layout is not None,
-        target_mask=source.target_mask if need_controls else None,
+        target_mask=source.target_mask,
         control_masks=source.control_masks[:count],
     )
 
@@ -159,14 +190,14 @@ def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> Non
     check_mask_size(mask, check_image(mask, f"mask of {key}"), image, size)
 
 
-def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) -> list[Source]:
-    targets = list_images(config.image_directory)
+def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
+    targets = list_images(folder.targets)
     stems = {target.stem for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     control_masks: dict[Path, Path] = {}
     target_masks: dict[Path, Path] = {}
-    if need_controls and config.control_directory is not None:
-        control_masks, candidates = masks_beside(stems, list_images(config.control_directory))
+    if folder.controls is not None:
+        control_masks, candidates = masks_beside(stems, list_images(folder.controls))
         controls, strangers = match_controls(stems, candidates)
         if strangers:
             log.warning(
@@ -175,11 +206,11 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
                 _images_are(strangers),
                 some(path.name for path in strangers),
             )
-    if need_controls and config.target_mask_directory is not None:
-        target_masks = _target_masks(targets, config.target_mask_directory, place)
+    if folder.target_masks is not None:
+        target_masks = _target_masks(targets, folder.target_masks, place)
     sources, uncaptioned = [], []
     for target in targets:
-        caption_file = target.with_name(target.stem + config.caption_extension)
+        caption_file = target.with_name(target.stem + folder.caption_extension)
         if caption_file.is_file():
             caption = read_text(caption_file, f"{place}.caption_extension").strip()
             own = controls.get(target.stem, ())
@@ -188,8 +219,8 @@ def _from_folder(config: ImageDatasetConfig, place: str, need_controls: bool) ->
         else:
             uncaptioned.append(target)
     if not sources:
-        reason = f"no image has a caption file ({config.caption_extension})" if targets else "holds no images"
-        raise ConfigError(f"{place}.image_directory {config.image_directory}: {reason}; check the path and the names")
+        reason = f"no image has a caption file ({folder.caption_extension})" if targets else "holds no images"
+        raise ConfigError(f"{place}.image_directory {folder.targets}: {reason}; check the path and the names")
     if uncaptioned:
         log.warning(
             "%s: %s skipped for want of a caption file: %s",
@@ -253,8 +284,8 @@ def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, t
     return {stem: tuple(path for *_, path in sorted(numbered)) for stem, numbered in found.items()}, strangers
 
 
-def _from_jsonl(config: ImageDatasetConfig, place: str) -> list[Source]:
-    path, sources = config.image_jsonl_file, []
+def _from_jsonl(source: ImageList, config: ImageDatasetConfig, place: str) -> list[Source]:
+    path, sources = source.path, []
     for number, line in enumerate(read_text(path, place).split("\n"), start=1):  # splitlines() also cuts at U+2028
         if line.strip():
             try:
@@ -336,9 +367,9 @@ def _refuse_same_stems(sources: list[Source], place: str) -> None:
 
 def _check_controls(sources: list[Source], config: ImageDatasetConfig, place: str) -> OneFrameLayout:
     """The layout of the items without one of their own, after comparing it with the control images they have."""
-    own, sources = sources, [source for source in sources if source.layout is None]
+    sources = [source for source in sources if source.layout is None]
     if not sources:
-        return own[0].layout
+        return config.layout
     most = max(len(source.controls) for source in sources)
     if most == 0:
         fix = "add control_directory" if config.image_directory is not None else "add control_path to each line"

@@ -99,7 +99,7 @@ class Target:
 
 
 def dataset_items(path: Path) -> None:
-    find_all_items(dataset_config.read_config(path), need_controls=True)
+    find_all_items(dataset_config.read_config(path))
 
 
 def listed_items(path: Path) -> None:
@@ -115,7 +115,7 @@ def captions(path: Path) -> None:
     try:
         Path("images/cat.txt").write_bytes(path.read_bytes())
         Path("of_folder.toml").write_text(DATASET)
-        for item in find_all_items(dataset_config.read_config("of_folder.toml"), need_controls=True):
+        for item in find_all_items(dataset_config.read_config("of_folder.toml")):
             tokenized(item.caption)
     finally:
         Path("images/cat.txt").write_bytes(original)

@@ -56,7 +56,7 @@ def write_ours(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def as_theirs(source: Path, folder: Path, dtype: torch.dtype, metadata: bool) -> None:
-    """What musubi-tuner would have written, with its VAE and T5 in some dtype; by other tools also without metadata."""
+    """Rewrite caches as musubi-tuner would, with its VAE and T5 in some dtype; as other tools also without metadata."""
     for path in source.glob("*.safetensors"):
         tensors = {}
         for key, tensor in load_file(path).items():
@@ -80,7 +80,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def batch_of(config: str):
-    (plan,) = TrainingSet(read_config(config, need_sources=False), seed=0).epoch_batches(1)
+    (plan,) = TrainingSet(read_config(config), seed=0).epoch_batches(1)
     return load_batch(plan)
 
 

@@ -195,12 +195,12 @@ def test_masks_follow_the_size_of_their_image(name):
 def test_caches_are_made_again_when_a_key_changes_and_training_refuses_them_until_then():
     config = Path(made("smaller"))
     before = config.read_text()
-    items = find_all_items(read_config(config), need_controls=True)
+    items = find_all_items(read_config(config))
     paths = {path.name.split("_")[0]: path for path in list_latent_caches(Path("cache/own_smaller"))}
     assert all(latent_source_reason(paths[item.stem], item) is None for item in items)
     for keys in ("", "control_resolution = 64", "control_resolution = 32\nno_resize_control = true"):
         config.write_text(before.replace(KEYS["smaller"], keys))
-        for item in find_all_items(read_config(config), need_controls=True):
+        for item in find_all_items(read_config(config)):
             reason = latent_source_reason(paths[item.stem], item)
             assert reason == "control_resolution or no_resize_control changed"
         with pytest.raises(ConfigError, match=r"do not serve .*; give the same control_resolution and no_resize_contr"):
@@ -253,7 +253,7 @@ def small_controls() -> str:
 
 def test_a_control_that_is_too_small_is_named():
     with pytest.raises(ConfigError, match=r"thin\.toml: datasets\[0\]\.control_directory .*cat\.png: 300x12 pixels"):
-        find_all_items(read_config(small_controls()), need_controls=True)
+        find_all_items(read_config(small_controls()))
     (problem, *_) = (problem for problem in check(Path("thin.toml")).problems if problem.code == "D36")
     assert problem.file.endswith("cat.png") and problem.fix == "use another image"
     prompt = I2V.replace("start/cat", "thin/cat").replace("target_index=1", "target_index=1,no_resize_control=true")

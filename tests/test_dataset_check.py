@@ -91,7 +91,7 @@ def folder(tmp_path, monkeypatch):
 def write_caches() -> None:
     config = read_config("data.toml")
     models = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "x")
-    for item in find_all_items(config, need_controls=True):
+    for item in find_all_items(config):
         latents, channels = torch.zeros(16, 2, 12, 16), torch.zeros(20, 2, 12, 16)
         cache = LatentCache(latents, Conditioning(channels, torch.zeros(1, 257, 8)), item.layout)
         write_latent_cache(latent_cache_path(Path("cache"), item.stem, item.size), cache, latent_settings(item, models))
@@ -354,7 +354,7 @@ def test_equal_pictures_with_another_caption_are_no_twins(folder):
 
 
 def test_a_cache_without_settings_is_out_of_date_when_an_image_is_newer(folder):
-    (item, *_) = find_all_items(read_config("data.toml"), need_controls=True)
+    (item, *_) = find_all_items(read_config("data.toml"))
     path = latent_cache_path(Path("cache"), item.stem, item.size)
     write_latent_cache(
         path, LatentCache(torch.zeros(16, 2, 12, 16), Conditioning(torch.zeros(20, 2, 12, 16)), item.layout)

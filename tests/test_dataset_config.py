@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.config import ImageDatasetConfig, read_config
+from dataset.config import ImageDatasetConfig, image_source, read_config
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
 
@@ -22,7 +22,10 @@ def folder(tmp_path, monkeypatch):
 
 def read(text, name="train.toml", **keywords):
     Path(name).write_text(text, encoding="utf-8")
-    return read_config(name, **keywords)
+    config = read_config(name, **keywords)
+    for i, dataset in enumerate(config.datasets):
+        image_source(f"{config.path}: datasets[{i}]", dataset)
+    return config
 
 
 ENTRY = """
@@ -171,7 +174,8 @@ def test_a_misfit_between_folders_and_list_is_a_warning(folder, caplog):
 
 def test_training_reads_a_configuration_whose_images_are_elsewhere(folder):
     text = '[[datasets]]\nimage_directory = "gone"\ncontrol_directory = "gone too"\ncache_directory = "cache"'
-    assert read(text, need_sources=False).datasets[0].cache_directory == Path("cache")
+    Path("elsewhere.toml").write_text(text, encoding="utf-8")
+    assert read_config("elsewhere.toml").datasets[0].cache_directory == Path("cache")
     with pytest.raises(ConfigError, match="does not exist"):
         read(text)
 

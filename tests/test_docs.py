@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataset import config, problems
+from dataset.sources import find_all_items
 from demo.tiny_models import FILES
 from tests.photos import PHOTOS, photo, write_pairs
 from tests.test_options import FLAGS
@@ -250,7 +251,7 @@ def test_the_configuration_files_fit_the_documented_folders(workplace, monkeypat
     }
     for name in files(GUIDE):
         if name.endswith(".toml"):
-            config.read_config(name)
+            assert find_all_items(config.read_config(name))
     for block in blocks(GUIDE, "json"):
         lines = Path("data/pairs.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(block) in [json.loads(line) for line in lines]

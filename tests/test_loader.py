@@ -48,7 +48,7 @@ def config(tmp_path, *datasets, general="resolution = [32, 16]"):
     ]
     path = tmp_path / "train.toml"
     path.write_text("\n".join([f"[general]\n{general}", *tables]), encoding="utf-8")
-    return read_config(path, need_sources=False)
+    return read_config(path)
 
 
 @pytest.fixture

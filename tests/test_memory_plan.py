@@ -25,7 +25,7 @@ from wan.memory import host
 from wan.models.checkpoints import T5Checkpoint
 from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, meta_dit, training_parts
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.models.plan import Choice, Plan, Room, choose_plan, plan_generation, plan_t5, plan_training
+from wan.models.plan import Choice, Plan, Room, chosen_plan, plan_generation, plan_t5, plan_training
 from wan.nets.spec import DiTSpec
 from wan.training.step import TrainingStep
 
@@ -140,7 +140,7 @@ def test_the_plan_says_what_it_chose_and_what_that_needs():
 
 def test_what_somebody_else_has_chosen_has_no_next_choice():
     memory = GenerationMemoryConfig(blocks_to_swap=2)
-    plan = choose_plan(memory, lambda: pytest.fail("nothing is to be chosen"))
+    plan = chosen_plan(memory, lambda: pytest.fail("nothing is to be chosen"))
     assert plan.memory is memory and not plan.step_down()
 
 

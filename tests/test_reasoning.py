@@ -231,7 +231,7 @@ def test_the_script_makes_and_repeats_such_a_picture(layout):
 
 
 def test_solvers_leave_alone_what_has_no_velocity():
-    """What `denoise` relies on: each number is stepped on its own."""
+    """Each number is stepped on its own, which `denoise` relies on."""
     torch.manual_seed(0)
     noise, target = torch.randn(2, 3, 4), torch.randn(2, 4)
     for solver in SOLVERS:

@@ -59,7 +59,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def items():
-    return find_all_items(read_config("data.toml"), need_controls=True)
+    return find_all_items(read_config("data.toml"))
 
 
 def colour(tile: sheet.Tile) -> tuple[int, ...]:

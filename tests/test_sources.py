@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig, read_config
-from dataset.sources import find_all_items, find_items
+from dataset.sources import find_all_items, find_all_targets, find_items, find_targets
 from utils.errors import ConfigError
 from wan.frames.layout import OneFrameLayout
 
@@ -57,13 +57,13 @@ def listed(*lines, **changes):
     return dataset(image_directory=None, control_directory=None, image_jsonl_file=Path("list.jsonl"), **changes)
 
 
-def matched(config, need_controls=True):
-    return {item.target.name: [path.name for path in item.controls] for item in find_items(config, 0, need_controls)}
+def matched(config, find=find_items):
+    return {item.target.name: [path.name for path in item.controls] for item in find(config, 0)}
 
 
-def message(config, need_controls=True):
+def message(config, find=find_items):
     with pytest.raises(ConfigError) as caught:
-        find_items(config, 0, need_controls)
+        find(config, 0)
     text = str(caught.value)
     assert text.startswith("datasets[0]") and "\n" not in text
     return text
@@ -77,7 +77,7 @@ def test_a_mask_lies_beside_its_control_unless_its_name_is_that_of_a_target(fold
         target(f"{name}.png")
     controls("cat_0.png", "cat_0_mask.png", "cat_1.png", "dog_0.png", "dog_1.png", "dog_1_mask.png")
     controls("dog_mask_0.png", "dog_mask_1.png", "dog_0_mask.webp")
-    items = find_items(dataset(clean_indices=(0, 2), target_index=1), 0, True)
+    items = find_items(dataset(clean_indices=(0, 2), target_index=1), 0)
     masks = {item.stem: [mask and mask.name for mask in item.control_masks] for item in items}
     assert masks == {
         "cat": ["cat_0_mask.png", None],
@@ -92,7 +92,7 @@ def test_what_a_line_leaves_open_of_its_layout_is_the_datasets(folder):
     for name, own in {"a": {"control_index": [4]}, "b": {"target_index": 5}, "c": {"control_index": 2}}.items():
         picture(f"{name}.png")
         lines.append({"image_path": f"{name}.png", "caption": "", "control_path": f"{name}.png", **own})
-    items = find_items(listed(*lines, clean_indices=(3,), target_index=6), 0, True)
+    items = find_items(listed(*lines, clean_indices=(3,), target_index=6), 0)
     assert [item.layout for item in items] == [OneFrameLayout(*pair) for pair in (((4,), 6), ((3,), 5), ((2,), 6))]
     assert all(item.owns_layout for item in items)
 
@@ -107,7 +107,7 @@ def test_a_target_that_is_called_a_mask_keeps_its_control(folder):
 def test_an_item_knows_everything_about_its_example(folder):
     target("cat.png", " A cat, größer \n", width=640, height=480)
     controls("cat.png")
-    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True, target_index=5), 3, True)
+    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True, target_index=5), 3)
     assert item.stem == "cat" and item.target == Path("targets/cat.png")
     assert item.controls == (Path("controls/cat.png"),)
     assert item.caption == "A cat, größer" and item.dataset == 3
@@ -196,12 +196,12 @@ def test_images_without_a_caption_are_skipped_with_a_warning(folder, caplog):
 def test_captions_may_be_empty_or_carry_a_byte_order_mark(folder):
     target("a.png", "")
     target("b.png", "\ufeffhello")
-    assert [item.caption for item in find_items(dataset(), 0, False)] == ["", "hello"]
+    assert [item.caption for item in find_targets(dataset(), 0)] == ["", "hello"]
 
 
 def test_controls_are_not_looked_for_unless_they_are_needed(folder):
     target("a.png")
-    assert matched(dataset(control_directory=None), need_controls=False) == {"a.png": []}
+    assert matched(dataset(control_directory=None), find_targets) == {"a.png": []}
 
 
 def test_folder_names_with_brackets_work(folder):
@@ -216,7 +216,7 @@ def test_sizes_are_those_of_the_upright_picture(folder):
     target("a.jpg")
     Image.new("RGB", (640, 480)).save("targets/a.jpg", exif=exif)
     controls("a.png")
-    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True), 0, True)
+    (item,) = find_items(dataset(resolution=(960, 544), enable_bucket=True), 0)
     assert item.size == (480, 640) and item.bucket == (624, 832)
 
 
@@ -226,7 +226,7 @@ def test_no_image_is_decoded(folder, monkeypatch):
         controls(f"{suffix}.{suffix}")
     decoded = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(self))
-    assert len(find_items(dataset(), 0, True)) == 3 and not decoded
+    assert len(find_items(dataset(), 0)) == 3 and not decoded
 
 
 def test_all_datasets_of_a_file_are_read_and_its_name_is_put_before_errors(folder):
@@ -239,10 +239,10 @@ def test_all_datasets_of_a_file_are_read_and_its_name_is_put_before_errors(folde
         encoding="utf-8",
     )
     config = read_config("train.toml")
-    assert [(item.stem, item.dataset) for item in find_all_items(config, False)] == [("a", 0), ("b", 1)]
+    assert [(item.stem, item.dataset) for item in find_all_targets(config)] == [("a", 0), ("b", 1)]
     with pytest.raises(ConfigError, match=r"^train\.toml: datasets\[1\]: no image has a control image"):
-        find_all_items(config, True)
-    assert find_all_items(DatasetsConfig(config.datasets[:1], config.path), True)[0].controls
+        find_all_items(config)
+    assert find_all_items(DatasetsConfig(config.datasets[:1], config.path))[0].controls
 
 
 # JSONL files
@@ -257,7 +257,7 @@ def test_a_list_keeps_its_order_and_the_caption_as_written(folder):
         "   ",
         {"image_path_0": str(target("a.png").resolve()), **line, "note": 1},
     )
-    items = find_items(config, 0, True)
+    items = find_items(config, 0)
     assert [(item.stem, item.caption) for item in items] == [("b", " b "), ("a", " b ")]
     assert items[0].target == Path("targets/b.png") and items[1].target == folder / "targets" / "a.png"
     assert {item.controls for item in items} == {(Path("controls/x.png"),)}
@@ -266,7 +266,7 @@ def test_a_list_keeps_its_order_and_the_caption_as_written(folder):
 def test_line_separators_of_unicode_do_not_cut_a_line(folder):
     text = '{"image_path": "targets/a.png", "caption": "one\u2028two"}\r\n'
     target("a.png")
-    assert [item.caption for item in find_items(listed(text), 0, False)] == ["one\u2028two"]
+    assert [item.caption for item in find_targets(listed(text), 0)] == ["one\u2028two"]
 
 
 @pytest.mark.parametrize(
@@ -401,4 +401,4 @@ def test_a_target_with_a_side_below_16_is_named(folder):
 
 def test_a_caption_in_another_encoding_is_named(folder):
     target("a.png").with_suffix(".txt").write_bytes("größer".encode("latin-1"))
-    assert f"{Path('targets/a.txt')}: is not UTF-8 text" in message(dataset(), need_controls=False)
+    assert f"{Path('targets/a.txt')}: is not UTF-8 text" in message(dataset(), find_targets)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.config import DatasetsConfig, read_config
-from dataset.sources import Item, find_all_items
+from dataset.sources import Item, find_all_items, find_all_targets
 from utils.text import table
 from wan.files.tokenizer import load_tokenizer
+from wan.frames.sizes import Size
 from wan.frames.table import SHOWN, TableFrame, control_frames, file_frame, frame_table, left_out
 from wan.models.estimate import format_bytes
 from wan.nets.spec import TEXT_LENGTH
@@ -18,8 +19,8 @@ def explain_latents(
 ) -> list[str]:
     """Latent caching: the first item of each dataset, size and layout. weights: the model files, for their sizes."""
     config = read_config(dataset_config, batch_size, layout)
-    items = find_all_items(config, need_controls=True)
-    groups: dict[tuple, list[Item]] = {}
+    items = find_all_items(config)
+    groups: dict[tuple[int, Size, str, tuple[Size, ...]], list[Item]] = {}
     for item in items:
         groups.setdefault((item.dataset, item.bucket, str(item.layout), item.sizes), []).append(item)
     lines = []
@@ -49,7 +50,7 @@ def _item_frames(item: Item) -> list[TableFrame]:
 def explain_texts(dataset_config: Path, batch_size: int | None, tokenizer: Path | None, weights: Path) -> list[str]:
     """Text caching: how long the captions are."""
     config = read_config(dataset_config, batch_size)
-    items = find_all_items(config, need_controls=False)
+    items = find_all_targets(config)
     read = load_tokenizer(tokenizer)
     lengths = {item.caption: len(read(clean_prompt(item.caption)).input_ids) for item in items}
     counts = [lengths[item.caption] for item in items]

@@ -3,20 +3,21 @@
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dataset.cache import (
+    EncoderFacts,
     LatentCache,
     LatentSettings,
     TextSettings,
@@ -32,12 +33,12 @@ from dataset.cache import (
     write_text_cache,
 )
 from dataset.config import DatasetsConfig, read_config
-from dataset.sources import Item, find_all_items
+from dataset.sources import Item, find_all_items, find_all_targets
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
 from utils.images import Resize, open_masked, to_levels
-from utils.options import option
+from utils.options import Section, option
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
 from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
@@ -46,43 +47,47 @@ from wan.models.options import CLIPConfig, T5Config, VAEConfig
 from wan.nets.t5 import encode_text
 from wan.nets.vae import WanVAE
 
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import CLIPVisionModel
+
 log = logging.getLogger(__name__)
 ALONE = Processes()
 Job = TypeVar("Job")
 Loaded = TypeVar("Loaded")
+Group = tuple[Any, ...]  # what items that are encoded together have in common: their dataset, then what else
 _WRITERS = 1  # threads: a file takes a third of the time that a GPU takes for its item
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachingConfig:
+class CachingConfig(Section):
     """caching"""
 
     dataset_config: Path = option(help="dataset TOML")
     batch_size: int | None = option(
-        None, help="items per call: default of the datasets' batch_size, and the most that are encoded together"
+        None,
+        help="items per call: default of the datasets' batch_size, and the most that are encoded together",
+        minimum=1,
     )
-    num_workers: int | None = option(None, help="threads that read files ahead; default: one less than the CPU has")
+    num_workers: int | None = option(
+        None, help="threads that read files ahead; default: one less than the CPU has", minimum=1
+    )
     skip_existing: bool = option(False, help="keep caches that were made with the same settings from the same files")
     keep_cache: bool = option(False, help="keep caches in the cache folders that belong to no item")
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} {value}: must be at least 1")
 
     @property
     def workers(self) -> int:
         """Number of reading threads."""
         return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
 
-    def read(self, need_controls: bool, layout: str | None = None) -> tuple[DatasetsConfig, list[Item]]:
+    def read(
+        self, find: Callable[[DatasetsConfig], list[Item]], layout: str | None = None
+    ) -> tuple[DatasetsConfig, list[Item]]:
         """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
 
-        layout: that of the datasets that don't name theirs.
+        find: `find_all_items` or `find_all_targets`; layout: that of the datasets that don't name theirs.
         """
         config = read_config(self.dataset_config, self.batch_size, layout)
-        items = find_all_items(config, need_controls)
+        items = find(config)
         for i, dataset in enumerate(config.datasets):
             require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
         return config, items
@@ -109,21 +114,21 @@ def run_latents(
     processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
-    config, items = run.read(need_controls=True, layout=run.one_frame_layout)
+    config, items = run.read(find_all_items, run.one_frame_layout)
     vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
-    models = {
-        "vae": fingerprint(vae_file.path),
-        "clip": fingerprint(clip_file.path),
-        "vae_dtype": dtype_name(vae_file.dtype(device)),
-        "clip_dtype": dtype_name(clip_file.dtype(device)),
-    }
-    todo = items
+    models = EncoderFacts(
+        vae=fingerprint(vae_file.path),
+        clip=fingerprint(clip_file.path),
+        vae_dtype=dtype_name(vae_file.dtype(device)),
+        clip_dtype=dtype_name(clip_file.dtype(device)),
+    )
+    todo, warned = items, set[Path]()
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
             expected = latent_settings(item, models)
-            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes)
+            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes, warned)
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
@@ -134,14 +139,14 @@ def run_latents(
 
 def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
-    config, items = run.read(need_controls=False)
+    config, items = run.read(find_all_targets)
     t5_file = t5.resolve()
     settings = TextSettings(t5=fingerprint(t5_file.path), dtype=dtype_name(t5_file.dtype(device)))
-    todo = items
+    todo, warned = items, set[Path]()
     if run.skip_existing:
 
         def reason(item: Item) -> str | None:
-            return text_stale_reason(text_path(config, item), item.caption, settings)
+            return text_stale_reason(text_path(config, item), item.caption, settings, warned)
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
@@ -166,11 +171,11 @@ def cache_latents(
     config: DatasetsConfig,
     items: Sequence[Item],
     vae: WanVAE,
-    clip: nn.Module,
-    models: Mapping[str, str],
+    clip: "CLIPVisionModel",
+    models: EncoderFacts,
     run: CachingConfig,
 ) -> None:
-    """Encode and write the items. models: what is recorded about VAE and CLIP, by LatentSettings' field names.
+    """Encode and write the items. models: what is recorded about VAE and CLIP.
 
     The frames of up to a batch of items of one size go through the VAE together, unless they are encoded as one video.
     """
@@ -212,13 +217,13 @@ class LoadedItem:
 
 
 def encode_items(
-    vae: WanVAE, clip: nn.Module, batches: Iterable[Sequence[LoadedItem]]
+    vae: WanVAE, clip: "CLIPVisionModel", batches: Iterable[Sequence[LoadedItem]]
 ) -> Iterator[tuple[LoadedItem, LatentCache]]:
-    """What is to be written of each item. A batch has one size and one encoding; a GPU may still be at work."""
+    """Each item with its cache, to be written: a GPU may still be at work. A batch has one size and one encoding."""
     blanks: Blanks = {}
     for batch in batches:
         found = encode_clip(clip, [control for one in batch for control in one.controls])
-        shares = found.split([len(one.controls) for one in batch])
+        shares = torch.split(found, [len(one.controls) for one in batch])
         examples = batch[0].item.layout.encoding.examples(vae, [one.pictures for one in batch], blanks)
         for one, (latents, conditioning), features in zip(batch, examples, shares, strict=True):
             conditioning = conditioning._replace(clip=features)
@@ -232,17 +237,17 @@ def _write(config: DatasetsConfig, encoded: tuple[LoadedItem, LatentCache]) -> L
     return one
 
 
-def _size(item: Item) -> tuple:
-    """What items whose frames go through the VAE together have in common."""
+def _size(item: Item) -> Group:
+    """Equal for items whose frames may go through the VAE together."""
     return item.dataset, item.bucket, item.sizes if len(set(item.sizes)) > 1 else ()
 
 
-def _dataset(item: Item) -> tuple:
-    """What items whose captions go through T5 together have in common."""
+def _dataset(item: Item) -> Group:
+    """Equal for items whose captions may go through T5 together."""
     return (item.dataset,)
 
 
-def _length(item: Item) -> tuple:
+def _length(item: Item) -> tuple[int, int, str]:
     """Puts captions into an order in which a batch holds little padding, and equal ones are encoded once."""
     return item.dataset, len(item.caption), item.caption
 
@@ -252,7 +257,7 @@ def _sizes(config: DatasetsConfig, batch_size: int | None) -> list[int]:
     return [min(dataset.batch_size, batch_size or dataset.batch_size) for dataset in config.datasets]
 
 
-def _batches(items: Iterable[Job], group: Callable[[Job], tuple], sizes: Sequence[int]) -> Iterator[list[Job]]:
+def _batches(items: Iterable[Job], group: Callable[[Job], Group], sizes: Sequence[int]) -> Iterator[list[Job]]:
     """Neighbours with equal `group`, which is (dataset, ...), at most `sizes[dataset]` at a time."""
     for (dataset, *_), together in groupby(items, group):
         while batch := list(islice(together, sizes[dataset])):
@@ -260,13 +265,13 @@ def _batches(items: Iterable[Job], group: Callable[[Job], tuple], sizes: Sequenc
 
 
 def _rank_items(
-    items: Sequence[Item], group: Callable[[Item], tuple], sizes: Sequence[int], processes: Processes
+    items: Sequence[Item], group: Callable[[Item], Group], sizes: Sequence[int], processes: Processes
 ) -> list[Item]:
     """The items of this process. Batches stay whole, so that the rounding of a GPU doesn't depend on the processes."""
     return [item for batch in processes.rank_slice(list(_batches(items, group, sizes))) for item in batch]
 
 
-def load_item(item: Item, models: Mapping[str, str]) -> LoadedItem:
+def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
     """Read and resize. models: as for `cache_latents`."""
     target, coverage = open_masked(item.target, "target image", item.target_mask)
     target_mask = _mask(coverage, item.target_fit)
@@ -290,7 +295,7 @@ def _mask(coverage: Image.Image | None, fit: Resize) -> Tensor | None:
 
 def ahead(load: Callable[[Job], Loaded], jobs: Iterable[Job], workers: int) -> Iterator[Loaded]:
     """load(job) of each job, in order; threads work on the next ones meanwhile, one per worker."""
-    waiting = deque()
+    waiting: deque[Future[Loaded]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for job in jobs:
             waiting.append(pool.submit(load, job))

@@ -43,13 +43,12 @@ class SheetConfig(LayoutConfig):
 
     dataset_config: Path = option(help="dataset TOML")
     output: Path = option(help="HTML file to write; a PNG of that name is put beside it")
-    limit: int = option(50, help="items to show, spread over the dataset")
+    limit: int = option(50, help="items to show, spread over the dataset", minimum=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ConfigError(f"--output {self.output}: must end in .html")
-        if self.limit < 1:
-            raise ConfigError(f"--limit {self.limit}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
     Raises ConfigError for the first thing that is wrong with the dataset; `dataset.check` tells all.
     """
     config = read_config(run.dataset_config, layout=run.one_frame_layout)
-    items = find_all_items(config, need_controls=True)
+    items = find_all_items(config)
     shown = [items[i * len(items) // run.limit] for i in range(run.limit)] if len(items) > run.limit else items
     decode = None
     vae_file = None if vae.vae is None else vae.resolve()

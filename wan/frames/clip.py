@@ -19,7 +19,7 @@ from wan.nets.tokens import FrameSizes
 
 
 class Role(Enum):
-    """What a frame is there for. The network denoises all of them."""
+    """The part of a frame in a clip. The network denoises all frames, whatever their role."""
 
     GIVEN = "given"  # an image of the user's: the condition shows it
     GENERATED = "generated"  # new, and kept

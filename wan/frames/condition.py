@@ -56,7 +56,10 @@ def pin_controls(velocity: Tensor, conditioning: Conditioning, noise: Tensor) ->
     A solver that starts at `noise` then keeps them at their own noised latents, as closely as its first sigma is to 1.
     velocity, noise: [C, F, H, W]; conditioning: of one item, by an encoding that `knows_latents`.
     """
-    return torch.where(conditioning.given == 1, noise - conditioning.channels[MASK_CHANNELS:], velocity)
+    if conditioning.channels is None:
+        return velocity
+    given = conditioning.known(noise).eq(1)
+    return torch.where(given, noise - conditioning.channels[MASK_CHANNELS:], velocity)
 
 
 def natural_indices(frame_indices: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +15,20 @@ from wan.nets.clip import encode_inputs, preprocess
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.vae import WanVAE
 
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import CLIPVisionModel
+
 
 def frame_levels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
-    """An RGB image -> [3, height, width] uint8 of a frame of this size (width, height): a quarter of its pixels' bytes,
-    to be kept and sent to a GPU."""
+    """An RGB image resized and cropped to a frame of `size` (width, height): [3, height, width] uint8.
+
+    A quarter of the bytes of `frame_pixels`, to be kept and sent to a GPU.
+    """
     return to_levels(resize_to_fill(np.asarray(image), size, crop_only))
 
 
 def frame_pixels(image: Image.Image, size: tuple[int, int], crop_only: bool = False) -> Tensor:
-    """The same in [-1, 1]."""
+    """An RGB image resized and cropped to a frame of `size` (width, height): [3, height, width] float32 in [-1, 1]."""
     return as_pixels(frame_levels(image, size, crop_only))
 
 
@@ -34,7 +40,7 @@ def encode_images(vae: WanVAE, pixels: Tensor) -> Tensor:
 
 
 def encode_frames(vae: WanVAE, frames: Sequence[Tensor]) -> list[Tensor]:
-    """As `encode_images`, of frames [3, 8 h, 8 w], those of one size together. Returns [16, 1, h, w] each."""
+    """Pixels [3, 8 h, 8 w] each, uint8 or in [-1, 1] -> latents [16, 1, h, w] each; equal sizes make one batch."""
     latents: dict[int, Tensor] = {}
     for shape in dict.fromkeys(frame.shape for frame in frames):
         numbers = [number for number, frame in enumerate(frames) if frame.shape == shape]
@@ -64,7 +70,7 @@ def encode_blank(vae: WanVAE, width: int, height: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_clip(clip: nn.Module, images: Sequence[Tensor]) -> Tensor:
+def encode_clip(clip: "CLIPVisionModel", images: Sequence[Tensor]) -> Tensor:
     """[3, height, width] each, uint8 or in [-1, 1], whole uncropped images -> CLIP features [n, 257, D] in its dtype.
 
     The official code shows CLIP the whole image; musubi-tuner's caches hold features of cropped ones.
@@ -80,7 +86,7 @@ def _by_batch(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     On a CPU, where a batch is no faster, one by one: there the rounding depends on the size of the batch (1e-7 in
     float32), and a cached image shall equal the same image at generation in every bit.
     """
-    batches = inputs.split(1) if inputs.device.type == "cpu" else [inputs]
+    batches = torch.split(inputs, 1) if inputs.device.type == "cpu" else [inputs]
     return torch.cat([encode(batch) for batch in batches])
 
 

@@ -1,8 +1,7 @@
-"""One-frame use of Wan2.1: which frame sits at which time index, and what the network is told about each.
+"""Layouts of one-frame clips as text: `control_index=0;2,target_index=1,layout=causal`, and as keys of dataset files.
 
-A clip of control images and one image to generate (the target). The frames are stored in time order; their RoPE time
-indices are chosen freely. Caching, training, training samples and generation all use this module, and nothing else
-knows these rules. They are in docs/formats.md#conditioning.
+A clip of control images and one image to generate (the target), at RoPE time indices that are chosen freely. Caches,
+LoRA files, recipes and prompts all name it by this text. Rules: docs/formats.md#conditioning.
 """
 
 import logging
@@ -39,7 +38,10 @@ class LayoutConfig(Section):
 
 @dataclass(frozen=True)
 class OneFrameLayout:
-    """Where each frame of a one-frame run sits on the RoPE time axis. `str()` prints what `parse` reads."""
+    """Time indices of a one-frame clip, how its images become latent frames, and sizes of the control images.
+
+    `str()` prints what `parse` reads. Raises ConfigError for indices, encoding and sizes that do not go together.
+    """
 
     control_indices: tuple[int, ...]  # time index of each control image, in the order the images are given
     target_index: int  # time index of the frame to generate
@@ -79,7 +81,7 @@ class OneFrameLayout:
 
     @property
     def cache_key(self) -> tuple[int, ...] | None:
-        """What latents were made for: the order of the frames, or None where they can be put into any."""
+        """The order of frames that latents are made for; None where they can be put into any order later."""
         return self.encoding.cache_key(self.clip)
 
     def check_latents(self, made_for: "OneFrameLayout") -> None:

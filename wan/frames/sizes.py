@@ -23,7 +23,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class ControlSizes:
-    """What sizes control images get: without either field that of the target (docs/formats.md#control-sizes)."""
+    """Sizes of control images: without either field that of the target (docs/formats.md#control-sizes)."""
 
     resolution: Size | None = None  # their own size, of which only the area counts
     no_resize: bool = False  # they keep their size; with a resolution those up to its area do
@@ -62,7 +62,7 @@ def parse_resolution(text: str) -> Size:
 
 
 def _nearest(area: int, ratio: float) -> Size:
-    """Of five sizes with about this area the one that is nearest in aspect ratio."""
+    """The size nearest in aspect ratio among five with about this area, in multiples of 16 pixels."""
     middle = floor16(int(math.sqrt(area * ratio)))
     widths = [width for k in range(-2, 3) if (width := middle + STEP * k) > 0]
     sizes = [(width, height) for width in widths if (height := floor16(area // width)) > 0]

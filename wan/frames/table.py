@@ -28,7 +28,7 @@ class ExplainConfig:
 
 @dataclass(frozen=True)
 class TableFrame:
-    """What is put into one slot."""
+    """The image of one slot, as a row shows it."""
 
     name: str  # "control 0", "target"
     file: str

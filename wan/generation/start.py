@@ -24,7 +24,7 @@ from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, 
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig
 from wan.models.options import AttentionConfig, CLIPConfig, DiTConfig, LoRAConfig, T5Config, VAEConfig
-from wan.models.plan import Plan, Room, choose_plan, plan_generation, plan_t5
+from wan.models.plan import Plan, Room, chosen_plan, plan_generation, plan_t5
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _check(models: GenerationModels, options: GenerationOptions) -> _Job:
     options.guidance.check(dit.spec.num_layers)
     tokens = [forward_tokens(picture.request, options.guidance) for picture in pictures]
     room = Room.on(device)
-    plan = choose_plan(memory, lambda: plan_generation(dit, dit.dtype, memory, max(tokens, default=_TYPED), room))
+    plan = chosen_plan(memory, lambda: plan_generation(dit, dit.dtype, memory, max(tokens, default=_TYPED), room))
     if memory.memory == "auto":
         t5 = plan_t5(t5, device, room)
     return _Job(device, dit, vae, t5, clip, merged, trained, pictures, plan)

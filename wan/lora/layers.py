@@ -1,4 +1,4 @@
-"""Linear layers with a trainable LoRA, LoHa or LoKr beside frozen weights."""
+"""Linear layers of frozen weights with a trainable LoRA, LoHa or LoKr beside them."""
 
 import math
 
@@ -94,7 +94,7 @@ class LoRALinear(AdaptedLinear):
 
     @property
     def uses_product_kernel(self) -> bool:
-        """Whether `lora_products` can replace `forward`: enabled, in train mode, without dropout."""
+        """True when `lora_products` can replace `forward`: enabled, in train mode, without dropout."""
         return self.enabled and self.training and not self.is_stochastic
 
     def forward(self, x: Tensor) -> Tensor:

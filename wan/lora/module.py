@@ -58,7 +58,7 @@ class LoRAModule:
 
     @property
     def low_rank(self) -> bool:
-        """Whether alpha means something."""
+        """True for LoRA, LoHa and LoKr, which alpha scales; False for plain differences."""
         return not self.parts.keys() <= {*DIFFERENCES.values()}
 
     @property

@@ -28,7 +28,7 @@ _EXCLUDED = re.compile(r".*(patch_embedding|text_embedding|time_embedding|time_p
 
 @dataclass(frozen=True)
 class NetworkSummary:
-    """What is trained, for the log."""
+    """Kind, number and sizes of the trained layers."""
 
     kind: str  # of the layers: lora, loha or lokr
     modules: int  # linear layers of the blocks that are trained
@@ -73,11 +73,11 @@ class LoRANetwork:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether the outputs depend on random numbers in train mode, as with dropout."""
+        """True when outputs depend on random numbers in train mode, as with dropout."""
         return any(layer.is_stochastic for layer in self.layers.values())
 
     def summary(self) -> NetworkSummary:
-        """What is trained."""
+        """Kind, number and sizes of the trained layers."""
         layers = self.layers.values()
         return NetworkSummary(
             kind=self.kind,
@@ -90,7 +90,7 @@ class LoRANetwork:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within it the model is its base."""
+        """Context in which the model computes what its base does."""
         for layer in self.layers.values():
             layer.enabled = False
         try:

@@ -1,4 +1,4 @@
-"""What is trained beside the frozen DiT: the flags, and the keys of --network_args (docs/formats.md#trained-layers)."""
+"""Flags of the trained layers, and the keys of --network_args (docs/formats.md#trained-layers)."""
 
 import ast
 import math
@@ -259,7 +259,7 @@ class NetworkConfig(Section):
         return self.extra.loraplus_lr_ratio
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
-        """Of a layer by its dotted name: the first pattern that matches it, else the flags."""
+        """Rank and alpha of a layer by its dotted name: from the first pattern that matches it, else from the flags."""
         rank = next((rank for pattern, rank in self.extra.module_ranks if pattern.fullmatch(module)), self.rank)
         alphas = self.extra.module_alphas
         alpha = next((alpha for pattern, alpha in alphas if pattern.fullmatch(module)), self.network_alpha)

@@ -1,4 +1,4 @@
-"""What wan_lora.py does with LoRA files: convert, inspect, merge, extract, resize. Worked examples: docs/interop.md"""
+"""The commands of wan_lora.py: convert, inspect, merge, extract, resize. Worked examples: docs/interop.md"""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def convert(source: Path, out: Path, dialect: str) -> None:
 
 
 def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> None:
-    """One LoRA that does what several do at once: their ranks side by side, float32. Missing multipliers are 1.
+    """One LoRA that adds the deltas of several: their ranks side by side, float32. Missing multipliers are 1.
 
     ConfigError for LoHa and LoKr and for files that don't fit each other.
     """
@@ -221,7 +221,7 @@ def inspect(path: Path) -> list[str]:
 
 
 def _matched_line(modules: Iterable[str]) -> str:
-    """How many of the modules, by their names in a file, the model has."""
+    """Line that counts the modules, by their names in a file, that the model has."""
     names = {name: dotted_name(name) for name in modules}
     known = [dotted for dotted in names.values() if dotted]
     blocks = {dotted.split(".")[1] for dotted in known if dotted.startswith("blocks.")}
@@ -292,7 +292,7 @@ def _with_ranks(metadata: Mapping[str, str], modules: Mapping[str, LoRAModule]) 
 
 
 def _check_out(out: Path, dialect: str = "musubi") -> None:
-    """Before the work: ConfigError unless this can be written without losing another file."""
+    """Raise ConfigError, before the work, unless this can be written without losing another file."""
     if (out / ADAPTER[0] if dialect == "peft" else out).exists():
         raise ConfigError(f"OUT {out}: exists already; delete it or choose another name")
     if dialect == "peft":

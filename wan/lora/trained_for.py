@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from utils.errors import ConfigError
+from utils.images import STEP
 from utils.text import one_line
 from wan.frames.layout import OneFrameLayout
 from wan.frames.layout import parse as parse_layout
@@ -35,14 +36,14 @@ def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     if text is None:
         return None
     size = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text)
-    if size is None or min(map(int, size.groups())) < 16:
+    if size is None or min(map(int, size.groups())) < STEP:
         raise ConfigError(f"ss_one_frame_size = '{one_line(text)}': must be like 832x480; give --video_size yourself")
     return int(size[1]), int(size[2])
 
 
 @dataclass(frozen=True)
 class TrainedFor:
-    """What LoRA files say that they were trained for; None where none says it or they differ."""
+    """Layout and size that LoRA files say they were trained for; None where none says it or they differ."""
 
     layout: OneFrameLayout | None
     size: tuple[int, int] | None  # width and height in pixels

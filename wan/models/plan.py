@@ -104,15 +104,6 @@ class Plan(Generic[Memory]):
         return f"{_flags(choice.memory)}; {describe_parts(choice.parts)}{host}"
 
 
-def choose_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
-    """A plan of the options themselves, unless they are --memory auto: then that of `make`, which is logged."""
-    if memory.memory == "manual":
-        return Plan.of(memory)
-    plan = make()
-    log.info("memory: %s", plan)
-    return plan
-
-
 def _flags(memory: MemoryConfig) -> str:
     """The options that were chosen, as one would type them."""
     words = []
@@ -121,6 +112,15 @@ def _flags(memory: MemoryConfig) -> str:
         if value not in (False, 0, "none"):
             words.append(f"--{name}" + ("" if value is True else f" {value}"))
     return " ".join(words) or "nothing to save"
+
+
+def chosen_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
+    """The user's own options, or with --memory auto the plan that `make` returns, which is logged."""
+    if memory.memory == "manual":
+        return Plan.of(memory)
+    plan = make()
+    log.info("memory: %s", plan)
+    return plan
 
 
 def plan_training(

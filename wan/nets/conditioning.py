@@ -16,11 +16,19 @@ class Conditioning(NamedTuple):
 
     channels: Tensor | None = None  # [B, C, F, H, W], behind the noisy latents; C is 20 (4 mask, 16 latent) in i2v
     clip: Tensor | None = None  # CLIP features [B, images, 257, D], or of all images together [B, tokens, D]
-    given: Tensor | None = None  # [B, F, H, W], 1 where a frame's pixels are known, 0 where they are generated
+    given: Tensor | None = None  # [B, F, H, W], 1 where a frame's pixels are known, 0 where not; None: known nowhere
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Conditioning":
         """`change` applied to every tensor that is there."""
         return Conditioning(*(None if tensor is None else change(tensor) for tensor in self))
+
+    def item(self, number: int) -> "Conditioning":
+        """One item of a batch."""
+        return self.map(lambda tensor: tensor[number])
+
+    def known(self, latents: Tensor) -> Tensor:
+        """`given`, all 0 in place of None. latents: [B, C, F, H, W], whose frames these are."""
+        return torch.zeros_like(latents.select(-4, 0)) if self.given is None else self.given
 
     def select(self, frames: Sequence[int] | Tensor) -> "Conditioning":
         """The frames of these numbers, in this order."""

@@ -1,4 +1,4 @@
-"""What happens between two optimizer steps: saving, sampling and validating every so often, and stopping when asked.
+"""Between two optimizer steps: saving, sampling and validating every so often, and stopping when asked.
 
 Steps and epochs count from 1.
 """
@@ -30,7 +30,7 @@ class Every:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that a run does now and then: `at_step(step)` after a step, `at_epoch(epoch)` after an epoch.
+    """Part of a run that is due now and then: `at_step(step)` after a step, `at_epoch(epoch)` after an epoch.
 
     once: an epoch does not repeat what was due after its last step. at_end: the last epoch counts.
     """

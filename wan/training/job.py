@@ -1,4 +1,4 @@
-"""What a run trains, on what, for how long, and in which batches."""
+"""A loaded run: its model and data, its length, and the batches of each step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run trains, in optimizer steps over the batches of all processes."""
+    """Length of a run, in optimizer steps over the batches of all processes."""
 
     steps_per_epoch: int
     total_steps: int
@@ -68,7 +68,7 @@ class StepLoader:
         self._loader = BatchLoader(run.max_data_loader_n_workers, run.persistent_data_loader_workers)
 
     def items(self, epoch: int) -> int:
-        """How many items the epoch has, over all processes."""
+        """Number of items in the epoch, over all processes."""
         return sum(map(_items, self._plans(epoch)))
 
     def remaining(self, epoch: int, seen: int) -> Iterator[StepBatches]:

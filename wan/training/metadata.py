@@ -1,4 +1,4 @@
-"""What a LoRA file says about how it was made (docs/formats.md#lora-metadata)."""
+"""Metadata of LoRA files: how they were made, and what loading needs (docs/formats.md#lora-metadata)."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from wan.training.state import Progress
 
 
 def lora_metadata(job: TrainingJob, length: RunLength, progress: Progress) -> dict[str, str]:
-    """Everything that a LoRA file carries; with `no_metadata` only what loading and sampling need.
+    """Metadata of a LoRA file; with `no_metadata` only the part that loading and sampling need.
 
     `ss_` values are `str()` of the Python value, as the reference writes them.
     """
@@ -27,7 +27,7 @@ def lora_metadata(job: TrainingJob, length: RunLength, progress: Progress) -> di
 
 
 def _for_loading(job: TrainingJob) -> dict[str, Any]:
-    """What loading and sampling need. `one_frame` reads as the flag does; it is the most frequent layout."""
+    """Settings for loading and sampling. `one_frame` reads as the flag does; it is the most frequent layout."""
     run, network, layouts = job.options.run, job.options.network, job.training_set.layouts
     needed = {
         "base_model_version": "wan",
@@ -62,7 +62,7 @@ def _counters(job: TrainingJob, length: RunLength, progress: Progress) -> dict[s
 
 
 def _of_the_run(job: TrainingJob) -> dict[str, Any]:
-    """Which run this is, on which files."""
+    """Name, session and files of the run."""
     return {
         "session_id": job.session_id,
         "output_name": job.options.save.output_name,

@@ -131,9 +131,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
 
     schedule: LRScheduler
     if name == "adafactor":
-        schedule = get_adafactor_schedule(  # type: ignore[no-untyped-call] # transformers does not annotate it
-            optimizer, config.learning_rate
-        )
+        schedule = get_adafactor_schedule(optimizer, config.learning_rate)
         return schedule
     specific: dict[str, dict[str, Any]] = {
         "cosine_with_restarts": {"num_cycles": config.lr_scheduler_num_cycles},

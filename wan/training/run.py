@@ -18,7 +18,8 @@ from wan.lora.files import LoRAFile
 from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.models.plan import Plan, Room, choose_plan, plan_t5, plan_training
+from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
+from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
 from wan.training.job import TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
@@ -44,7 +45,7 @@ class _Samples:
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     require_writable_dir(save.output_dir, "--output_dir")
     dit_file, samples = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
@@ -101,7 +102,7 @@ def _train_within(
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout, need_sources=False)
+    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     dit_file, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
@@ -118,9 +119,14 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
 def show_timesteps(options: TrainingOptions, mode: str) -> None:
     """Draw the noise levels that a run with these options would train at."""
     options.noise.check()
-    width, height = read_config(options.run.dataset_config, need_sources=False).datasets[0].resolution
+    width, height = read_config(options.run.dataset_config).datasets[0].resolution
     folder = require_writable_dir(options.save.output_dir, "--output_dir")
-    show(options.noise, (height // 8, width // 8), mode, folder / f"{options.save.output_name}-timesteps.png")
+    show(
+        options.noise,
+        (height // VAE_STRIDE, width // VAE_STRIDE),
+        mode,
+        folder / f"{options.save.output_name}-timesteps.png",
+    )
 
 
 def _check(
@@ -156,10 +162,9 @@ def _plan(
     weights: LoRAFile | None,
     device: torch.device,
 ) -> Plan[TrainingMemoryConfig]:
-    dtype, room, buckets = options.run.compute_dtype(dit), Room.on(device), training_set.buckets
-    return choose_plan(
-        options.memory, lambda: plan_training(dit, dtype, options.memory, options.network, weights, buckets, room)
-    )
+    memory, network, buckets = options.memory, options.network, training_set.buckets
+    dtype = options.run.compute_dtype(dit)
+    return chosen_plan(memory, lambda: plan_training(dit, dtype, memory, network, weights, buckets, Room.on(device)))
 
 
 def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerator) -> Sampler:

@@ -50,7 +50,7 @@ class SampleConfig(Section):
 
     @property
     def every(self) -> Every:
-        """When samples are drawn."""
+        """Period of the samples."""
         return Every(self.sample_every_n_steps, self.sample_every_n_epochs)
 
 
@@ -78,7 +78,7 @@ class Sampler:
         self._encoded: list[tuple[int, Encoded]] = list(zip(numbers, encoded, strict=True))
 
     def draw_together(self, gather: Callable[[list[Any]], list[Any]], writes: bool) -> None:
-        """From now on all processes draw every prompt, in step: a DiT that FSDP2 has shared out needs all of them.
+        """Have all processes draw every prompt from now on, in step, as a DiT that FSDP2 has sharded demands.
 
         All have to call it. gather: a list -> those of all processes in a row; writes: whether this one writes files.
         """

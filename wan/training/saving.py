@@ -1,4 +1,4 @@
-"""Which files of a run are written, and which old ones are deleted (docs/formats.md#files-of-a-run)."""
+"""LoRA files and states of a run: written, named, and deleted when old (docs/formats.md#files-of-a-run)."""
 
 import logging
 import shutil

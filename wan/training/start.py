@@ -1,4 +1,4 @@
-"""What a training run starts from: processes and devices, the seed, the state, the model with its LoRA."""
+"""The start of a training run: processes and devices, seed, state, the model with its LoRA, optimizer."""
 
 import logging
 import random
@@ -81,7 +81,7 @@ def build_step(accelerator: Accelerator, job: TrainingJob, total_steps: int) -> 
 
 
 def build_validator(accelerator: Accelerator, job: TrainingJob, step: TrainingStep) -> Validator | None:
-    """What measures the loss on the items held back; None unless the options ask for it."""
+    """The `Validator` of the items held back; None unless the options ask for one."""
     validation = job.options.validation
     if not validation.wanted:
         return None

@@ -4,7 +4,6 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -137,10 +136,9 @@ class TrainingStep:
         run, frame_indices = self.options.run, batch.frame_indices
         if run.one_frame_legacy_indices:
             frame_indices = condition.natural_indices(frame_indices)
-        clips, given = [layout.clip for layout in batch.layouts], batch.conditioning.given
-        if given is None:
-            raise ValueError("a training batch lacks the places that are given")
-        weights = condition.loss_weights(clips, given, batch.target_masks, run.one_frame_loss == "target")
+        clips, target_only = [layout.clip for layout in batch.layouts], run.one_frame_loss == "target"
+        given = batch.conditioning.known(batch.latents)
+        weights = condition.loss_weights(clips, given, batch.target_masks, target_only)
         tensors = {
             "latents": batch.latents,
             "text": pad_text(batch.text),
@@ -192,7 +190,7 @@ def with_random_targets(batch: TrainingBatch, indices: range, seed: int, epoch: 
         for layout, key in zip(batch.layouts, batch.item_keys, strict=True)
     )
     slots = [new.slots_of(old) for old, new in zip(batch.layouts, layouts, strict=True)]
-    items = (batch.conditioning.map(itemgetter(i)) for i in range(len(slots)))
+    items = [batch.conditioning.item(number) for number in range(len(slots))]
     return replace(
         batch,
         latents=torch.stack([frames[:, places] for frames, places in zip(batch.latents, slots, strict=True)]),

@@ -1,4 +1,4 @@
-"""What a run says about itself: in the log, in its states and LoRA files, and for `--explain` without being started."""
+"""Texts about a run: the table in the log, the facts in its states, metadata of LoRA files, and `--explain`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def explain_training(
     groups: dict[tuple[Any, ...], TrainingItem] = {}
     for item in training_set.items:
         header = read_header(item.latents)
-        groups.setdefault((item.key.split("/")[0], header.bucket, str(item.layout), header.sizes), item)
+        groups.setdefault((item.dataset, header.bucket, str(item.layout), header.sizes), item)
     lines = []
     for (dataset, size, layout, _), item in list(groups.items())[:SHOWN]:
         lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
@@ -131,11 +131,11 @@ def _cached_frames(item: TrainingItem) -> list[TableFrame]:
     """The frames of a cached item, controls first, with the share of each that its mask uses."""
     cache = read_latent_cache(item.latents)
     controls, used = len(item.layout.control_indices), dict[int, float]()
-    if cache.conditioning.given is not None:
-        for slot, i in enumerate(cache.layout.clip.order):
-            given = frame_of(cache.conditioning.given[None], slot, cache.frame_sizes).float()
-            if i < controls and bool((given < 1).any()):
-                used[i] = float(given.mean())
+    known = cache.conditioning.known(cache.latents)[None]
+    for slot, i in enumerate(cache.layout.clip.order):
+        given = frame_of(known, slot, cache.frame_sizes).float()
+        if i < controls and bool((given < 1).any()):
+            used[i] = float(given.mean())
     if cache.target_mask is not None:
         used[controls] = float(cache.target_mask.mean())
     sizes = cache.sizes or [read_header(item.latents).bucket] * (controls + 1)

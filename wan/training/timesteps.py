@@ -202,7 +202,7 @@ def _ideogram4(latent_size: tuple[int, int], normal: Tensor) -> Tensor:
 
 
 def network_timestep(t: Tensor) -> Tensor:
-    """What the network is told at noise level t: 1000 * t, at most 1000, as in generation."""
+    """Timestep that the network gets at noise level t: 1000 * t, at most 1000, as in generation."""
     return (_STEPS * t).clamp(max=_STEPS)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a file of metrics always, TensorBoard and Weights & Biases when asked for."""
+"""Logs of a run: a file of metrics always, TensorBoard and Weights & Biases when asked for."""
 
 import importlib.util
 import json
@@ -108,12 +108,12 @@ class _Log(Protocol):
 
 
 class Tracker:
-    """Writes what it is told to every log; made by `open`.
+    """Writes numbers and pictures to every log; made by `open`.
 
     `<output_dir>/<output_name>-metrics.jsonl` gets a line per call of `scalars`, {"step": 3, "loss/current": 0.1, ...},
     and no times, so that equal runs write equal files; a number that is not finite becomes null.
-    A tracker that fails during training is reported and left out from then on; lines that a full disk does not take
-    are written when it has space again.
+    A log that fails during training is reported and left out from then on; lines that a full disk does not take are
+    written when it has space again.
     """
 
     def __init__(self, metrics: "_Metrics | None", logs: list[_Log]) -> None:
@@ -181,7 +181,7 @@ class Tracker:
 
 
 class _Metrics:
-    """The file of metrics; unbuffered, so that what is not on the disk is known."""
+    """The file of metrics; unbuffered, so that a line which is not on the disk is known to be missing."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file, self._waiting = path, path.open("ab", buffering=0), b""
@@ -202,7 +202,7 @@ class _Metrics:
 
 
 def _rewind(path: Path, step: int) -> None:
-    """Leave the lines up to this step in the file of metrics; none after step 0."""
+    """Cut the file of metrics off after this step; step 0 leaves no line."""
     if not path.is_file():
         if step:
             log.warning("%s does not exist: the metrics up to step %d are lacking", path, step)

@@ -1,4 +1,4 @@
-"""Validation: the loss on items that are not trained on, with the same noise each time, beside the base model's."""
+"""Validation: the loss on items held back from training, with the same noise each time, and that of the base model."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ class ValidationConfig(Section):
 
     @property
     def wanted(self) -> bool:
-        """Whether the run validates at all; if so, before its first step too."""
+        """True when the run validates at all; it then does so before its first step, too."""
         return self.validate_every_n_steps is not None or self.validate_every_n_epochs is not None
 
     @property
@@ -60,7 +60,7 @@ class ValidationConfig(Section):
 
     @property
     def every(self) -> Every:
-        """When the run validates, besides once before its first step."""
+        """Period of the validation."""
         return Every(self.validate_every_n_steps, self.validate_every_n_epochs)
 
     def check(self, validation_set: ValidationSet) -> None:
@@ -114,7 +114,7 @@ def validate(
 
 
 class Validator:
-    """Validates one run whenever training asks.
+    """Measures the losses of one run, with and without its LoRA.
 
     model: put into eval mode meanwhile. without_lora: a context in which the model is its base; the base is measured
     once, at the first call. measure: `validate` with all its arguments.
@@ -130,7 +130,7 @@ class Validator:
         self._base: dict[str, float] | None = None
 
     def scalars(self) -> dict[str, float]:
-        """What to log: `validation/loss`, its parts `validation/loss_t0.1`, ..., and as much for the base model."""
+        """Scalars by name: `validation/loss`, its parts `validation/loss_t0.1`, ..., the same for the base model."""
         was_training = self._model.training
         self._model.eval()
         try:
