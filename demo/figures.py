@@ -3,14 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from demo.drawing import Canvas, Colour, rasterise, stack_shapes
 from demo.places import draw_backdrop, draw_place
 from demo.world import COLOURS, FRAMES, Outfit, Scene
 
-_HIP, _SHOULDER, _HEAD = 0.31, 0.535, 0.75  # heights, feet at 0, crown at about 0.95
+_HIP, _CHEST, _SHOULDER, _HEAD = 0.31, 0.445, 0.535, 0.75  # heights, feet at 0, crown at about 0.95
 _SHOE: Colour = (0.22, 0.2, 0.22)
 
 
@@ -117,11 +116,11 @@ def _darker(colour: Colour, factor: float = 0.72) -> Colour:
 
 
 def _draw_figure(body: Canvas, moment: Moment) -> None:
-    scene, outfit = moment.scene, moment.scene.outfit
+    scene = moment.scene
     turn = 0.03 * moment.facing
     _hair_back(body, scene, turn)
     _draw_legs(body, scene, moment.stride)
-    _draw_torso(body, scene, outfit, turn)
+    _draw_torso(body, scene, turn)
     _draw_arm(body, scene, -1, moment.left_arm, turn)
     _draw_head(body, moment, 2 * turn)
     hand = _draw_arm(body, scene, 1, moment.right_arm, turn)
@@ -144,41 +143,53 @@ def _draw_legs(body: Canvas, scene: Scene, stride: float) -> None:
         body.ellipse(foot[0], 0.03, (0.055, 0.032), _SHOE, cut=-0.7)
 
 
-def _draw_torso(body: Canvas, scene: Scene, outfit: Outfit, turn: float) -> None:
-    top, colour, second = outfit.top, outfit.top_colour, outfit.second_colour
+def _draw_torso(body: Canvas, scene: Scene, turn: float) -> None:
+    outfit = scene.outfit
+    colour, second = outfit.top_colour, outfit.second_colour
     body.block(turn, 0.57, (0.035, 0.035), 0.04, scene.skin)
-    if outfit.has_skirt and top != "dress":
-        body.block(0, 0.27, (0.14, 0.09), 0.085, outfit.bottom_colour, corner=0.01)
-        if top == "blazer":
-            for x in (-0.05, 0.05):
-                body.block(x, 0.262, (0.016, 0.01), 0.075, _darker(outfit.bottom_colour, 0.75))
-    elif top != "dress":
+    if outfit.top != "dress":
+        _draw_bottom(body, outfit)
+    match outfit.top:
+        case "coat":
+            body.block(turn, 0.37, (0.135, 0.1), 0.17, colour, corner=0.015)
+            body.block(turn, 0.39, (0.02, 0.035), 0.165, second)
+        case "dress":
+            body.block(0, 0.31, (0.165, 0.09), 0.12, colour, corner=0.015)
+            body.block(turn, 0.47, (0.085, 0.1), 0.075, colour, corner=0.015)
+            body.block(turn / 2, 0.41, (0.09, 0.09), 0.014, second)
+        case "overalls":
+            body.block(turn, _CHEST, (0.1, 0.1), 0.095, second, corner=0.015)
+            body.block(turn, 0.38, (0.1, 0.085), 0.09, colour, corner=0.012)
+            for side in (-1, 1):
+                body.block(turn + side * 0.06, 0.5, (0.014, 0.014), 0.05, colour)
+        case "blazer":
+            _draw_blazer(body, outfit, turn)
+        case _:
+            _draw_shirt(body, outfit, turn)
+
+
+def _draw_bottom(body: Canvas, outfit: Outfit) -> None:
+    """Hips of trousers and shorts, or a skirt; that of a blazer has pleats."""
+    if not outfit.has_skirt:
         body.block(0, _HIP + 0.02, (0.095, 0.095), 0.035, outfit.bottom_colour, corner=0.01)
-    middle, half = 0.445, 0.095
-    if top == "coat":
-        body.block(turn, 0.37, (0.135, 0.1), 0.17, colour, corner=0.015)
-        body.block(turn, 0.39, (0.02, 0.035), 0.165, second)
-    elif top == "dress":
-        body.block(0, 0.31, (0.165, 0.09), 0.12, colour, corner=0.015)
-        body.block(turn, 0.47, (0.085, 0.1), 0.075, colour, corner=0.015)
-        body.block(turn / 2, 0.41, (0.09, 0.09), 0.014, second)
-    elif top == "overalls":
-        body.block(turn, middle, (0.1, 0.1), half, second, corner=0.015)
-        body.block(turn, 0.38, (0.1, 0.085), 0.09, colour, corner=0.012)
-        for side in (-1, 1):
-            body.block(turn + side * 0.06, 0.5, (0.014, 0.014), 0.05, colour)
-    elif top == "blazer":
-        _draw_blazer(body, outfit, turn)
-    else:
-        body.block(turn, middle, (0.1, 0.1), half, colour, corner=0.015)
-        if top == "striped shirt":
+        return
+    body.block(0, 0.27, (0.14, 0.09), 0.085, outfit.bottom_colour, corner=0.01)
+    for x in (-0.05, 0.05) if outfit.top == "blazer" else ():
+        body.block(x, 0.262, (0.016, 0.01), 0.075, _darker(outfit.bottom_colour, 0.75))
+
+
+def _draw_shirt(body: Canvas, outfit: Outfit, turn: float) -> None:
+    body.block(turn, _CHEST, (0.1, 0.1), 0.095, outfit.top_colour, corner=0.015)
+    dark = _darker(outfit.top_colour)
+    match outfit.top:
+        case "striped shirt":
             for y in (0.38, 0.44, 0.5):
-                body.block(turn, y, (0.112, 0.112), 0.013, second)
-        elif top == "hoodie":
-            body.block(turn, 0.39, (0.07, 0.05), 0.03, _darker(colour), corner=0.008)
-            body.ellipse(turn, 0.555, (0.085, 0.035), _darker(colour))
-        elif top == "sweater":
-            body.block(turn, 0.36, (0.105, 0.105), 0.014, _darker(colour))
+                body.block(turn, y, (0.112, 0.112), 0.013, outfit.second_colour)
+        case "hoodie":
+            body.block(turn, 0.39, (0.07, 0.05), 0.03, dark, corner=0.008)
+            body.ellipse(turn, 0.555, (0.085, 0.035), dark)
+        case "sweater":
+            body.block(turn, 0.36, (0.105, 0.105), 0.014, dark)
 
 
 def _draw_blazer(body: Canvas, outfit: Outfit, turn: float) -> None:
@@ -294,8 +305,3 @@ def _draw_hat(body: Canvas, scene: Scene, x: float, drop: float) -> None:
             body.ellipse(x, y - 0.01, (0.18, 0.15), colour, cut=0.0)
             body.block(x, y, (0.17, 0.17), 0.025, _darker(colour), corner=0.008)
             body.ellipse(x, y + 0.15, (0.04, 0.04), (0.95, 0.95, 0.95))
-
-
-def to_float(frames: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]"""
-    return frames.to(torch.float32) / 127.5 - 1

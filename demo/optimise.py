@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from demo.muon import Muon
+from wan.fused.graphs import CudaRecorder, Recorded
 
 Batch = tuple[Tensor, ...]
 _DECAY = 0.01
-_WARM_UP = 3  # of a recording: what libraries allocate on first use must not be part of it
+_WARM_UP = 3  # runs before a recording: what libraries allocate on first use must not be part of it
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
@@ -19,38 +20,30 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class Recorded:
-    """A function of tensors that launches work on the GPU, recorded once per key as a CUDA graph and replayed.
+class RecordedByKey:
+    """A function of a key and tensors that launches work on the GPU: one CUDA graph per key, which is replayed.
 
     The function must not wait for the GPU, and tensors of one key must keep their shapes. The result is overwritten by
     the next call.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
-        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self._function, self._record = function, CudaRecorder()
+        self._recorded: dict[Hashable, Recorded] = {}
 
     def __call__(self, key: Hashable, *inputs: Tensor) -> Tensor:
-        if key not in self.graphs:
-            self.graphs[key] = self._record(key, tuple(tensor.clone() for tensor in inputs))
-        graph, own_inputs, result = self.graphs[key]
-        for own, given in zip(own_inputs, inputs, strict=True):
-            own.copy_(given)
-        graph.replay()
-        return result
+        if key not in self._recorded:
+            self._warm_up(key, *inputs)
+            self._recorded[key] = Recorded(self._record, self._function, key, *inputs)
+        return self._recorded[key](key, *inputs)
 
-    def _record(self, key: Hashable, inputs: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+    def _warm_up(self, key: Hashable, *inputs: Tensor) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self.function(key, *inputs)
+                self._function(key, *inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = self.function(key, *inputs)
-        return graph, inputs, result
 
 
 def optimise(
@@ -86,7 +79,7 @@ def optimise(
         muon.step()
         return loss.detach()
 
-    run = Recorded(update) if on_gpu else update
+    run = RecordedByKey(update) if on_gpu else update
     shown = time.monotonic()
     total, counted = torch.zeros((), device=device), 0
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Many clips of the world, rendered on the device that trains, and what the video models are shown of them."""
+"""Many clips of the world, rendered on the device that trains, and the conditions that video models see of them."""
 
 import multiprocessing
 from dataclasses import dataclass
@@ -10,6 +10,11 @@ from torch import Tensor
 from demo.drawing import rasterise, stack_shapes
 from demo.figures import shapes
 from demo.world import CHANGES, FRAMES, SIZES, in_blazer, sample_scene
+from utils.images import as_pixels
+from wan.frames.clip import Clip, Role, Slot
+from wan.frames.condition import causal_condition, causal_condition_video
+from wan.nets.spec import TIME_STRIDE
+from wan.nets.vae import WanVAE
 
 
 @dataclass
@@ -67,26 +72,24 @@ def _shapes_of(task: tuple[int, bool, bool, bool]) -> tuple[list[np.ndarray], st
 
 
 def as_video(frames: Tensor) -> Tensor:
-    """[B, T, 3, height, width] uint8 -> [B, 3, T, height, width] in [-1, 1], float32"""
-    return frames.transpose(1, 2).float() / 127.5 - 1
+    """[B, T, 3, height, width] uint8 -> [B, 3, T, height, width] in [-1, 1], float32."""
+    return as_pixels(frames.transpose(1, 2))
 
 
-def given_frames(video: Tensor, with_last: bool) -> Tensor:
-    """The first frame, with grey (zeros) for the others; `with_last`: and the last frame. [B, 3, T, height, width]."""
-    given = torch.zeros_like(video)
-    given[:, :, 0] = video[:, :, 0]
-    if with_last:
-        given[:, :, -1] = video[:, :, -1]
-    return given
+def video_clip(frames: int, with_last: bool) -> Clip:
+    """A video of that many latent frames: the first one is given, `with_last` the last one too."""
+    given = [0, frames - 1] if with_last else [0]
+    times = [*given, *(time for time in range(frames) if time not in given)]
+    roles = [Role.GIVEN] * len(given) + [Role.GENERATED] * (frames - len(given))
+    slots = [Slot(time, role, source) for source, (time, role) in enumerate(zip(times, roles, strict=True))]
+    return Clip(tuple(sorted(slots, key=lambda slot: slot.time_index)))
 
 
-def video_mask(latents: Tensor, with_last: bool) -> Tensor:
-    """Mask channels [B, 4, F, H, W] of a video, one per video frame of a latent frame; the first frame fills all four.
+def video_conditions(vae: WanVAE, videos: Tensor, with_last: bool) -> Tensor:
+    """Videos [B, 3, 1 + 4 (F - 1), height, width] in [-1, 1] -> the conditions [B, 20, F, H, W] of Wan2.1's training.
 
-    As in image2video.py and first_last_frame2video.py of Wan2.1.
+    They show the first frame, and the last one `with_last`.
     """
-    mask = torch.zeros_like(latents[:, :4])
-    mask[:, :, 0] = 1
-    if with_last:
-        mask[:, 3, -1] = 1
-    return mask
+    clip = video_clip(1 + videos.shape[2] // TIME_STRIDE, with_last)
+    shown = torch.stack([causal_condition_video(clip, [video[:, 0], video[:, -1]]) for video in videos])
+    return torch.stack([causal_condition(clip, latents) for latents in vae.encode(shown)])

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Hashable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,13 @@ from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from demo import miniature
 from demo.optimise import optimise
-from demo.recordings import Recordings, as_video, given_frames, video_mask
+from demo.recordings import Recordings, as_video, video_conditions
+from wan.fused.plain import cross_attention
 from wan.nets.clip import encode_image
 from wan.nets.conditioning import Conditioning
-from wan.nets.context import Context
-from wan.nets.dit import CrossAttention, WanDiT, split_heads
-from wan.nets.spec import TEXT_LENGTH
+from wan.nets.context import KeysValues
+from wan.nets.dit import WanDiT
+from wan.nets.spec import TEXT_LENGTH, TIME_STRIDE
 from wan.nets.vae import WanVAE
 from wan.training.timesteps import add_noise, network_timestep, shifted, velocity_target
 
@@ -42,8 +42,7 @@ class Lessons:
                 latents.append(vae.encode(video).bfloat16())
                 for last, made in conditions.items():
                     seen = video[:, :, : last + 1] if last else video
-                    given = vae.encode(given_frames(seen, with_last=bool(last)))
-                    made.append(torch.cat([video_mask(given, bool(last)), given], dim=1).bfloat16())
+                    made.append(video_conditions(vae, seen, with_last=bool(last)).bfloat16())
                 pictures = [video[:, :, moment] for moment in (0, *last_frames)]
                 features.append(torch.stack([encode_image(clip, one).bfloat16() for one in pictures], dim=1))
         self.latents = torch.cat(latents)  # [N, 16, 3, H, W]
@@ -56,7 +55,7 @@ class Lessons:
         latents = self.latents[rows, :, :latent_frames]
         if not self.last_frames:
             return latents, self.conditions[0][rows, :, :latent_frames], self.features[rows, 0]
-        last = 4 * (latent_frames - 1)
+        last = TIME_STRIDE * (latent_frames - 1)
         ends = self.features[rows][:, [0, 1 + self.last_frames.index(last)]]
         return latents, self.conditions[last][rows], ends.flatten(1, 2)
 
@@ -74,18 +73,12 @@ def count_padding_(dit: WanDiT) -> None:
     The same function with other rounding, for training only: most of the attention is to padding otherwise.
     """
     for block in dit.blocks:
-        block.cross_attn.forward = partial(_attend_counting_padding, block.cross_attn)
+        block.cross_attn.attend = _attend_counting_padding
 
 
-def _attend_counting_padding(cross: CrossAttention, x: Tensor, context: Context) -> Tensor:
-    image, text = context.tokens.tensor_split([-context.text_rows], dim=1)
-    q, k, v = (split_heads(part) for part in (cross.norm_q(cross.q(x)), cross.norm_k(cross.k(text)), cross.v(text)))
-    bias = torch.zeros(text.shape[1], dtype=q.dtype, device=q.device)
-    bias[-1].fill_(math.log(TEXT_LENGTH - text.shape[1] + 1))
-    bias = bias.expand(q.shape[1], -1)
-    out = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), bias).transpose(1, 2)
-    k, v = split_heads(cross.norm_k_img(cross.k_img(image))), split_heads(cross.v_img(image))
-    return cross.o((out + cross.attention(q, k, v)).flatten(2))
+def _attend_counting_padding(q: Tensor, seen: KeysValues) -> Tensor:
+    """`CrossAttention.attend` in which the last row of the text counts as often as it stands for others."""
+    return cross_attention(q, *seen, repeats=TEXT_LENGTH - seen.text_rows + 1)
 
 
 def train_dit(
@@ -128,7 +121,7 @@ def train_dit(
     optimise(parameters, steps, peak, batch_of, loss_of, dit.spec.model_type, matrices)
     dit.requires_grad_(False)
     for block in dit.blocks:
-        del block.cross_attn.forward
+        del block.cross_attn.attend
 
 
 def new_dit(kind: str, generator: torch.Generator) -> WanDiT:

@@ -23,6 +23,12 @@ def test_the_architecture_page_lists_every_module_and_none_else():
     assert listed == there
 
 
+def test_nothing_replaces_a_method_of_a_module():
+    """Networks have seams instead: `WanDiT.runner` and `pass_runner`, and `operation` in the VAE."""
+    replaced = re.compile(r"\.(forward|compute|predict|_attend) *= ")
+    assert not [path for path in (ROOT / "wan").rglob("*.py") if replaced.search(path.read_text(encoding="utf-8"))]
+
+
 def test_no_package_has_more_than_18_modules():
     folders = {path.parent for package in ("utils", "dataset", "wan") for path in (ROOT / package).rglob("*.py")}
     assert all(len(list(folder.glob("*.py"))) <= 19 for folder in folders), "18 and __init__.py"

@@ -11,7 +11,7 @@ import wan_generate_video
 from dataset.cache import LatentSettings, latent_stale_reason, list_latent_caches, read_latent_cache, write_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
-from demo.recordings import given_frames, video_mask
+from tests.helpers import official_video_condition
 from tests.project import (
     CPU,
     FLF2V,
@@ -79,10 +79,9 @@ def test_the_condition_is_what_the_base_models_were_trained_with(vae):
     first, last = pictures(2)
     for layout, controls in ((I2V_LAYOUT, [first]), (FLF2V_LAYOUT, [first, last])):
         with_last = len(controls) == 2
-        video = torch.zeros(1, 3, 1 + 4 * len(controls), 16, 24)
-        video[0, :, 0], video[0, :, -1] = first, last
-        latents = vae.encode(given_frames(video, with_last))
-        expected = torch.cat([video_mask(latents, with_last), latents], dim=1)[0]
+        video = torch.rand(3, 1 + 4 * len(controls), 16, 24)
+        video[:, 0], video[:, -1] = first, last
+        expected = official_video_condition(vae, video, with_last)
         made = Pictures(layout.clip, controls, [None] * len(controls), (24, 16))
         found = CAUSAL.condition(vae, made, {})
         assert torch.equal(found.channels, expected) and torch.equal(found.given, expected[:4].amax(dim=0))

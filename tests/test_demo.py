@@ -19,11 +19,12 @@ from demo.muon import Muon, orthogonal
 from demo.optimise import learning_rate, optimise
 from demo.page import Row, sheet, write_page
 from demo.pretrain import HELD_OUT_SEED, reconstruction_psnr
-from demo.recordings import given_frames, record, video_mask
+from demo.recordings import record, video_conditions
 from demo.tasks import TASKS, collage, cut_out, cut_out_of_others, in_all_places
 from demo.train_dit import count_padding_, embed_text, new_dit
 from demo.train_vae import convolve_in_2d, decode, new_vae, normalise_and_activate, normalise_latents_, recoloured
 from demo.world import LIGHTS, PLACES, sample_scene
+from tests.helpers import official_video_condition
 from wan.files.load import inspect_clip, inspect_dit, load_clip, load_dit, load_t5, load_vae
 from wan.files.tokenizer import load_tokenizer
 from wan.frames.layout import parse
@@ -134,16 +135,11 @@ def test_the_vae_that_is_shipped_gives_held_out_pictures_back(frames, limit):
 
 
 @pytest.mark.parametrize("with_last", [False, True])
-def test_the_video_mask_is_the_official_one(with_last):
-    """Compared with the steps of image2video.py and first_last_frame2video.py of Wan2.1, frame by frame."""
-    frames, height, width = 9, 4, 6
-    given = torch.zeros(1, frames, height, width)
-    given[:, 0] = 1
-    if with_last:
-        given[:, -1] = 1
-    filled = torch.cat([given[:, :1].repeat_interleave(4, dim=1), given[:, 1:]], dim=1)
-    official = filled.view(1, filled.shape[1] // 4, 4, height, width).transpose(1, 2)
-    assert torch.equal(video_mask(torch.randn(1, 16, 3, height, width), with_last), official)
+def test_the_video_models_see_the_conditions_of_wans_training(with_last):
+    torch.manual_seed(0)
+    vae, videos = new_vae().requires_grad_(False), torch.rand(2, 3, 9, 32, 48) * 2 - 1
+    expected = [official_video_condition(vae, video, with_last) for video in videos]
+    assert_close(video_conditions(vae, videos, with_last), torch.stack(expected))
 
 
 def test_the_condition_of_a_short_clip_is_the_beginning_of_that_of_a_long_one():
@@ -151,15 +147,9 @@ def test_the_condition_of_a_short_clip_is_the_beginning_of_that_of_a_long_one():
     vae = new_vae().requires_grad_(False)
     for parameter in vae.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
-    video = torch.rand(1, 3, 9, 32, 32) * 2 - 1
-    long, short = (vae.encode(given_frames(video[:, :, :length], with_last=False)) for length in (9, 5))
+    videos = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    long, short = (video_conditions(vae, videos[:, :, :length], with_last=False) for length in (9, 5))
     assert_close(long[:, :, :2], short)
-
-
-def test_given_frames_are_grey_but_for_the_first_and_last():
-    video = torch.rand(1, 3, 5, 4, 4) + 0.1
-    given = given_frames(video, with_last=True)
-    assert torch.equal(given[:, :, [0, 4]], video[:, :, [0, 4]]) and not given[:, :, 1:4].any()
 
 
 def test_recordings_hold_each_seed_once():

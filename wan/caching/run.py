@@ -20,20 +20,16 @@ from dataset.cache import (
     EncoderFacts,
     LatentCache,
     LatentSettings,
-    TextSettings,
     latent_cache_path,
     latent_settings,
     latent_stale_reason,
     list_latent_caches,
-    list_text_caches,
-    remove_except,
-    text_cache_path,
-    text_stale_reason,
     write_latent_cache,
-    write_text_cache,
 )
+from dataset.cache_files import remove_except
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items, find_all_targets
+from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir

@@ -116,11 +116,12 @@ def _in_float32(operations: ModuleType, layers: nn.Sequential, x: Tensor) -> Ten
 
 
 def _head(head: Head, operations: ModuleType, x: Tensor | Residual, time: Tensor) -> Tensor:
+    """`Head.forward`, of a Residual too."""
     shift, scale = (head.modulation + time[:, None]).unbind(1)
-    eps = head.norm.eps
+    settings = {"eps": head.norm.eps, "modulated": True, "dtype": torch.float32}
     if isinstance(x, Residual):
-        return head.head(operations.residual_norm_(*x, scale, shift, eps, True, torch.float32))
-    return head.head(operations.residual_norm(x, None, None, scale, shift, eps, True, torch.float32)[1])
+        return head.head(operations.residual_norm_(*x, scale, shift, **settings))
+    return head.head(operations.residual_norm(x, None, None, scale, shift, **settings)[1])
 
 
 class FusedBlocks(SavingRunner):

@@ -23,7 +23,7 @@ __all__ = [
     "rms_rope",
     "rms_rope_",
 ]
-_FP8_MAX = tl.constexpr(448.0)  # the largest number of float8_e4m3fn
+_FP8_MAX = tl.constexpr(torch.finfo(FP8).max)  # 448
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
 _HALF_HEAD = 64  # numbers of a row that a kernel sees as half a head where nothing is rotated
 
