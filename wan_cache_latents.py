@@ -42,11 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     options = options.release.fill(options)
     run, vae, clip = options.run, options.vae, options.clip
     if options.explain.explain:
-        vae.check()
-        clip.check()
-        print(
-            *explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, (vae.vae, clip.clip)), sep="\n"
-        )
+        weights = vae.resolve().path, clip.resolve().path
+        print(*explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights), sep="\n")
         return
     processes, device = init_processes(options.device)
     cli.quiet_unless(processes.is_main)

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     options = cli.build_group(Options, build_parser().parse_args(argv))
     run, t5 = options.run, options.release.fill(options.t5)
     if options.explain.explain:
-        t5.check()
-        print(*explain_texts(run.dataset_config, run.batch_size, t5.t5_tokenizer, t5.t5), sep="\n")
+        encoder = t5.resolve()
+        print(*explain_texts(run.dataset_config, run.batch_size, encoder.tokenizer, encoder.path), sep="\n")
         return
     processes, device = init_processes(options.device)
     cli.quiet_unless(processes.is_main)

@@ -26,8 +26,8 @@ from dataset.sources import find_all_items
 from demo.tiny_models import FILES
 from wan.caching import run as caching
 from wan.caching.run import LatentCachingConfig
+from wan.models.checkpoints import CLIPCheckpoint, VAECheckpoint
 from wan.models.device import DeviceConfig
-from wan.models.options import CLIPConfig, VAEConfig
 
 MODELS = dict.fromkeys(("vae", "clip", "vae_dtype", "clip_dtype"), "random")
 
@@ -88,8 +88,8 @@ def main() -> None:
     device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
     with tempfile.TemporaryDirectory() as folder:
         write_release(Path(folder), arguments.size, kinds=("vae", "clip"))
-        vae = VAEConfig(Path(folder, FILES["vae"])).load(device)
-        clip = CLIPConfig(Path(folder, FILES["clip"])).load(device)
+        vae = VAECheckpoint(Path(folder, FILES["vae"])).load(device)
+        clip = CLIPCheckpoint(Path(folder, FILES["clip"])).load(device)
     print("| images of | items/s | reading alone | encoding alone |\n|---|---|---|---|")
     for side in (32,) if arguments.size == "tiny" else (512, 1024):
         cells = " | ".join(f"{value:.1f}" for value in measure(side, arguments.items // 4 * 4, vae, clip))

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import wan_train_network
 from benchmarks.random_model import SPECS, latent_size, random_checkpoint
-from dataset.cache import LatentCache, latent_cache_path, text_cache_path, write_latent_cache, write_text_cache
+from dataset.cache import LatentCache, latent_cache_path, write_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet
+from dataset.text_cache import text_cache_path, write_text_cache
 from utils import cli
 from wan.files.load import load_dit
 from wan.frames.condition import stack_condition

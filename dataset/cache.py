@@ -1,4 +1,4 @@
-"""Cache files: the only place that knows their names, keys, metadata and when they are out of date.
+"""Latent caches: the only place that knows their names, keys, metadata and when they are out of date.
 
 musubi-tuner's format (docs/formats.md#caches) plus metadata of ours: `one_frame`, the layout with the order of the
 controls, `one_frame_own`, there when the item itself and not its dataset decides on that, `one_frame_sizes`, there when
@@ -7,24 +7,20 @@ tensor. musubi-tuner reads our files, but frames of several sizes with their pad
 """
 
 import json
-import logging
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from dataset.cache_files import RECIPE, changed_reason, find_key, keys_of, opened, write_tensors
 from dataset.sources import Item
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.files import fingerprint, written_whole
+from utils.files import fingerprint
 from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size
@@ -32,27 +28,17 @@ from wan.nets.conditioning import Conditioning
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.tokens import FrameSizes, check_sizes
 
-log = logging.getLogger(__name__)
-
-RECIPE = 2  # raise it when the same images, captions and models give other tensors than before
-
-_COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
 _LATENT_SUFFIX = "_wan.safetensors"
 _LATENT_NAME = re.compile(rf"(.+)_(\d{{4,}})x(\d{{4,}}){re.escape(_LATENT_SUFFIX)}")
-_TEXT_SUFFIX = "_wan_te.safetensors"
 _LATENTS = re.compile(r"latents_\d+x\d+x\d+_\w+")
 _CONDITION = re.compile(r"latents_image_\d+x\d+x\d+_\w+")
 _CLIP = re.compile(r"clip_\w+")
-_TEXT = re.compile(r"varlen_t5_\w+")
 _INDICES = "f_indices_int32"
 _TARGET_MASK = "target_mask_float32"
 _OWN_LAYOUT = "one_frame_own"
 _SIZES = "one_frame_sizes"  # `32x32;64x48`: width and height in pixels of the controls as given, then of the target
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")
-_LATENT_SCRIPT, _TEXT_SCRIPT = "wan_cache_latents.py", "wan_cache_text_encoder_outputs.py"
-
-
-# --- names
+_SCRIPT = "wan_cache_latents.py"
 
 
 def latent_cache_name(stem: str, size: Size) -> str:
@@ -63,11 +49,6 @@ def latent_cache_name(stem: str, size: Size) -> str:
 def latent_cache_path(directory: Path, stem: str, size: Size) -> Path:
     """`<stem>_<W>x<H>_wan.safetensors` in the folder; size: as for `latent_cache_name`."""
     return directory / f"{latent_cache_name(stem, size)}{_LATENT_SUFFIX}"
-
-
-def text_cache_path(directory: Path, stem: str) -> Path:
-    """`<stem>_wan_te.safetensors`."""
-    return directory / f"{stem}{_TEXT_SUFFIX}"
 
 
 def parse_latent_name(path: Path) -> tuple[str, tuple[int, int]]:
@@ -81,23 +62,6 @@ def parse_latent_name(path: Path) -> tuple[str, tuple[int, int]]:
 def list_latent_caches(directory: Path) -> list[Path]:
     """Every file of the folder that is named like a latent cache, sorted."""
     return sorted(path for path in directory.iterdir() if _LATENT_NAME.fullmatch(path.name))
-
-
-def list_text_caches(directory: Path) -> list[Path]:
-    """Every file of the folder that is named like a text cache, sorted."""
-    return sorted(path for path in directory.iterdir() if path.name.endswith(_TEXT_SUFFIX))
-
-
-def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
-    """Delete the listed caches that are not in `keep`; returns them."""
-    kept = {os.path.normcase(path) for path in keep}  # Windows ignores case
-    removed = [path for path in caches if os.path.normcase(path) not in kept]
-    for path in removed:
-        path.unlink()
-    return removed
-
-
-# --- latent caches
 
 
 class EncoderFacts(TypedDict):
@@ -187,23 +151,23 @@ def write_latent_cache(path: Path, cache: LatentCache, settings: LatentSettings 
         metadata[_OWN_LAYOUT] = "true"
     if cache.sizes is not None and cache.frame_sizes is not None:
         metadata[_SIZES] = ";".join("{}x{}".format(*size) for size in cache.sizes)
-    _write(path, {key: tensor for key, tensor in tensors.items() if tensor is not None}, metadata, settings)
+    write_tensors(path, {key: tensor for key, tensor in tensors.items() if tensor is not None}, metadata, settings)
 
 
 def read_header(path: Path) -> LatentHeader:
     """Shapes, layout and metadata. Raises ConfigError when the file is damaged or no one-frame cache."""
-    with _opened(path, _LATENT_SCRIPT) as file:
+    with opened(path, _SCRIPT) as file:
         return _header(path, file)
 
 
 def read_latent_cache(path: Path) -> LatentCache:
     """One item, also from a file of musubi-tuner's. Raises ConfigError as `read_header` does."""
-    with _opened(path, _LATENT_SCRIPT) as file:
+    with opened(path, _SCRIPT) as file:
         header = _header(path, file)
         # Copies, because a tensor that still maps the file would keep Windows from replacing it.
-        latents, channels = (file.get_tensor(_find(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
-        clip = file.get_tensor(_find(file, _CLIP)).clone() if header.clip else None
-        mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in _keys(file) else None
+        latents, channels = (file.get_tensor(find_key(file, pattern)).clone() for pattern in (_LATENTS, _CONDITION))
+        clip = file.get_tensor(find_key(file, _CLIP)).clone() if header.clip else None
+        mask = file.get_tensor(_TARGET_MASK).clone() if _TARGET_MASK in keys_of(file) else None
     clip = clip if clip is None or clip.dim() == 3 else clip[None]
     conditioning = Conditioning(channels, clip, header.layout.encoding.given(channels))
     return LatentCache(latents, conditioning, header.layout, mask, header.sizes)
@@ -279,7 +243,7 @@ def latent_stale_reason(
         "clip_dtype": "CLIP dtype {} -> {}",
         "recipe": "made by another version of this script",
     }
-    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
+    return changed_reason(path, header.metadata, expected, reasons, set() if warned is None else warned)
 
 
 def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayout:
@@ -295,131 +259,11 @@ def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayou
     return OneFrameLayout(controls, time_indices[targets[0]])
 
 
-# --- text caches
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """Everything but the caption that decides on the contents of a text cache."""
-
-    t5: str  # fingerprint of the file
-    dtype: str
-    recipe: int = RECIPE
-
-
-@dataclass(frozen=True)
-class TextHeader:
-    """Shape, caption and metadata of a text cache, read without its tensor."""
-
-    length: int  # tokens
-    width: int
-    caption: str | None
-    metadata: Mapping[str, str]
-
-
-def write_text_cache(path: Path, embedding: Tensor, caption: str, settings: TextSettings | None = None) -> None:
-    """Write the embedding [L, D] of a caption whole.
-
-    As in the reference, whatever else an existing file holds is kept.
-    """
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    if path.is_file():
-        try:
-            with _opened(path, _TEXT_SCRIPT) as file:
-                tensors = {key: file.get_tensor(key).clone() for key in _keys(file) if not _TEXT.fullmatch(key)}
-                metadata = file.metadata() or {}
-        except ConfigError as error:
-            log.warning("%s; replaced", error)
-    if metadata.get("caption1", caption) != caption:
-        log.warning("%s: the caption has changed; replaced", path)
-    tensors[f"varlen_t5_{dtype_name(embedding.dtype)}"] = embedding
-    _write(path, tensors, {**metadata, "caption1": caption}, settings)
-
-
-def read_text_header(path: Path) -> TextHeader:
-    """Shape and metadata. Raises ConfigError when the file is damaged or no text cache."""
-    with _opened(path, _TEXT_SCRIPT) as file:
-        length, width = file.get_slice(_text_key(path, file)).get_shape()
-        metadata = file.metadata() or {}
-    return TextHeader(length, width, metadata.get("caption1"), metadata)
-
-
-def read_text_cache(path: Path) -> Tensor:
-    """The embedding [L, D] in its stored dtype. Raises ConfigError as `read_text_header` does."""
-    with _opened(path, _TEXT_SCRIPT) as file:
-        embedding: Tensor = file.get_tensor(_text_key(path, file))
-        return embedding.clone()
-
-
-def text_stale_reason(path: Path, caption: str, expected: TextSettings, warned: set[Path] | None = None) -> str | None:
-    """Why the text cache at `path` must be made again, or None. warned: as for `latent_stale_reason`."""
-    if not path.is_file():
-        return "not cached yet"
-    try:
-        header = read_text_header(path)
-    except ConfigError:
-        return "no readable text cache"
-    if header.caption != caption:
-        return "caption changed"
-    reasons = {
-        "t5": "other T5",
-        "dtype": "T5 dtype {} -> {}",
-        "recipe": "made by another version of this script",
-    }
-    return _changed(path, header.metadata, expected, reasons, set() if warned is None else warned)
-
-
-# --- both
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Any) -> None:
-    metadata = {**metadata, **_COMMON_METADATA}
-    metadata.pop("settings", None)
-    if settings is not None:
-        metadata["settings"] = json.dumps(asdict(settings))
-    with written_whole(path) as temporary:
-        save_file({key: _clean(path, key, tensor) for key, tensor in tensors.items()}, temporary, metadata)
-
-
-def _clean(path: Path, key: str, tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.is_floating_point() and (missing := tensor.isnan()).any():
-        log.warning("%s: %s holds %d NaNs; replaced by 0", path, key, int(missing.sum()))
-        tensor = tensor.masked_fill(missing, 0)
-    return tensor
-
-
-@contextmanager
-def _opened(path: Path, script: str) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: cannot be read ({reason}); delete it and run {script} again") from None
-
-
-def _keys(file: Any) -> list[str]:
-    return list(file.keys())
-
-
-def _find(file: Any, pattern: re.Pattern[str]) -> str | None:
-    return next((key for key in _keys(file) if pattern.fullmatch(key)), None)
-
-
-def _text_key(path: Path, file: Any) -> str:
-    key = _find(file, _TEXT)
-    if key is None or len(file.get_slice(key).get_shape()) != 2:
-        raise ConfigError(f"{path}: holds no text embedding; delete it and run {_TEXT_SCRIPT} again")
-    return key
-
-
 def _header(path: Path, file: Any) -> LatentHeader:
-    latents, condition = _find(file, _LATENTS), _find(file, _CONDITION)
-    if latents is None or condition is None or _INDICES not in _keys(file):
-        raise ConfigError(f"{path}: is no one-frame cache; run {_LATENT_SCRIPT} again with --one_frame")
-    shape, metadata, clip = file.get_slice(latents).get_shape(), file.metadata() or {}, _find(file, _CLIP)
+    latents, condition = find_key(file, _LATENTS), find_key(file, _CONDITION)
+    if latents is None or condition is None or _INDICES not in keys_of(file):
+        raise ConfigError(f"{path}: is no one-frame cache; run {_SCRIPT} again with --one_frame")
+    shape, metadata, clip = file.get_slice(latents).get_shape(), file.metadata() or {}, find_key(file, _CLIP)
     clip_shape = file.get_slice(clip).get_shape() if clip else None  # [images, 257, D], of plain i2v caches [257, D]
     indices = file.get_tensor(_INDICES).tolist()
     try:
@@ -433,7 +277,7 @@ def _header(path: Path, file: Any) -> LatentHeader:
             raise ConfigError(f"its layout {layout} does not fit {shape[1]} frames at {indices}")
         sizes = _sizes(metadata, shape[1:]) if _SIZES in metadata else None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; delete it and run {_LATENT_SCRIPT} again") from None
+        raise ConfigError(f"{path}: {error}; delete it and run {_SCRIPT} again") from None
     images = None if clip_shape is None else (clip_shape[0] if len(clip_shape) == 3 else 1, clip_shape[-1])
     _, frames, height, width = shape
     return LatentHeader(frames, height, width, images, layout, sizes, metadata)
@@ -455,27 +299,3 @@ def _size(text: str) -> Size:
     if match is None:
         raise ValueError(text)
     return int(match[1]), int(match[2])
-
-
-def _changed(
-    path: Path, metadata: Mapping[str, str], expected: Any, reasons: Mapping[str, str], warned: set[Path]
-) -> str | None:
-    """The reason of the first setting that differs from the recorded one; `{} -> {}` in it shows both values."""
-    if "settings" not in metadata:
-        if path.parent not in warned:
-            warned.add(path.parent)
-            log.warning(
-                "%s: holds caches without recorded settings (made by musubi-tuner); they are kept where their size "
-                "fits. Run without --skip_existing to replace them",
-                path.parent,
-            )
-        return None
-    try:
-        recorded = dict(json.loads(metadata["settings"]))
-    except ValueError:
-        return "unreadable settings"
-    wanted = json.loads(json.dumps(asdict(expected)))  # tuples become lists, as in the file
-    for key, reason in reasons.items():
-        if recorded.get(key) != wanted[key]:
-            return reason.format(recorded.get(key), wanted[key])
-    return None

@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dataset.cache import (
-    latent_cache_path,
-    latent_source_reason,
-    list_latent_caches,
-    list_text_caches,
-    parse_latent_name,
-    read_text_header,
-    text_cache_path,
-)
+from dataset.cache import latent_cache_path, latent_source_reason, list_latent_caches, parse_latent_name
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source, read_config
 from dataset.pictures import look
 from dataset.problems import ERROR, BucketRow, Problem, Report
 from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
+from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
 from utils.options import option

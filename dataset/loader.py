@@ -25,11 +25,9 @@ from dataset.cache import (
     parse_latent_name,
     read_header,
     read_latent_cache,
-    read_text_cache,
-    read_text_header,
-    text_cache_path,
 )
 from dataset.config import DatasetsConfig, ImageDatasetConfig
+from dataset.text_cache import read_text_cache, read_text_header, text_cache_path
 from utils.errors import ConfigError
 from utils.randomness import stratified_uniform
 from utils.text import some

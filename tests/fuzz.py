@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 import wan_generate_video
 import wan_train_network
-from dataset import cache
+from dataset import cache, text_cache
 from dataset import config as dataset_config
 from dataset.sources import find_all_items
 from tests.fuzz_files import (
@@ -292,7 +292,7 @@ TARGETS = {
     "cache": Target(
         "a_0016x0016_wan.safetensors",
         safetensors([CACHE, TEXT_CACHE], CACHE_METADATA),
-        (cache.read_header, cache.read_latent_cache, cache.read_text_header, cache.read_text_cache),
+        (cache.read_header, cache.read_latent_cache, text_cache.read_text_header, text_cache.read_text_cache),
     ),
     "latent": Target("l.safetensors", safetensors([LATENT], CACHE_METADATA), (outputs.read_latent,)),
     "latent_recipe": Target("r.safetensors", safetensors([LATENT], {recipe.KEY: json.dumps(RECIPE)}), (repeated,)),

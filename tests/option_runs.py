@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import dataset.loader
 import wan.caching.run
+import wan.frames.encoding
 import wan.models.memory_options
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
@@ -142,7 +143,7 @@ def recorded(calls: list):
     places = {
         (dataset.loader, "DataLoader"): loader,
         (wan.caching.run, "ThreadPoolExecutor"): threads,
-        (wan.caching.run, "encode_frames"): images,
+        (wan.frames.encoding, "encode_frames"): images,
         (wan.caching.run, "encode_text"): texts,
         (wan.models.memory_options, "swap_blocks_"): swap,
         (wan.models.memory_options, "recompute_blocks_"): checkpoint,

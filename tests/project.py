@@ -21,7 +21,7 @@ from demo.tiny_models import FILES
 from wan.generation.pipeline import Encoded, Pipeline
 from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
-from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.models.tasks import TASKS
 
 CPU = torch.device("cpu")
@@ -117,9 +117,9 @@ def pixels(path: Path) -> bytes:
 
 def pipeline() -> Pipeline:
     return Pipeline(
-        VAEConfig(vae=Path(MODELS["vae"])),
-        T5Config(t5=Path(MODELS["t5"]), t5_tokenizer=Path(MODELS["tokenizer"])),
-        CLIPConfig(clip=Path(MODELS["clip"])),
+        VAECheckpoint(Path(MODELS["vae"])),
+        T5Checkpoint(Path(MODELS["t5"]), Path(MODELS["tokenizer"])),
+        CLIPCheckpoint(Path(MODELS["clip"])),
         CPU,
     )
 

@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dataset import cache
-from dataset.cache import LatentCache, LatentSettings, TextSettings
+from dataset import cache, cache_files, text_cache
+from dataset.cache import LatentCache, LatentSettings
+from dataset.text_cache import TextSettings
 from utils.errors import ConfigError
 from wan.frames.condition import stack_condition
 from wan.frames.layout import OneFrameLayout
@@ -210,11 +211,11 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, mon
         name.write_bytes(b"half")
         raise raises
 
-    monkeypatch.setattr(cache, "save_file", half_a_file)
+    monkeypatch.setattr(cache_files, "save_file", half_a_file)
     with pytest.raises(raises):
         cache.write_latent_cache(path, item(), SETTINGS)
     with pytest.raises(raises):
-        cache.write_text_cache(tmp_path / "image_wan_te.safetensors", torch.ones(3, 4), "caption")
+        text_cache.write_text_cache(tmp_path / "image_wan_te.safetensors", torch.ones(3, 4), "caption")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -263,58 +264,58 @@ def test_only_caches_are_listed_and_only_those_without_an_item_removed(tmp_path)
     folder = tmp_path / "a[1]"  # a glob of this name would look into "a1"
     folder.mkdir()
     latents = [cache.latent_cache_path(folder, stem, (64, 64)) for stem in ("a[b]", "old", "x")]
-    texts = [cache.text_cache_path(folder, stem) for stem in ("a[b]", "old")]
+    texts = [text_cache.text_cache_path(folder, stem) for stem in ("a[b]", "old")]
     others = [
         folder / name for name in ("lora_wan.safetensors", "old.png", "old_0064x0064_flux.safetensors", "old.txt")
     ]
     for path in (*latents, *texts, *others):
         path.touch()
     assert cache.list_latent_caches(folder) == latents
-    assert cache.list_text_caches(folder) == texts
-    assert cache.remove_except(cache.list_latent_caches(folder), {latents[0], latents[2]}) == [latents[1]]
+    assert text_cache.list_text_caches(folder) == texts
+    assert cache_files.remove_except(cache.list_latent_caches(folder), {latents[0], latents[2]}) == [latents[1]]
     assert sorted(folder.iterdir()) == sorted([latents[0], latents[2], *texts, *others])
 
 
 def test_a_text_cache_has_the_key_and_metadata_of_the_reference(tmp_path):
-    path = cache.text_cache_path(tmp_path, "image")
+    path = text_cache.text_cache_path(tmp_path, "image")
     assert path.name == "image_wan_te.safetensors"
     embedding = torch.randn(7, 12).bfloat16()
-    cache.write_text_cache(path, embedding, "a cat")
+    text_cache.write_text_cache(path, embedding, "a cat")
     assert list(load_file(path)) == ["varlen_t5_bfloat16"]
     assert metadata_of(path) == {"architecture": "wan", "caption1": "a cat", "format_version": "1.0.1"}
-    assert torch.equal(cache.read_text_cache(path), embedding)
-    header = cache.read_text_header(path)
+    assert torch.equal(text_cache.read_text_cache(path), embedding)
+    header = text_cache.read_text_header(path)
     assert (header.length, header.width, header.caption) == (7, 12, "a cat")
 
 
 def test_writing_a_text_cache_again_replaces_the_embedding_and_keeps_other_keys(tmp_path, caplog):
-    path = cache.text_cache_path(tmp_path, "image")
+    path = text_cache.text_cache_path(tmp_path, "image")
     save_file({"varlen_t5_bfloat16": torch.ones(3, 4).bfloat16(), "mine": torch.ones(2)}, path, {"caption1": "old"})
-    cache.write_text_cache(path, torch.zeros(5, 4), "new", TextSettings(t5="t", dtype="float32"))
+    text_cache.write_text_cache(path, torch.zeros(5, 4), "new", TextSettings(t5="t", dtype="float32"))
     assert {key: list(tensor.shape) for key, tensor in load_file(path).items()} == {
         "varlen_t5_float32": [5, 4],
         "mine": [2],
     }
-    assert cache.read_text_header(path).caption == "new"
+    assert text_cache.read_text_header(path).caption == "new"
     assert "the caption has changed" in caplog.text
 
 
 def test_settings_are_not_kept_from_a_file_whose_embedding_is_replaced(tmp_path):
-    path = cache.text_cache_path(tmp_path, "image")
-    cache.write_text_cache(path, torch.zeros(5, 4), "a", TextSettings(t5="t", dtype="float32"))
-    cache.write_text_cache(path, torch.zeros(5, 4), "a")
+    path = text_cache.text_cache_path(tmp_path, "image")
+    text_cache.write_text_cache(path, torch.zeros(5, 4), "a", TextSettings(t5="t", dtype="float32"))
+    text_cache.write_text_cache(path, torch.zeros(5, 4), "a")
     assert "settings" not in metadata_of(path)
 
 
 def test_a_damaged_text_cache_is_named_stale_and_replaced(tmp_path, caplog):
-    path = cache.text_cache_path(tmp_path, "image")
+    path = text_cache.text_cache_path(tmp_path, "image")
     path.write_bytes(b"nonsense")
-    for read in (cache.read_text_header, cache.read_text_cache):
+    for read in (text_cache.read_text_header, text_cache.read_text_cache):
         with pytest.raises(ConfigError, match=r"image_wan_te\.safetensors: cannot be read"):
             read(path)
-    assert cache.text_stale_reason(path, "a", TextSettings(t5="t", dtype="float32")) == "no readable text cache"
-    cache.write_text_cache(path, torch.zeros(5, 4), "a")
-    assert cache.read_text_cache(path).shape == (5, 4)
+    assert text_cache.text_stale_reason(path, "a", TextSettings(t5="t", dtype="float32")) == "no readable text cache"
+    text_cache.write_text_cache(path, torch.zeros(5, 4), "a")
+    assert text_cache.read_text_cache(path).shape == (5, 4)
     assert "cannot be read" in caplog.text
 
 
@@ -328,18 +329,18 @@ def test_a_damaged_text_cache_is_named_stale_and_replaced(tmp_path, caplog):
     ],
 )
 def test_a_text_cache_is_stale_when_caption_or_encoder_differ(tmp_path, caption, settings, reason):
-    path = cache.text_cache_path(tmp_path, "image")
-    assert cache.text_stale_reason(path, caption, settings) == "not cached yet"
-    cache.write_text_cache(path, torch.ones(3, 4), "a cat", TextSettings(t5="t", dtype="bfloat16"))
-    assert cache.text_stale_reason(path, caption, settings) == reason
+    path = text_cache.text_cache_path(tmp_path, "image")
+    assert text_cache.text_stale_reason(path, caption, settings) == "not cached yet"
+    text_cache.write_text_cache(path, torch.ones(3, 4), "a cat", TextSettings(t5="t", dtype="bfloat16"))
+    assert text_cache.text_stale_reason(path, caption, settings) == reason
 
 
 def test_a_text_cache_of_musubi_tuner_is_kept_while_the_caption_is_the_same(tmp_path, caplog):
-    path = cache.text_cache_path(tmp_path, "image")
-    cache.write_text_cache(path, torch.ones(3, 4), "a cat")
+    path = text_cache.text_cache_path(tmp_path, "image")
+    text_cache.write_text_cache(path, torch.ones(3, 4), "a cat")
     caplog.set_level(logging.WARNING)
-    assert cache.text_stale_reason(path, "a cat", TextSettings(t5="t", dtype="bfloat16")) is None
-    assert cache.text_stale_reason(path, "a dog", TextSettings(t5="t", dtype="bfloat16")) == "caption changed"
+    assert text_cache.text_stale_reason(path, "a cat", TextSettings(t5="t", dtype="bfloat16")) is None
+    assert text_cache.text_stale_reason(path, "a dog", TextSettings(t5="t", dtype="bfloat16")) == "caption changed"
 
 
 def test_the_settings_are_readable_json(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dataset import cache
+from dataset import cache, text_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from utils.dtypes import dtype_name
@@ -51,8 +51,8 @@ def write_ours(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         )
         cache.write_latent_cache(cache.latent_cache_path(folder, stem, (80, 70)), made, SETTINGS)
         text = torch.arange(12.0).reshape(3 + number, -1).to(dtype)
-        settings = cache.TextSettings(t5="t", dtype=dtype_name(dtype))
-        cache.write_text_cache(cache.text_cache_path(folder, stem), text, f"a {stem}", settings)
+        settings = text_cache.TextSettings(t5="t", dtype=dtype_name(dtype))
+        text_cache.write_text_cache(text_cache.text_cache_path(folder, stem), text, f"a {stem}", settings)
 
 
 def as_theirs(source: Path, folder: Path, dtype: torch.dtype, metadata: bool) -> None:

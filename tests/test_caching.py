@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
-from dataset import cache
+from dataset import cache, text_cache
 from tests.helpers import golden, rel_l2
 from utils.errors import ConfigError
 from utils.images import open_image, resize_to_fill, to_pixels
@@ -169,8 +169,8 @@ def test_cached_texts_are_what_generation_makes_of_the_captions(data, either):
     tokenizer = tokenizer_module.load_tokenizer(either.tokenizer)
     for name, caption in zip(TEXT_NAMES, ["a red dog", "a blue dog", "a red dog"], strict=True):
         path = data / "cache" / name
-        assert cache.read_text_header(path).caption == caption
-        assert_close(cache.read_text_cache(path), encode_text(model, tokenizer, [caption], torch.device("cpu"))[0])
+        assert text_cache.read_text_header(path).caption == caption
+        assert_close(text_cache.read_text_cache(path), encode_text(model, tokenizer, [caption], torch.device("cpu"))[0])
 
 
 def test_an_image_has_the_same_latents_alone_and_in_a_batch(made):
@@ -379,7 +379,7 @@ def test_flags_without_a_meaning_here_are_accepted_with_a_warning(data, made, ca
 
 def test_an_fp8_text_encoder_gives_nearly_the_same_embeddings(data, made):
     def embeddings():
-        return torch.cat([cache.read_text_cache(path).float() for path in sorted((data / "cache").iterdir())])
+        return torch.cat([text_cache.read_text_cache(path).float() for path in sorted((data / "cache").iterdir())])
 
     cache_texts(data, made)
     plain = embeddings()

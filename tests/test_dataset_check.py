@@ -12,18 +12,12 @@ from PIL import Image
 
 import wan_dataset
 from dataset import likeness
-from dataset.cache import (
-    LatentCache,
-    latent_cache_path,
-    latent_settings,
-    text_cache_path,
-    write_latent_cache,
-    write_text_cache,
-)
+from dataset.cache import LatentCache, latent_cache_path, latent_settings, write_latent_cache
 from dataset.check import check
 from dataset.config import read_config
 from dataset.problems import KINDS, Problem
 from dataset.sources import find_all_items
+from dataset.text_cache import text_cache_path, write_text_cache
 from utils import images
 from utils.errors import ConfigError
 from utils.images import Resize, resize_to_fill

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import dataset.cache
+import dataset.cache_files
 from tests.option_runs import SCRIPTS, words
 from tests.project import cache, dataset_toml
 from utils import cli
@@ -69,7 +69,7 @@ def assert_whole(folder: str) -> None:
 @pytest.mark.parametrize("script", CACHING)
 def test_caching_stops_with_one_line_and_leaves_whole_files(script, monkeypatch, capsys):
     before, calls = contents(f"cache/{FILES_OF[script]}"), []
-    write = dataset.cache.save_file
+    write = dataset.cache_files.save_file
 
     def second_fails(tensors, path, metadata):
         calls.append(path)
@@ -79,7 +79,7 @@ def test_caching_stops_with_one_line_and_leaves_whole_files(script, monkeypatch,
         write(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.cache, "save_file", second_fails)
+        patch.setattr(dataset.cache_files, "save_file", second_fails)
         assert run(script, "--dataset_config data.toml", patch) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "disk" in line or "Error" in line]
     assert len(errors) == 1 and errors[0].startswith(f"error: the disk is full (cache{os.sep}")

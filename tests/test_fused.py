@@ -1,6 +1,7 @@
 """The fused DiT and VAE against the reference, with their operations in plain PyTorch. The kernels: test_kernels.py."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from wan.fused import plain as fused_plain
 from wan.fused.dit import Residual, fuse_
 from wan.fused.vae import fuse_vae_
 from wan.memory.fp8 import fp8_entries, is_inner_dit_weight, use_fp8_
+from wan.models import checkpoints
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 from wan.models.options import VAEConfig
 from wan.nets import vae
@@ -236,10 +238,12 @@ def test_fp8_products_are_refused_on_gpus_without_them(monkeypatch):
 )
 def test_the_vae_is_fused_in_16_bits_where_that_runs(monkeypatch, settings, able, fused):
     asked = []
-    monkeypatch.setattr(wan.models.options, "can_fuse", lambda device: able)
-    monkeypatch.setattr(wan.models.options, "fuse_vae_", asked.append)
-    monkeypatch.setattr(wan.models.options.load, "load_vae", lambda path, dtype, device: "the VAE")
-    assert VAEConfig(**settings).load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
+    monkeypatch.setattr(checkpoints, "can_fuse", lambda device: able)
+    monkeypatch.setattr(checkpoints, "fuse_vae_", asked.append)
+    monkeypatch.setattr(checkpoints.load, "load_vae", lambda path, dtype, device: "the VAE")
+    monkeypatch.setattr(wan.models.options.load, "inspect_vae", lambda path: None)
+    checkpoint = VAEConfig(Path(__file__), **settings).resolve()
+    assert checkpoint.load(CPU) == "the VAE" and asked == (["the VAE"] if fused else [])
 
 
 def channel_norm(x, gain, silu):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dataset import cache
+from dataset import cache, text_cache
 from dataset.cache import LatentCache
 from dataset.config import read_config
 from dataset.loader import BatchItems, BatchLoader, TrainingBatch, TrainingSet, clip_for, load_batch, rank_slice
@@ -36,7 +36,7 @@ def write(folder, stem, made=None, size=(32, 16), text=True):
     path = cache.latent_cache_path(folder, stem, size)
     cache.write_latent_cache(path, made or cached(LAYOUT))
     if text:
-        cache.write_text_cache(cache.text_cache_path(folder, stem), torch.full((len(stem), 3), 0.5), stem)
+        text_cache.write_text_cache(text_cache.text_cache_path(folder, stem), torch.full((len(stem), 3), 0.5), stem)
     return path
 
 
@@ -173,7 +173,7 @@ def test_the_right_size_gives_no_warning(mixed, tmp_path, caplog):
 def test_a_damaged_file_is_found_before_training(tmp_path, kind):
     path = write(tmp_path / "0", "a") if kind == "latents" else None
     write(tmp_path / "0", "a")
-    path = path or cache.text_cache_path(tmp_path / "0", "a")
+    path = path or text_cache.text_cache_path(tmp_path / "0", "a")
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ConfigError, match=path.name):
         TrainingSet(config(tmp_path, ""), seed=1)

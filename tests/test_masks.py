@@ -25,7 +25,7 @@ from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout
 from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
-from wan.models.options import VAEConfig
+from wan.models.checkpoints import VAECheckpoint
 from wan.models.tasks import TASKS
 from wan.training.loss import flow_matching_loss
 
@@ -180,7 +180,7 @@ def test_masks_reach_the_cache_and_items_without_one_keep_every_bit(masked):
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_generation_makes_the_condition_that_is_cached(masked, monkeypatch, dtype):
     if dtype == "bf16":
-        monkeypatch.setattr("tests.project.VAEConfig", partial(VAEConfig, vae_dtype="bf16"))
+        monkeypatch.setattr("tests.project.VAECheckpoint", partial(VAECheckpoint, chosen_dtype=torch.bfloat16))
         cache_latents(dataset_toml("masked_bf16", "target", "faces", EDIT), "--vae_dtype", "bf16")
     line = I2V.replace("--ci data/start/cat.png", "--ci data/faces/cat.png --cim data/faces/cat_mask.png")
     item = cached("masked" if dtype == "float32" else "masked_bf16", "cat")

@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import wan.generation.run
+import wan.generation.start
 import wan.training.run
-import wan_generate_video
 from dataset.loader import BucketCount
 from tests.project import MODELS, from_lines, generate, train
 from tests.test_preview import FLAGS
 from utils.errors import ConfigError
 from wan.lora.options import NetworkConfig
 from wan.memory import host
+from wan.models.checkpoints import T5Checkpoint
 from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, meta_dit, training_parts
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.models.options import T5Config
-from wan.models.plan import Choice, Plan, Room, plan_generation, plan_t5, plan_training
+from wan.models.plan import Choice, Plan, Room, chosen_plan, plan_generation, plan_t5, plan_training
 from wan.nets.spec import DiTSpec
 from wan.training.step import TrainingStep
 
@@ -140,7 +140,7 @@ def test_the_plan_says_what_it_chose_and_what_that_needs():
 
 def test_what_somebody_else_has_chosen_has_no_next_choice():
     memory = GenerationMemoryConfig(blocks_to_swap=2)
-    plan = Plan.of(memory)
+    plan = chosen_plan(memory, lambda: pytest.fail("nothing is to be chosen"))
     assert plan.memory is memory and not plan.step_down()
 
 
@@ -227,13 +227,13 @@ def test_generation_loads_anew_and_makes_every_picture(monkeypatch):
         from_lines("i2v", "ended", *lines)
     calls.clear()
     choices = plan_of(GenerationMemoryConfig(), SWAPPED_IN_GENERATION)
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: choices)
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: choices)
     made = from_lines("i2v", "scarce", *lines, flags=("--memory", "auto"))
     assert len(calls) == 4 and made == expected
 
 
 def test_the_recipe_names_what_was_chosen(monkeypatch):
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan_of(SWAPPED_IN_GENERATION))
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: plan_of(SWAPPED_IN_GENERATION))
     (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
     (same,) = generate("i2v", "swapped", *FLAGS, "--blocks_to_swap", "1")
     assert path.read_bytes() == same.read_bytes()
@@ -244,22 +244,22 @@ def test_the_recipe_names_what_was_chosen(monkeypatch):
 
 @pytest.fixture
 def room_for_less_than_t5(monkeypatch):
-    t5 = T5Config(Path(MODELS["t5"]))
-    bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.t5, weights_only=True).values())
+    t5 = T5Checkpoint(Path(MODELS["t5"]))
+    bytes_in_float32 = 4 * sum(tensor.numel() for tensor in torch.load(t5.path, weights_only=True).values())
     assert t5.size(torch.device("cpu")) == bytes_in_float32
     monkeypatch.setattr(Room, "on", lambda device: Room(bytes_in_float32 - 1, math.inf))
     return bytes_in_float32
 
 
 def test_t5_stays_as_it_is_where_it_fits(room_for_less_than_t5):
-    config, cpu = T5Config(Path(MODELS["t5"])), torch.device("cpu")
-    assert plan_t5(config, cpu, Room(room_for_less_than_t5, 0)) == config
-    assert plan_t5(config, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(config, fp8_t5=True)
-    assert replace(config, t5_dtype="bf16").size(cpu) == room_for_less_than_t5 // 2
+    t5, cpu = T5Checkpoint(Path(MODELS["t5"])), torch.device("cpu")
+    assert plan_t5(t5, cpu, Room(room_for_less_than_t5, 0)) == t5
+    assert plan_t5(t5, cpu, Room(room_for_less_than_t5 - 1, 0)) == replace(t5, fp8=True)
+    assert replace(t5, chosen_dtype=torch.bfloat16).size(cpu) == room_for_less_than_t5 // 2
 
 
 def test_pictures_and_recipes_are_those_of_fp8_t5_where_t5_does_not_fit(monkeypatch, room_for_less_than_t5, caplog):
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan_of(GenerationMemoryConfig()))
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: plan_of(GenerationMemoryConfig()))
     (path,) = generate("i2v", "planned", *FLAGS, "--memory", "auto")
     assert caplog.text.count("its weights become fp8") == 1
     (same,) = generate("i2v", "told", *FLAGS, "--fp8_t5")

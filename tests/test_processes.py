@@ -265,7 +265,7 @@ def test_the_files_for_accelerate_say_ddp_and_fsdp2():
 )
 def test_what_fsdp2_cannot_do_is_refused_before_weights_load(monkeypatch, tmp_path, flags, words):
     monkeypatch.setattr(training_start.AcceleratorState, "is_fsdp2", True)
-    monkeypatch.setattr(training_start.DiTConfig, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(training_start.DiTCheckpoint, "load", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=words):
         wan_train_network.main(arguments(str(tmp_path), *flags, steps=1))
 

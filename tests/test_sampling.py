@@ -9,6 +9,8 @@ from tests.helpers import golden, rel_l2
 from utils.errors import ConfigError
 from wan.generation.sampling import SOLVERS, Schedule, guided, sample, schedule, shifted
 
+RECORDED = ("unipc", "dpm++", "vanilla")  # solvers of the reference
+
 
 def curved(x, timestep, step):
     """The velocity field of the recorded trajectories."""
@@ -16,7 +18,7 @@ def curved(x, timestep, step):
     return torch.sin(1.3 * x + 2 * s) + 0.25 * x - 0.4 * torch.cos(3 * s)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", RECORDED)
 def test_schedules_equal_the_recorded_ones_bit_for_bit(solver):
     recorded = golden("samplers")
     for steps in (4, 10, 20, 50):
@@ -26,7 +28,7 @@ def test_schedules_equal_the_recorded_ones_bit_for_bit(solver):
             assert torch.equal(ours.timesteps, recorded[f"{name}_timesteps"].float()), name
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", RECORDED)
 @pytest.mark.parametrize(("steps", "shift"), [(4, 3), (10, 5), (20, 5), (20, 7)])
 def test_solvers_follow_the_recorded_trajectories(solver, steps, shift):
     recorded, name, path = golden("samplers"), f"{solver}_n{steps}_shift{shift}", []

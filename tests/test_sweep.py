@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import wan.files.load
+import wan.generation.start
 import wan.generation.sweep
 import wan_generate_video
 from tests.project import ENCODERS, model_flags, pixels
@@ -149,7 +150,7 @@ def test_when_memory_runs_out_at_another_multiplier_the_next_choice_makes_the_sa
     expected = [pixels(path) for path in generate("again", *sweep)]
     memories = GenerationMemoryConfig(), GenerationMemoryConfig(blocks_to_swap=1)
     plan = Plan([Choice(memory, {"all": size}) for memory, size in zip(memories, (1, 0), strict=True)], Room(1, 1))
-    monkeypatch.setattr(wan_generate_video, "plan_generation", lambda *_: plan)
+    monkeypatch.setattr(wan.generation.start, "plan_generation", lambda *_: plan)
     original, failing = wan.files.load.merge_again_, [True]
 
     def merge_again_(*arguments):

@@ -20,20 +20,16 @@ from dataset.cache import (
     EncoderFacts,
     LatentCache,
     LatentSettings,
-    TextSettings,
     latent_cache_path,
     latent_settings,
     latent_stale_reason,
     list_latent_caches,
-    list_text_caches,
-    remove_except,
-    text_cache_path,
-    text_stale_reason,
     write_latent_cache,
-    write_text_cache,
 )
+from dataset.cache_files import remove_except
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items, find_all_targets
+from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir
@@ -115,14 +111,13 @@ def run_latents(
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
     config, items = run.read(find_all_items, run.one_frame_layout)
-    vae.check()
-    clip.check()
+    vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
     models = EncoderFacts(
-        vae=fingerprint(vae.vae),
-        clip=fingerprint(clip.clip),
-        vae_dtype=dtype_name(vae.dtype(device)),
-        clip_dtype=dtype_name(clip.dtype(device)),
+        vae=fingerprint(vae_file.path),
+        clip=fingerprint(clip_file.path),
+        vae_dtype=dtype_name(vae_file.dtype(device)),
+        clip_dtype=dtype_name(clip_file.dtype(device)),
     )
     todo, warned = items, set[Path]()
     if run.skip_existing:
@@ -134,15 +129,15 @@ def run_latents(
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
     if todo:
-        cache_latents(config, todo, vae.load(device), clip.load(device), models, run)
+        cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
     _clean(run, config, items, list_latent_caches, latent_path, processes)
 
 
 def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
     config, items = run.read(find_all_targets)
-    t5.check()
-    settings = TextSettings(t5=fingerprint(t5.t5), dtype=dtype_name(t5.dtype(device)))
+    t5_file = t5.resolve()
+    settings = TextSettings(t5=fingerprint(t5_file.path), dtype=dtype_name(t5_file.dtype(device)))
     todo, warned = items, set[Path]()
     if run.skip_existing:
 
@@ -152,7 +147,7 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
-        model, tokenizer = t5.load(device)
+        model, tokenizer = t5_file.load(device)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
     _clean(run, config, items, list_text_caches, text_path, processes)

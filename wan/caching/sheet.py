@@ -78,11 +78,10 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
     items = find_all_items(config)
     shown = [items[i * len(items) // run.limit] for i in range(run.limit)] if len(items) > run.limit else items
     decode = None
-    if vae.vae is not None:
-        vae.check()
+    vae_file = None if vae.vae is None else vae.resolve()
     require_writable_dir(run.output.parent, "--output")
-    if vae.vae is not None:
-        model = vae.load(device.resolve())
+    if vae_file is not None:
+        model = vae_file.load(device.resolve())
 
         def decode(item: Item) -> tuple[Tile, ...]:
             folder = config.datasets[item.dataset].cache_directory

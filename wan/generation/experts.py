@@ -9,8 +9,9 @@ import torch
 from utils.stopwatch import Stopwatch
 from wan.generation.on_demand import AfterUse, OnDemand
 from wan.lora.merge import Merger
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, apply_memory_options_
-from wan.models.options import DiTConfig, LoRAConfig
+from wan.models.options import LoRAConfig
 from wan.models.plan import Plan
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
@@ -81,13 +82,13 @@ class Experts:
 class DiTFiles:
     """A DiT file, and the LoRA files to merge into it at each choice of multipliers; all of them checked."""
 
-    dit: DiTConfig
+    dit: DiTCheckpoint
     mergers: Mapping[tuple[float, ...], Merger | None]
     attention: Attention
 
     @classmethod
     def checked(
-        cls, dit: DiTConfig, lora: LoRAConfig, attention: Attention, choices: Iterable[tuple[float, ...]]
+        cls, dit: DiTCheckpoint, lora: LoRAConfig, attention: Attention, choices: Iterable[tuple[float, ...]]
     ) -> "DiTFiles":
         """choices: all multipliers that will be asked for. Raises ConfigError for LoRA files that don't fit the DiT."""
         return cls(dit, {multipliers: lora.merger(dit, multipliers) for multipliers in choices}, attention)

@@ -7,10 +7,9 @@ from wan.frames.clip import Role
 from wan.frames.table import SHOWN, TableFrame, control_frames, frame_table, left_out, tokens_line
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.request import Request
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.estimate import describe_parts, forward_flops, frozen_bytes, generation_parts, meta_dit, time_text
 from wan.models.memory_options import MemoryConfig
-from wan.models.options import DiTConfig
-from wan.models.tasks import TaskSpec
 from wan.nets.tokens import frame_tokens
 
 
@@ -34,8 +33,7 @@ def forward_tokens(request: Request, guidance: GuidanceConfig) -> int:
 
 def explain_generation(
     requests: Sequence[Request],
-    task: TaskSpec,
-    dit: DiTConfig,
+    dit: DiTCheckpoint,
     memory: MemoryConfig,
     guidance: GuidanceConfig,
 ) -> list[str]:
@@ -57,7 +55,7 @@ def explain_generation(
     most = max((forward_tokens(request, guidance) for request in requests), default=0)
     held, _ = meta_dit(dit, dit.dtype, memory)
     rows = [
-        ("task", f"{task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
+        ("task", f"{dit.task.name}, {dit.spec.num_layers} blocks of width {dit.spec.dim}"),
         ("runs", f"T5, CLIP and the VAE once per text and image, the DiT {forwards} times over one prompt"),
         ("expected time", time_text(flops)),
         ("expected memory", describe_parts(generation_parts(frozen_bytes(held), dit.spec, most))),

@@ -18,7 +18,8 @@ from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
 from wan.generation.terminal import history_file, typed_lines
 from wan.lora.trained_for import TrainedFor
-from wan.models.options import DiTConfig, LoRAConfig
+from wan.models.checkpoints import DiTCheckpoint
+from wan.models.options import LoRAConfig
 from wan.models.tasks import TaskSpec
 
 log = logging.getLogger(__name__)
@@ -96,10 +97,9 @@ class MergedModelConfig(Section):
             raise ConfigError(f"--save_merged_model {path}: must end in .safetensors")
 
 
-def write_merged_model(path: Path, dit: DiTConfig, lora: LoRAConfig) -> None:
+def write_merged_model(path: Path, dit: DiTCheckpoint, lora: LoRAConfig) -> None:
     """Merge in the dtype of the DiT, on the CPU. Names are the official ones; the metadata name the LoRA files."""
     require_writable_dir(path.parent, "--save_merged_model")
-    dit.check()
     merger = lora.merger(dit)
     save_dit(path, dit.load(torch.device("cpu"), merger=merger), {"merged_loras": ", ".join(lora.names)})
     log.info("saved %s", path)

@@ -28,7 +28,7 @@ from wan.generation.on_demand import AfterUse, OnDemand
 from wan.generation.preview import LatentPreview, synthetic_images
 from wan.generation.request import Request
 from wan.generation.sampling import Schedule
-from wan.models.options import CLIPConfig, T5Config, VAEConfig
+from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
 from wan.nets.spec import LATENT_CHANNELS, VAE_STRIDE
@@ -64,9 +64,9 @@ class Pipeline:
 
     def __init__(
         self,
-        vae: VAEConfig,
-        t5: T5Config,
-        clip: CLIPConfig,
+        vae: VAECheckpoint,
+        t5: T5Checkpoint,
+        clip: CLIPCheckpoint,
         device: torch.device,
         after_use: AfterUse = AfterUse.DROP,
     ) -> None:
@@ -74,7 +74,7 @@ class Pipeline:
         self._vae = OnDemand("VAE", vae.load, device, self.stopwatch, AfterUse.KEEP)
         self._t5 = OnDemand("T5", self._load_t5, device, self.stopwatch, after_use)
         self._clip = OnDemand("CLIP", clip.load, device, self.stopwatch, after_use)
-        self._t5_config = t5
+        self._t5_file = t5
         self._tokenizer: PreTrainedTokenizerBase  # comes with T5
         self._texts: dict[str, Tensor] = {}
         self._features: dict[FileVersion, Tensor] = {}
@@ -83,7 +83,7 @@ class Pipeline:
 
     def _load_t5(self, device: torch.device) -> "UMT5EncoderModel":
         model: UMT5EncoderModel
-        model, self._tokenizer = self._t5_config.load(device)
+        model, self._tokenizer = self._t5_file.load(device)
         return model
 
     def encode(self, requests: Sequence[Request]) -> list[Encoded]:
@@ -99,10 +99,8 @@ class Pipeline:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
         """Normalised latents [16, n, H, W] -> the last picture of that video; see `Encoding.target`."""
-        with self.stopwatch.stage("decoding"):
-            with self._vae.on_device() as vae:
-                pixels = vae.decode(latents[None].to(self.device))
-            return from_pixels(pixels[0, :, -1].float().cpu())
+        with self.stopwatch.stage("decoding"), self._vae.on_device() as vae:
+            return decode_latents(vae, latents, self.device)
 
     @torch.inference_mode()
     def fit_preview(self, requests: Sequence[Request]) -> LatentPreview:
@@ -151,6 +149,12 @@ class Pipeline:
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
             conditioning=conditioning.select(request.clip.slots_in(clip))._replace(clip=features),
         )
+
+
+@torch.inference_mode()
+def decode_latents(vae: WanVAE, latents: Tensor, device: torch.device) -> Image.Image:
+    """Normalised latents [16, n, H, W] -> the last picture of that video; see `Encoding.target`."""
+    return from_pixels(vae.decode(latents[None].to(device))[0, :, -1].float().cpu())
 
 
 @torch.no_grad()  # no inference mode: FSDP2 keeps the buffers of its first call, and training can't use such tensors

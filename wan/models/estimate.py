@@ -14,8 +14,8 @@ from wan.memory.block_swap import SLOTS
 from wan.memory.fp8 import quantize
 from wan.memory.margins import TRAINED_BYTES
 from wan.memory.sharding import local_shard
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.memory_options import MemoryConfig, TrainingMemoryConfig
-from wan.models.options import DiTConfig
 from wan.nets.dit import WanDiT
 from wan.nets.spec import CLIP_IMAGES, CLIP_TOKENS, TEXT_LENGTH, DiTSpec
 
@@ -29,12 +29,12 @@ _PASS_BYTES = 32  # per token and channel while a block computes without gradien
 
 
 @overload
-def meta_dit(config: DiTConfig, dtype: torch.dtype, memory: MemoryConfig) -> tuple[WanDiT, None]: ...
+def meta_dit(checkpoint: DiTCheckpoint, dtype: torch.dtype, memory: MemoryConfig) -> tuple[WanDiT, None]: ...
 
 
 @overload
 def meta_dit(
-    config: DiTConfig,
+    checkpoint: DiTCheckpoint,
     dtype: torch.dtype,
     memory: MemoryConfig,
     network: NetworkConfig,
@@ -43,7 +43,7 @@ def meta_dit(
 
 
 def meta_dit(
-    config: DiTConfig,
+    checkpoint: DiTCheckpoint,
     dtype: torch.dtype,
     memory: MemoryConfig,
     network: NetworkConfig | None = None,
@@ -54,7 +54,7 @@ def meta_dit(
     Of a network all layers are trained, those of left-out blocks too.
     """
     with torch.device("meta"):
-        dit = WanDiT(config.spec).to(dtype).requires_grad_(False)
+        dit = WanDiT(checkpoint.spec).to(dtype).requires_grad_(False)
         made = inject_lora_(dit, network, weights=weights) if network else None
     if memory.fp8_kind:
         for module in dit.blocks.modules():

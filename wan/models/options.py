@@ -1,7 +1,7 @@
-"""Which model files a run uses, in which dtype and on which device: the flags, the early checks and the loading.
+"""Which model files a run uses, and in which dtype: one section per model.
 
-One section per model, so that a script shows the flags of the models that it uses. `check()` reads headers only and is
-called before any weights load; `load()` reads the weights.
+A script shows the flags of the models that it uses. `resolve()` reads headers only, and gives the model file that
+`wan.models.checkpoints` loads.
 """
 
 import logging
@@ -20,17 +20,14 @@ from utils.errors import ConfigError
 from utils.files import require_file
 from utils.options import Section, option
 from wan.files import load
-from wan.files import tokenizer as tokenizer_module
 from wan.files.names import release_files
-from wan.fused.dit import can_fuse
-from wan.fused.vae import fuse_vae_
+from wan.files.tokenizer import check_tokenizer
 from wan.lora.files import LoRAFile, choose_modules, read_lora
 from wan.lora.merge import Merger
 from wan.lora.trained_for import TrainedFor, layout_from_metadata, size_from_metadata
-from wan.models.memory_options import MemoryConfig
-from wan.models.tasks import TASKS, UNSUPPORTED_TASKS, TaskSpec, resolve_task
-from wan.nets.attention import Attention, sdpa, select_attention
-from wan.nets.dit import WanDiT
+from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
+from wan.models.tasks import TASKS, UNSUPPORTED_TASKS, resolve_task
+from wan.nets.attention import Attention, select_attention
 from wan.nets.spec import DiTSpec
 
 if TYPE_CHECKING:
@@ -38,11 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Group = TypeVar("Group", bound="DataclassInstance")
-
-
-def default_dtype(device: torch.device, on_gpu: torch.dtype) -> torch.dtype:
-    """The reference's half precision on a GPU; float32 on a CPU, where half precision is slow or missing."""
-    return torch.float32 if device.type == "cpu" else on_gpu
 
 
 def _dtype(name: str | None, flag: str) -> torch.dtype | None:
@@ -115,58 +107,17 @@ class DiTConfig(Section):
         if dtype is not None and dtype.itemsize == 1:
             raise ConfigError(f"--dit_dtype {self.dit_dtype}: nothing can be computed in fp8; see --fp8_scaled")
 
-    @cached_property
-    def spec(self) -> DiTSpec:
-        """Dimensions and kind of the checkpoint, read from its header."""
-        return load.inspect_dit(_required(self.dit, "--dit", "DiT checkpoint"))
+    def resolve(self) -> DiTCheckpoint:
+        """The checkpoint, from its header. Raises ConfigError unless it is a Wan2.1 DiT of the kind of `--task`.
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the model, by official name."""
-        with torch.device("meta"):
-            return {name: tuple(tensor.shape) for name, tensor in WanDiT(self.spec).state_dict().items()}
-
-    @cached_property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype of the checkpoint, read from its header."""
-        return load.dit_dtype(_required(self.dit, "--dit", "DiT checkpoint"))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it is loaded in where nothing else is asked for."""
-        return _dtype(self.dit_dtype, "--dit_dtype") or self.stored_dtype
-
-    def check(self) -> TaskSpec:
-        """The task, after comparing `--task` with the checkpoint. Only i2v and flf2v models take control images."""
-        task = resolve_task(self.task, self.spec)
-        if task.model_type == "t2v":
-            raise ConfigError(f"--dit {self.dit}: is a text-to-video model; one-frame use needs i2v-14B or flf2v-14B")
-        return task
-
-    def load(
-        self,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        merger: Merger | None = None,
-        attention: Attention = sdpa,
-        memory: MemoryConfig | None = None,
-    ) -> WanDiT:
-        """The frozen DiT; `--dit_dtype` wins over `dtype`, which wins over the file's.
-
-        memory: fp8 weights and blocks in host memory are made while loading; `apply_memory_options_` does the rest.
+        Only i2v and flf2v models take control images.
         """
-        dtype = _dtype(self.dit_dtype, "--dit_dtype") or dtype
-        fp8, on_host = (memory.fp8_kind, memory.blocks_to_swap) if memory else (None, 0)
-        dit = load.load_dit(self.dit, dtype, device, merger, attention, fp8=fp8, blocks_on_host=on_host)
-        for line in merger.report() if merger else ():
-            log.info("LoRA %s", line)
-        return dit
-
-    def merge_again_(self, dit: WanDiT, device: torch.device, merger: Merger) -> None:
-        """Into the loaded `dit`, in place of what was merged: the same LoRA files at other multipliers."""
-        load.merge_again_(dit, self.dit, device, merger, merger.names)
-        for line in merger.report():
-            log.info("LoRA %s", line)
+        path = _required(self.dit, "--dit", "DiT checkpoint")
+        spec = load.inspect_dit(path)
+        task = resolve_task(self.task, spec)
+        if task.model_type == "t2v":
+            raise ConfigError(f"--dit {path}: is a text-to-video model; one-frame use needs i2v-14B or flf2v-14B")
+        return DiTCheckpoint(path, task, spec, load.dit_dtype(path), _dtype(self.dit_dtype, "--dit_dtype"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +208,7 @@ class LoRAConfig(Section):
             log.warning("the LoRA files were trained at different indices: %s", " and ".join(sorted(map(str, layouts))))
         return TrainedFor(*(found.pop() if len(found) == 1 else None for found in (layouts, sizes)))
 
-    def merger(self, dit: DiTConfig, multipliers: tuple[float, ...] | None = None) -> Merger | None:
+    def merger(self, dit: DiTCheckpoint, multipliers: tuple[float, ...] | None = None) -> Merger | None:
         """Checks the files. multipliers: in place of `lora_multiplier`."""
         chosen = [
             choose_modules(file, include, exclude)
@@ -268,7 +219,7 @@ class LoRAConfig(Section):
 
 
 def build_merger(
-    files: Sequence[LoRAFile], multipliers: tuple[float, ...], dit: DiTConfig, flag: str, multiplier_flag: str
+    files: Sequence[LoRAFile], multipliers: tuple[float, ...], dit: DiTCheckpoint, flag: str, multiplier_flag: str
 ) -> Merger | None:
     """Merger of LoRA files, checked against the DiT's header; None without files. Missing multipliers are 1."""
     if len(multipliers) > len(files):
@@ -295,20 +246,11 @@ class VAEConfig(Section):
         super().__post_init__()
         _dtype(self.vae_dtype, "--vae_dtype")
 
-    def check(self) -> None:
-        """Raise ConfigError unless the file is a Wan2.1 VAE."""
-        load.inspect_vae(_required(self.vae, "--vae", "Wan2.1 VAE"))
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that images are encoded and decoded in."""
-        return _dtype(self.vae_dtype, "--vae_dtype") or default_dtype(device, torch.bfloat16)
-
-    def load(self, device: torch.device):
-        """The VAE in its dtype for `device`."""
-        vae = load.load_vae(self.vae, self.dtype(device), device)
-        if self.vae_backend == "auto" and self.dtype(device).itemsize == 2 and can_fuse(device):
-            fuse_vae_(vae)
-        return vae
+    def resolve(self) -> VAECheckpoint:
+        """The checkpoint. Raises ConfigError unless its header is that of a Wan2.1 VAE."""
+        path = _required(self.vae, "--vae", "Wan2.1 VAE")
+        load.inspect_vae(path)
+        return VAECheckpoint(path, _dtype(self.vae_dtype, "--vae_dtype"), may_fuse=self.vae_backend == "auto")
 
 
 @dataclass(frozen=True)
@@ -324,28 +266,19 @@ class T5Config(Section):
         super().__post_init__()
         _dtype(self.t5_dtype, "--t5_dtype")
 
-    def check(self, spec: DiTSpec | None = None) -> None:
-        """Raise ConfigError unless this is a umT5 encoder of the width that the DiT takes, and has a tokenizer."""
-        width = load.inspect_t5(_required(self.t5, "--t5", "umT5-XXL encoder"))
+    def resolve(self, spec: DiTSpec | None = None) -> T5Checkpoint:
+        """The checkpoint and its tokenizer.
+
+        Raises ConfigError unless it is a umT5 encoder, of the width that the DiT of `spec` takes, and has a tokenizer.
+        """
+        path = _required(self.t5, "--t5", "umT5-XXL encoder")
+        width = load.inspect_t5(path)
         if spec is not None and width != spec.text_dim:
             raise ConfigError(
-                f"--t5 {self.t5}: its width is {width}, the DiT takes {spec.text_dim}; use the T5 of the DiT"
+                f"--t5 {path}: its width is {width}, the DiT takes {spec.text_dim}; use the T5 of the DiT"
             )
-        tokenizer_module.check_tokenizer(self.t5_tokenizer)
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that captions are encoded in."""
-        return _dtype(self.t5_dtype, "--t5_dtype") or default_dtype(device, torch.bfloat16)
-
-    def size(self, device: torch.device) -> int:
-        """Bytes of its weights on `device`, without fp8."""
-        return load.count_t5(self.t5) * self.dtype(device).itemsize
-
-    def load(self, device: torch.device):
-        """(T5 encoder, tokenizer)."""
-        tokenizer = tokenizer_module.load_tokenizer(self.t5_tokenizer)
-        fp8 = "cast" if self.fp8_t5 else None
-        return load.load_t5(self.t5, self.dtype(device), device, fp8), tokenizer
+        check_tokenizer(self.t5_tokenizer)
+        return T5Checkpoint(path, self.t5_tokenizer, _dtype(self.t5_dtype, "--t5_dtype"), self.fp8_t5)
 
 
 @dataclass(frozen=True)
@@ -359,16 +292,10 @@ class CLIPConfig(Section):
         super().__post_init__()
         _dtype(self.clip_dtype, "--clip_dtype")
 
-    def check(self, spec: DiTSpec | None = None) -> None:
-        """Raise ConfigError unless the file is a CLIP image encoder of the width that the DiT takes."""
-        width = load.inspect_clip(_required(self.clip, "--clip", "CLIP image encoder"))
+    def resolve(self, spec: DiTSpec | None = None) -> CLIPCheckpoint:
+        """The checkpoint. Raises ConfigError unless it is a CLIP image encoder, of the width that the DiT takes."""
+        path = _required(self.clip, "--clip", "CLIP image encoder")
+        width = load.inspect_clip(path)
         if spec is not None and width != spec.image_dim:
-            raise ConfigError(f"--clip {self.clip}: its width is {width}, the DiT takes {spec.image_dim}; use its CLIP")
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype that CLIP features are computed in."""
-        return _dtype(self.clip_dtype, "--clip_dtype") or default_dtype(device, torch.float16)
-
-    def load(self, device: torch.device):
-        """The image encoder in its dtype for `device`."""
-        return load.load_clip(self.clip, self.dtype(device), device)
+            raise ConfigError(f"--clip {path}: its width is {width}, the DiT takes {spec.image_dim}; use its CLIP")
+        return CLIPCheckpoint(path, _dtype(self.clip_dtype, "--clip_dtype"))

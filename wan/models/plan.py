@@ -18,6 +18,7 @@ from wan.lora.options import NetworkConfig
 from wan.memory.block_swap import SLOTS
 from wan.memory.host import available_memory
 from wan.memory.margins import PLAN_MARGIN
+from wan.models.checkpoints import DiTCheckpoint, T5Checkpoint
 from wan.models.estimate import (
     Parts,
     describe_parts,
@@ -30,7 +31,6 @@ from wan.models.estimate import (
     training_parts,
 )
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig
-from wan.models.options import DiTConfig, T5Config
 from wan.nets.dit import WanDiT
 
 log = logging.getLogger(__name__)
@@ -82,11 +82,12 @@ class Plan(Generic[Memory]):
 
     @classmethod
     def of(cls, memory: Memory) -> "Plan[Memory]":
-        """The one choice that somebody else has made."""
+        """A plan of the user's own options, with no alternative."""
         return cls([Choice(memory, {})], Room(math.inf, math.inf))
 
     @property
     def memory(self) -> Memory:
+        """The options that hold."""
         return self._fits[0].memory
 
     def step_down(self) -> bool:
@@ -123,7 +124,7 @@ def chosen_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory
 
 
 def plan_training(
-    config: DiTConfig,
+    checkpoint: DiTCheckpoint,
     dtype: torch.dtype,
     memory: TrainingMemoryConfig,
     network: NetworkConfig,
@@ -132,12 +133,12 @@ def plan_training(
     room: Room,
 ) -> Plan[TrainingMemoryConfig]:
     """dtype: of the DiT in memory; weights: the LoRA that training starts from."""
-    spec, tokens = config.spec, largest_batch(buckets)
+    spec, tokens = checkpoint.spec, largest_batch(buckets)
 
     def choices() -> Iterator[Choice[TrainingMemoryConfig]]:
-        for fp8 in _precisions(config, {"fp8_base": True, "fp8_scaled": True}):
+        for fp8 in _precisions(checkpoint, {"fp8_base": True, "fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
-            dit, lora = meta_dit(config, dtype, base, network, weights)
+            dit, lora = meta_dit(checkpoint, dtype, base, network, weights)
             swaps = list(_swaps(dit, {"gradient_checkpointing": "all"}))
             offloads = [swap | {"gradient_checkpointing_cpu_offload": True} for swap in swaps]
             for options in ({}, {"gradient_checkpointing": "auto"}, *swaps, *offloads):
@@ -151,33 +152,33 @@ def plan_training(
 
 
 def plan_generation(
-    config: DiTConfig, dtype: torch.dtype, memory: GenerationMemoryConfig, tokens: int, room: Room
+    checkpoint: DiTCheckpoint, dtype: torch.dtype, memory: GenerationMemoryConfig, tokens: int, room: Room
 ) -> Plan[GenerationMemoryConfig]:
     """dtype: of the DiT in memory; tokens: of the largest forward pass."""
 
     def choices() -> Iterator[Choice[GenerationMemoryConfig]]:
-        for fp8 in _precisions(config, {"fp8_scaled": True}):
+        for fp8 in _precisions(checkpoint, {"fp8_scaled": True}):
             base = replace(memory, memory="manual", **fp8)
-            dit, _ = meta_dit(config, dtype, base)
-            yield Choice(base, generation_parts(frozen_bytes(dit), config.spec, tokens))
+            dit, _ = meta_dit(checkpoint, dtype, base)
+            yield Choice(base, generation_parts(frozen_bytes(dit), checkpoint.spec, tokens))
         for swap in _swaps(dit, {}):
             frozen, host = _split(dit, swap["blocks_to_swap"])
-            yield Choice(replace(base, **swap), generation_parts(frozen, config.spec, tokens), host)
+            yield Choice(replace(base, **swap), generation_parts(frozen, checkpoint.spec, tokens), host)
 
     return Plan(choices(), room)
 
 
-def plan_t5(t5: T5Config, device: torch.device, room: Room) -> T5Config:
+def plan_t5(t5: T5Checkpoint, device: torch.device, room: Room) -> T5Checkpoint:
     """For texts, when T5 is alone on the device: with its linear layers in fp8 if it does not fit without."""
-    if t5.fp8_t5 or (size := t5.size(device)) <= room.device:
+    if t5.fp8 or (size := t5.size(device)) <= room.device:
         return t5
     log.warning("memory: T5 takes %s, more than is free; its weights become fp8", format_bytes(size))
-    return replace(t5, fp8_t5=True)
+    return replace(t5, fp8=True)
 
 
-def _precisions(config: DiTConfig, fp8: dict[str, Any]) -> list[dict[str, Any]]:
+def _precisions(checkpoint: DiTCheckpoint, fp8: dict[str, Any]) -> list[dict[str, Any]]:
     """As the file has it, and in fp8 if the file is not."""
-    return [{}] if config.stored_dtype.itemsize == 1 else [{}, fp8]
+    return [{}] if checkpoint.stored_dtype.itemsize == 1 else [{}, fp8]
 
 
 def _swaps(dit: WanDiT, more: dict[str, Any]) -> Iterator[dict[str, Any]]:

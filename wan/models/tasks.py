@@ -22,6 +22,7 @@ class TaskSpec:
     flow_shift: float
     guidance_scale: float
     negative_prompt: str = _NEGATIVE_PROMPT
+    dim: int | None = None  # width of the model that the name stands for; None: any that no other name stands for
 
     @property
     def clip_images(self) -> int:
@@ -48,7 +49,7 @@ TASKS: dict[str, TaskSpec] = {
             negative_prompt="镜头切换，" + _NEGATIVE_PROMPT,
         ),
         TaskSpec("t2v-14B", "t2v", steps=50, flow_shift=5.0, guidance_scale=5.0),
-        TaskSpec("t2v-1.3B", "t2v", steps=50, flow_shift=5.0, guidance_scale=5.0),
+        TaskSpec("t2v-1.3B", "t2v", steps=50, flow_shift=5.0, guidance_scale=5.0, dim=1536),
     )
 }
 
@@ -66,9 +67,10 @@ def resolve_task(name: str | None, spec: DiTSpec) -> TaskSpec:
     Only the model type must fit: dimensions are free, so that small test models load under the published names.
     Raises ConfigError for an unknown or unsupported name and for a checkpoint of another model type.
     """
-    fitting = "t2v-1.3B" if spec.model_type == "t2v" and spec.dim == 1536 else f"{spec.model_type}-14B"
+    of_type = {task.dim: task for task in TASKS.values() if task.model_type == spec.model_type}
+    fitting = of_type.get(spec.dim, of_type[None])
     if name is None:
-        return TASKS[fitting]
+        return fitting
     if name in UNSUPPORTED_TASKS:
         raise ConfigError(f"--task {name}: {UNSUPPORTED_TASKS[name]}")
     if name not in TASKS:
@@ -79,6 +81,6 @@ def resolve_task(name: str | None, spec: DiTSpec) -> TaskSpec:
         images = CLIP_IMAGES[spec.model_type]
         raise ConfigError(
             f"--task {name}: the checkpoint is a {spec.model_type} model ({spec.in_dim} input channels, "
-            f"{images} CLIP images); use --task {fitting} or the {task.model_type} weights"
+            f"{images} CLIP images); use --task {fitting.name} or the {task.model_type} weights"
         )
     return task

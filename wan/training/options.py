@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from utils.dtypes import parse_dtype
+from utils.dtypes import dtype_name, parse_dtype
 from utils.errors import ConfigError
 from utils.options import Section, option
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.options import AttentionSwitches, CLIPConfig, DiTConfig, T5Config, VAEConfig
@@ -83,13 +84,13 @@ class RunConfig(Section):
             raise ConfigError(f"mixed precision '{chosen}' of accelerate is not supported; use --mixed_precision bf16")
         return chosen
 
-    def compute_dtype(self, dit: DiTConfig) -> torch.dtype:
+    def compute_dtype(self, dit: DiTCheckpoint) -> torch.dtype:
         """The dtype of the DiT's weights, which is what it computes in: that of the flags, else that of the file."""
         dtype = _COMPUTE_DTYPES[self.precision]
-        if dit.dit_dtype is not None and dtype not in (None, parse_dtype(dit.dit_dtype)):
+        if dit.chosen_dtype is not None and dtype not in (None, dit.chosen_dtype):
             raise ConfigError(
-                f"--dit_dtype {dit.dit_dtype} contradicts --mixed_precision {self.precision}: the DiT computes "
-                "in the dtype of its weights; give one of the two"
+                f"--dit_dtype {dtype_name(dit.chosen_dtype)} contradicts --mixed_precision {self.precision}: "
+                "the DiT computes in the dtype of its weights; give one of the two"
             )
         return dtype or dit.dtype
 

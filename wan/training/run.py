@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -15,11 +15,10 @@ from utils.files import require_writable_dir, written_whole
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
+from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.models.options import DiTConfig
 from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
-from wan.models.tasks import TaskSpec
 from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
 from wan.training.job import TrainingJob
@@ -33,37 +32,49 @@ from wan.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """The pictures to make while training, and the models that they take beside the DiT."""
+
+    requests: list[Request]
+    vae: VAECheckpoint
+    t5: T5Checkpoint
+    clip: CLIPCheckpoint
+
+
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
     require_writable_dir(save.output_dir, "--output_dir")
-    task, requests = _check(models, options, datasets)
+    dit_file, samples = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     cli.quiet_unless(accelerator.is_main_process)
-    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
     state = start.find_state(save)
     seed = start.shared_seed(options.run.seed, state)
-    training_set = _training_set(datasets, options, seed, models.dit)
-    merger = start.base_merger(models.dit, options.network)
-    weights = start.network_start(models.dit, options.network, state)
+    training_set = _training_set(datasets, options, seed, dit_file)
+    merger = start.base_merger(dit_file, options.network)
+    weights = start.network_start(dit_file, options.network, state)
     if accelerator.is_main_process:
         remove_leftovers(save.output_dir, save.output_name)
         _write_settings(models, options)
     step = state.progress.step if state else 0
     session_id = random.SystemRandom().getrandbits(32)
     settings = cli.values(models, options)
-    plan = _plan(models.dit, options, training_set, weights, accelerator.device)
+    plan = _plan(dit_file, options, training_set, weights, accelerator.device)
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
     ) as tracker:
-        sampler = _sampler(requests, models, options, accelerator) if requests else None
+        sampler = _sampler(samples, options, accelerator) if samples else None
 
         def train(options: TrainingOptions, state: State | None) -> None:
             dit, network = start.load_trainable(
-                models.dit, options, accelerator.device, seed, merger, weights, models.attention.function
+                dit_file, options, accelerator.device, seed, merger, weights, models.attention.function
             )
-            job = TrainingJob(session_id, task, models, options, datasets, training_set, dit, network, sampler, tracker)
+            job = TrainingJob(
+                session_id, dit_file.task, models, options, datasets, training_set, dit, network, sampler, tracker
+            )
             loop.Trainer(accelerator, job, state).run()
 
         _train_within(plan, train, options, state, accelerator)
@@ -92,16 +103,16 @@ def _train_within(
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
     datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
-    task, _ = _check(models, options, datasets)
+    dit_file, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
-    options.memory.check(models.dit.spec, models.dit.stored_dtype, accelerator.device)
+    options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
     state = start.find_state(options.save)
-    training_set = _training_set(datasets, options, options.run.seed or 0, models.dit)
-    start.base_merger(models.dit, options.network)
-    weights = start.network_start(models.dit, options.network, state)
-    options = replace(options, memory=_plan(models.dit, options, training_set, weights, accelerator.device).memory)
+    training_set = _training_set(datasets, options, options.run.seed or 0, dit_file)
+    start.base_merger(dit_file, options.network)
+    weights = start.network_start(dit_file, options.network, state)
+    options = replace(options, memory=_plan(dit_file, options, training_set, weights, accelerator.device).memory)
     if accelerator.is_main_process:
-        lines = explain_training(options, models.dit, task, training_set, weights, accelerator.num_processes)
+        lines = explain_training(options, dit_file, training_set, weights, accelerator.num_processes)
         print(*lines, sep="\n")
 
 
@@ -120,24 +131,23 @@ def show_timesteps(options: TrainingOptions, mode: str) -> None:
 
 def _check(
     models: TrainingModels, options: TrainingOptions, datasets: DatasetsConfig
-) -> tuple[TaskSpec, list[Request]]:
-    """The task and the sample requests; headers of all files that will be needed have been looked at."""
-    task = models.dit.check()
-    options.run.compute_dtype(models.dit)
+) -> tuple[DiTCheckpoint, _Samples | None]:
+    """The DiT, and the samples if there are any; headers of all files that will be needed have been looked at."""
+    dit = models.dit.resolve()
+    options.run.compute_dtype(dit)
     options.network.check()
     options.optimizer.check()
     options.noise.check()
     options.tracking.check()
     sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
-    requests = options.samples.requests(task, sampling)
-    if requests:
-        models.t5.check(models.dit.spec)
-        models.clip.check(models.dit.spec)
-        models.vae.check()
-    return task, requests
+    requests = options.samples.requests(dit.task, sampling)
+    if not requests:
+        return dit, None
+    t5, clip = models.t5.resolve(dit.spec), models.clip.resolve(dit.spec)
+    return dit, _Samples(requests, models.vae.resolve(), t5, clip)
 
 
-def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTConfig) -> TrainingSet:
+def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTCheckpoint) -> TrainingSet:
     split = options.validation.validation_split
     training_set = TrainingSet(datasets, seed, options.noise.num_timestep_buckets, split)
     training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)
@@ -146,23 +156,25 @@ def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int,
 
 
 def _plan(
-    dit: DiTConfig, options: TrainingOptions, training_set: TrainingSet, weights: LoRAFile | None, device: torch.device
+    dit: DiTCheckpoint,
+    options: TrainingOptions,
+    training_set: TrainingSet,
+    weights: LoRAFile | None,
+    device: torch.device,
 ) -> Plan[TrainingMemoryConfig]:
     memory, network, buckets = options.memory, options.network, training_set.buckets
     dtype = options.run.compute_dtype(dit)
     return chosen_plan(memory, lambda: plan_training(dit, dtype, memory, network, weights, buckets, Room.on(device)))
 
 
-def _sampler(
-    requests: list[Request], models: TrainingModels, options: TrainingOptions, accelerator: Accelerator
-) -> Sampler:
-    device, t5 = torch.device(accelerator.device), models.t5
+def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerator) -> Sampler:
+    device, t5 = torch.device(accelerator.device), samples.t5
     if options.memory.memory == "auto":
         t5 = plan_t5(t5, device, Room.on(device))
-    pipeline = Pipeline(models.vae, t5, models.clip, device)
+    pipeline = Pipeline(samples.vae, t5, samples.clip, device)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     folder = options.save.output_dir / "sample"
-    return Sampler(requests, pipeline, folder, options.save.output_name, processes, options.preview.preview)
+    return Sampler(samples.requests, pipeline, folder, options.save.output_name, processes, options.preview.preview)
 
 
 def _write_settings(models: TrainingModels, options: TrainingOptions) -> None:

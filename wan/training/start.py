@@ -17,9 +17,10 @@ from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.device import DeviceConfig, Processes
 from wan.models.memory_options import apply_memory_options_
-from wan.models.options import DiTConfig, build_merger
+from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
@@ -32,18 +33,18 @@ from wan.training.validation import Validator, validate
 log = logging.getLogger(__name__)
 
 
-def network_start(config: DiTConfig, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
+def network_start(dit_file: DiTCheckpoint, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
     """The file of --network_weights. Network, file and state are tried on a model without weights first."""
     weights = read_lora(settings.network_weights, "--network_weights") if settings.network_weights else None
     with torch.device("meta"):
-        network = inject_lora_(WanDiT(config.spec), settings, weights=weights)
+        network = inject_lora_(WanDiT(dit_file.spec), settings, weights=weights)
         if state is not None:
             network.load_state_dict(state.weights, f"--resume {state.path}")
     return weights
 
 
 def load_trainable(
-    config: DiTConfig,
+    dit_file: DiTCheckpoint,
     options: TrainingOptions,
     device: torch.device,
     seed: int,
@@ -58,7 +59,7 @@ def load_trainable(
     if AcceleratorState().is_fsdp2:
         _check_sharding(options)
         device = torch.device("cpu")  # from where each block is shared out on its own: no GPU has to hold all of them
-    dit = config.load(device, options.run.compute_dtype(config), merger, attention, options.memory)
+    dit = dit_file.load(device, options.run.compute_dtype(dit_file), merger, attention, options.memory)
     network = inject_lora_(dit, options.network, weights=weights, device=device, generator=seeded(seed, "lora"))
     apply_memory_options_(dit, options.memory, device)
     return dit, network
@@ -108,10 +109,12 @@ def _check_sharding(options: TrainingOptions) -> None:
         raise ConfigError(f"--optimizer_type {name}: FSDP2 takes the optimizers of torch.optim; use AdamW")
 
 
-def base_merger(config: DiTConfig, settings: NetworkConfig) -> Merger | None:
+def base_merger(dit_file: DiTCheckpoint, settings: NetworkConfig) -> Merger | None:
     """The LoRA files that training starts on top of, read and checked."""
     files = [read_lora(path, "--base_weights") for path in settings.base_weights]
-    return build_merger(files, settings.base_weights_multiplier, config, "--base_weights", "--base_weights_multiplier")
+    return build_merger(
+        files, settings.base_weights_multiplier, dit_file, "--base_weights", "--base_weights_multiplier"
+    )
 
 
 def find_state(save: SaveConfig) -> State | None:

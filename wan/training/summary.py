@@ -11,8 +11,8 @@ from utils.text import table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
+from wan.models.checkpoints import DiTCheckpoint
 from wan.models.estimate import expected_memory, forward_flops, meta_dit, time_text
-from wan.models.options import DiTConfig
 from wan.models.tasks import TaskSpec
 from wan.nets.spec import VAE_STRIDE, DiTSpec
 from wan.training.job import RunLength, TrainingJob
@@ -93,8 +93,7 @@ def _sizes(bucket: BucketCount) -> str:
 
 def explain_training(
     options: TrainingOptions,
-    dit: DiTConfig,
-    task: TaskSpec,
+    dit: DiTCheckpoint,
     training_set: TrainingSet,
     weights: LoRAFile | None,
     processes: int,
@@ -109,7 +108,7 @@ def explain_training(
     for (dataset, size, layout, _), item in list(groups.items())[:SHOWN]:
         lines += [f"dataset {dataset}, {'{}x{}'.format(*size)}, {layout}: for example {item.latents.name}"]
         frames = _cached_frames(item)
-        lines += [*frame_table(item.layout, frames), tokens_line(item.layout, frames, task.clip_images), ""]
+        lines += [*frame_table(item.layout, frames), tokens_line(item.layout, frames, dit.task.clip_images), ""]
     lines += left_out(len(groups))
     dtype = run.compute_dtype(dit)
     held, network = meta_dit(dit, dtype, memory, options.network, weights)
@@ -117,7 +116,7 @@ def explain_training(
     steps, total = length.steps_per_epoch, length.total_steps
     epoch = sum(_training_flops(dit.spec, training_set, recomputed=memory.gradient_checkpointing != "none"))
     rows = [
-        task_row(task, dit.spec),
+        task_row(dit.task, dit.spec),
         *dataset_rows(training_set),
         ("network", str(network.summary())),
         ("precision", f"DiT {dtype_name(dtype)}, LoRA float32"),
