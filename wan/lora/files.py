@@ -1,4 +1,4 @@
-"""LoRA, LoHa and LoKr files: reading, merging into weights, writing (docs/formats.md#lora-files)."""
+"""LoRA, LoHa and LoKr files: reading and writing (docs/formats.md#lora-files)."""
 
 import hashlib
 import json
