@@ -63,7 +63,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to mend."""
+    """One thing to fix."""
 
     code: str  # a key of KINDS
     file: str  # or the place in the configuration
