@@ -22,7 +22,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help, group in (
-        ("check", "list every problem of a dataset with its fix, and the sizes that images are resized to", CheckConfig),
+        ("check", "list every problem of a dataset with its fix, and the sizes that images get", CheckConfig),
         ("sheet", "draw the items as the model will see them", SheetOptions),
     ):
         cli.add_fields(commands.add_parser(name, help=help, description=help), group)
