@@ -7,6 +7,8 @@ The first call makes `.venv` beside this file and installs what pyproject.toml n
 constraints.txt gives; later calls start at once. Only the standard library is used here.
 """
 
+from __future__ import annotations
+
 import ast
 import hashlib
 import os
@@ -28,7 +30,7 @@ COMMANDS = {  # the arguments of the call go to the last line of each
 }
 
 
-def requirements(pyproject):
+def requirements(pyproject: str) -> list[str]:
     """The dependencies and those of the test extra, from the text of pyproject.toml.
 
     Python 3.10 has no TOML reader, but a TOML list of strings is a Python list too.
@@ -37,13 +39,15 @@ def requirements(pyproject):
     return [name for text in lists for name in ast.literal_eval(text)]
 
 
-def supported_minors(pyproject):
+def supported_minors(pyproject: str) -> range:
     """The `n` of the Python 3.n that `requires-python = ">=3.a,<3.b"` allows."""
-    low, high = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', pyproject, re.MULTILINE).groups()
+    found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', pyproject, re.MULTILINE)
+    assert found is not None, "pyproject.toml has another requires-python"
+    low, high = found.groups()
     return range(int(low), int(high))
 
 
-def execute(*command):
+def execute(*command: object) -> int:
     """Run a program in the project folder and return its exit code, as a shell would.
 
     Ctrl-C reaches the program too: it is given the time to end by itself.
@@ -61,7 +65,7 @@ def execute(*command):
     return code if code >= 0 else 128 - code
 
 
-def prepare(pyproject):
+def prepare(pyproject: str) -> int:
     """Make or update `.venv` unless the right things are installed already. Returns an exit code."""
     needed = requirements(pyproject)
     constraints = ROOT / "constraints.txt"
@@ -90,7 +94,7 @@ def prepare(pyproject):
     return code
 
 
-def main(arguments):
+def main(arguments: list[str]) -> int:
     """Returns the exit code: the first that is not 0, with all parts of the command run."""
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__.strip(), file=sys.stderr)

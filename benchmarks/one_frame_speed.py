@@ -37,6 +37,7 @@ from wan.lora.options import NetworkConfig
 from wan.memory.fp8 import Fp8Rows, product_of_rows, quantize_rows
 from wan.memory.recompute import recompute_blocks_
 from wan.models.device import DeviceConfig
+from wan.models.estimate import flops_by_kind
 from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
@@ -58,10 +59,9 @@ def sizes(bench: Bench, cases: tuple) -> list[tuple]:
 
 
 def forward_flops(spec: DiTSpec, tokens: int, batch: int = 1) -> tuple[float, float]:
-    """Of the matrix products and the attention of one forward pass, text and image projected beforehand."""
-    products = 2 * tokens * (6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim)
-    attention = 4 * tokens * (tokens + TEXT_LENGTH + CLIP_TOKENS) * spec.dim
-    return batch * spec.num_layers * products, batch * spec.num_layers * attention
+    """(matrix products, attention) of one forward pass, text and image projected beforehand."""
+    products, attention = flops_by_kind(spec, tokens, TEXT_LENGTH + CLIP_TOKENS)
+    return batch * products, batch * attention
 
 
 def step_flops(spec: DiTSpec, tokens: int) -> tuple[float, float]:

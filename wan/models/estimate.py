@@ -132,11 +132,20 @@ def format_bytes(size: float) -> str:
 _H100_FLOPS = 2.8e14  # a second: the forward pass of docs/performance.md, 8192 tokens in 0.89 s
 
 
-def forward_flops(spec: DiTSpec, tokens: int) -> float:
-    """Floating point operations of one forward pass of one item: 2 per weight and token, 4 per pair of tokens and
-    channel for attention. Text and image tokens are left out."""
+def flops_by_kind(spec: DiTSpec, tokens: int, context: int = 0) -> tuple[float, float]:
+    """Floating point operations of (matrix products, attention) in one forward pass of one item.
+
+    2 per weight and token; for attention 4 per channel and pair of tokens. context: text and image tokens that the
+    cross attention looks at; their own projections are left out.
+    """
     per_block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim  # q, k, v, o; q and o of the text; both layers of the ffn
-    return spec.num_layers * (2.0 * tokens * per_block + 4.0 * tokens**2 * spec.dim)
+    products, attention = 2.0 * tokens * per_block, 4.0 * tokens * (tokens + context) * spec.dim
+    return spec.num_layers * products, spec.num_layers * attention
+
+
+def forward_flops(spec: DiTSpec, tokens: int) -> float:
+    """Floating point operations of one forward pass of one item, without its text and image tokens."""
+    return sum(flops_by_kind(spec, tokens))
 
 
 def time_text(flops: float) -> str:
