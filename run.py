@@ -28,7 +28,7 @@ COMMANDS = {  # the arguments of the call go to the last line of each
 }
 
 
-def requirements(pyproject):
+def requirements(pyproject: str) -> "list[str]":
     """The dependencies and those of the test extra, from the text of pyproject.toml.
 
     Python 3.10 has no TOML reader, but a TOML list of strings is a Python list too.
@@ -37,13 +37,14 @@ def requirements(pyproject):
     return [name for text in lists for name in ast.literal_eval(text)]
 
 
-def supported_minors(pyproject):
+def supported_minors(pyproject: str) -> range:
     """The `n` of the Python 3.n that `requires-python = ">=3.a,<3.b"` allows."""
-    low, high = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', pyproject, re.MULTILINE).groups()
-    return range(int(low), int(high))
+    found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', pyproject, re.MULTILINE)
+    assert found, "pyproject.toml says which versions of Python are supported"
+    return range(int(found[1]), int(found[2]))
 
 
-def execute(*command):
+def execute(*command: object) -> int:
     """Run a program in the project folder and return its exit code, as a shell would.
 
     Ctrl-C reaches the program too: it is given the time to end by itself.
@@ -61,7 +62,7 @@ def execute(*command):
     return code if code >= 0 else 128 - code
 
 
-def prepare(pyproject):
+def prepare(pyproject: str) -> int:
     """Make or update `.venv` unless the right things are installed already. Returns an exit code."""
     needed = requirements(pyproject)
     constraints = ROOT / "constraints.txt"
@@ -90,7 +91,7 @@ def prepare(pyproject):
     return code
 
 
-def main(arguments):
+def main(arguments: "list[str]") -> int:
     """Returns the exit code: the first that is not 0, with all parts of the command run."""
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__.strip(), file=sys.stderr)
