@@ -7,8 +7,6 @@ The first call makes `.venv` beside this file and installs what pyproject.toml n
 constraints.txt gives; later calls start at once. Only the standard library is used here.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os
@@ -30,7 +28,7 @@ COMMANDS = {  # the arguments of the call go to the last line of each
 }
 
 
-def requirements(pyproject: str) -> list[str]:
+def requirements(pyproject: str) -> "list[str]":
     """The dependencies and those of the test extra, from the text of pyproject.toml.
 
     Python 3.10 has no TOML reader, but a TOML list of strings is a Python list too.
@@ -42,9 +40,8 @@ def requirements(pyproject: str) -> list[str]:
 def supported_minors(pyproject: str) -> range:
     """The `n` of the Python 3.n that `requires-python = ">=3.a,<3.b"` allows."""
     found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', pyproject, re.MULTILINE)
-    assert found is not None, "pyproject.toml has another requires-python"
-    low, high = found.groups()
-    return range(int(low), int(high))
+    assert found, "pyproject.toml says which versions of Python are supported"
+    return range(int(found[1]), int(found[2]))
 
 
 def execute(*command: object) -> int:
@@ -94,7 +91,7 @@ def prepare(pyproject: str) -> int:
     return code
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: "list[str]") -> int:
     """Returns the exit code: the first that is not 0, with all parts of the command run."""
     if not arguments or arguments[0] not in COMMANDS:
         print(__doc__.strip(), file=sys.stderr)

@@ -12,22 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 
-from benchmarks.random_model import SPECS, random_checkpoint
+from benchmarks.random_model import SPECS, loss_inputs, random_checkpoint
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.device import DeviceConfig
 from wan.models.memory_options import TrainingMemoryConfig, apply_memory_options_
-from wan.nets.conditioning import Conditioning
-from wan.nets.context import pad_text
-from wan.nets.spec import CLIP_TOKENS, DiTSpec
+from wan.nets.spec import DiTSpec
 from wan.training.loss import flow_matching_loss
 
 FULL = {"gradient_checkpointing": "all"}
@@ -56,22 +53,8 @@ def best_of(times: int, device: torch.device, work: Callable[[], None]) -> float
     return min(seconds[1:])
 
 
-def inputs(spec: DiTSpec, side: int, device: torch.device) -> dict[str, Any]:
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device)
-
-    return {
-        "latents": draw(1, 16, 2, side, side),
-        "conditioning": Conditioning(draw(1, 20, 2, side, side), draw(1, 1, CLIP_TOKENS, spec.image_dim)),
-        "text": pad_text([draw(60, spec.text_dim)]),
-        "frame_indices": torch.tensor([[0, 1]], device=device),
-        "noise": draw(1, 16, 2, side, side),
-        "t": torch.tensor([0.7], device=device),
-    }
-
-
 def measure(spec: DiTSpec, settings: dict, side: int, repeat: int, device: torch.device) -> str:
-    """One row: peak memory of a step in GiB, seconds of a step and of a forward pass."""
+    """One row for side x side pixels: peak memory of a step in GiB, seconds of a step and of a forward pass."""
     settings = settings | {"blocks_to_swap": int(settings.get("blocks_to_swap", 0) * spec.num_layers)}
     memory = TrainingMemoryConfig(**settings)
     if device.type == "cuda":
@@ -79,7 +62,7 @@ def measure(spec: DiTSpec, settings: dict, side: int, repeat: int, device: torch
     dit = load_dit("dit.safetensors", None, device, fp8=memory.fp8_kind, blocks_on_host=memory.blocks_to_swap)
     network = inject_lora_(dit, NetworkConfig(network_dim=32, network_alpha=32), device=device)
     apply_memory_options_(dit, memory, device)
-    tensors = inputs(spec, side, device)
+    tensors = loss_inputs(spec, device, (side, side, 2))
 
     def step() -> None:
         for parameter in network.parameters():
@@ -105,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     device = DeviceConfig("cpu" if arguments.size == "tiny" else "cuda").resolve()
-    side = 8 if arguments.size == "tiny" else arguments.side // 8
+    side = 64 if arguments.size == "tiny" else arguments.side
     print("| options | peak of a step, GiB | step, s | forward, s |\n|---|---|---|---|")
     with random_checkpoint(SPECS[arguments.size], device):
         for name, settings in CASES.items():

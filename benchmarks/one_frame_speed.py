@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import HEADER, Bench, last_line, measure_ceilings
-from benchmarks.random_model import SPECS, random_checkpoint
+from benchmarks.random_model import SPECS, dit_inputs, latent_size, loss_inputs, random_checkpoint
 from wan.files.load import load_dit
 from wan.fused.dit import can_fuse
 from wan.fused.graphs import GraphedGradients
@@ -37,12 +37,12 @@ from wan.lora.options import NetworkConfig
 from wan.memory.fp8 import Fp8Rows, product_of_rows, quantize_rows
 from wan.memory.recompute import recompute_blocks_
 from wan.models.device import DeviceConfig
-from wan.models.estimate import flops_by_kind
+from wan.models.estimate import pass_flops
 from wan.models.memory_options import GenerationMemoryConfig, apply_memory_options_
-from wan.nets.conditioning import Conditioning
-from wan.nets.context import StepCache, pad_text
+from wan.nets.context import StepCache
 from wan.nets.dit import BlockRunner, WanDiT
-from wan.nets.spec import CLIP_TOKENS, TEXT_LENGTH, DiTSpec
+from wan.nets.spec import CLIP_TOKENS, LATENT_CHANNELS, TEXT_LENGTH, DiTSpec
+from wan.nets.tokens import token_count
 from wan.nets.vae import WanVAE
 from wan.training.loss import flow_matching_loss
 from wan.training.optimizers import OptimizerConfig, build_optimizer
@@ -59,8 +59,8 @@ def sizes(bench: Bench, cases: tuple) -> list[tuple]:
 
 
 def forward_flops(spec: DiTSpec, tokens: int, batch: int = 1) -> tuple[float, float]:
-    """(matrix products, attention) of one forward pass, text and image projected beforehand."""
-    products, attention = flops_by_kind(spec, tokens, TEXT_LENGTH + CLIP_TOKENS)
+    """Matrix products and attention of a forward pass of i2v, text and image projected beforehand."""
+    products, attention = pass_flops(spec, tokens, context=TEXT_LENGTH + CLIP_TOKENS)
     return batch * products, batch * attention
 
 
@@ -68,23 +68,6 @@ def step_flops(spec: DiTSpec, tokens: int) -> tuple[float, float]:
     """Forward, and backward without weight gradients: products twice, attention 3.5 times (its backward has five)."""
     products, attention = forward_flops(spec, tokens)
     return 2 * products, 3.5 * attention
-
-
-def inputs(bench: Bench, width: int, height: int, frames: int, batch: int = 1) -> dict[str, Any]:
-    """Arguments of the DiT but for the timesteps."""
-    generator = torch.Generator(bench.device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator, device=bench.device)
-
-    return {
-        "latents": draw(16, frames, height // 8, width // 8),
-        "conditioning": Conditioning(
-            draw(20, frames, height // 8, width // 8), draw(1, CLIP_TOKENS, bench.spec.image_dim)
-        ),
-        "text": pad_text(list(draw(60, bench.spec.text_dim))),
-        "frame_indices": torch.arange(frames, device=bench.device).expand(batch, -1),
-    }
 
 
 def load(bench: Bench, spec: DiTSpec, backend: str, fp8_fast: bool = False) -> WanDiT:
@@ -122,10 +105,10 @@ def forward_rows(bench: Bench, model: Callable[[], WanDiT], kind: str, reference
     """
     for width, height, frames in sizes(bench, FORWARDS):
         name = f"{width}x{height} {frames} frames"
-        tokens = frames * width * height // 256
+        tokens = token_count(latent_size(width, height, frames), None)
 
         def prepare(batch, name=name, shape=(width, height, frames)):
-            tensors, kept = inputs(bench, *shape, batch), StepCache()
+            tensors, kept = dit_inputs(bench.spec, bench.device, shape, batch), StepCache()
             found = forward(model(), tensors, kept).cpu()
             forward(model(), tensors, kept)  # records a graph
             expected = reference.get(f"{name} {batch}")
@@ -158,18 +141,13 @@ def lora_rows(bench: Bench, model: Callable[[], WanDiT]) -> None:
             if mode != "none":
                 recompute_blocks_(dit, only_needed=mode == "auto")
             gradients = gradients_of(dit, network, recorded=not bench.tiny)
-            step = partial(training_step, network, gradients, optimizer, training_inputs(bench, *shape))
+            step = partial(training_step, network, gradients, optimizer, loss_inputs(bench.spec, bench.device, shape))
             step()  # a graph is recorded at the second step
             return step, ""
 
         name = f"LoRA step {width}x{height}, recompute {mode}"
-        bench.row(name, prepare, step_flops(bench.spec, 2 * width * height // 256), load=trained)
-
-
-def training_inputs(bench: Bench, width: int, height: int, frames: int) -> dict[str, Any]:
-    """Arguments of the loss but for the DiT."""
-    tensors = inputs(bench, width, height, frames)
-    return tensors | {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=bench.device)}
+        tokens = token_count(latent_size(width, height, frames=2), None)
+        bench.row(name, prepare, step_flops(bench.spec, tokens), load=trained)
 
 
 def optimizer_of(network: LoRANetwork) -> torch.optim.Optimizer:
@@ -197,7 +175,7 @@ def error_rows(bench: Bench) -> None:
     """Distance from float64 of two blocks of the real width: plain and fused, velocity and LoRA gradients."""
     spec = replace(bench.spec, num_layers=2)
     width, height, frames = sizes(bench, FORWARDS[:1])[0]
-    tensors = inputs(bench, width, height, frames)
+    tensors = dit_inputs(bench.spec, bench.device, (width, height, frames))
 
     def results(backend: str, double: bool = False) -> tuple[Tensor, ...]:
         dit = load(bench, spec, backend)
@@ -303,9 +281,8 @@ def vae_rows(bench: Bench) -> None:
             fuse_vae_(vae)
         for width, height in sizes(bench, PICTURES):
             pixels = torch.rand(1, 3, 1, height, width, device=bench.device, generator=seeded(bench.device)) * 2 - 1
-            latents = torch.randn(
-                1, 16, 1, height // 8, width // 8, device=bench.device, generator=seeded(bench.device)
-            )
+            shape = (1, LATENT_CHANNELS, *latent_size(width, height, frames=1))
+            latents = torch.randn(shape, device=bench.device, generator=seeded(bench.device))
             for name, work in (("encode", partial(vae.encode, pixels)), ("decode", partial(vae.decode, latents))):
                 key = f"{name} {width}x{height}"
 

@@ -1,8 +1,9 @@
-"""Models of the real sizes with random weights: a DiT that comes through the real loader without a file, and files."""
+"""Models of the real sizes with random weights: a DiT through the real loader without a file, files, and inputs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,10 @@ from wan.files import load
 from wan.files.formats import Checkpoint, TensorInfo
 from wan.files.load import load_dit, save_dit
 from wan.nets.clip import build_clip, clip_shapes
+from wan.nets.conditioning import Conditioning
+from wan.nets.context import pad_text
 from wan.nets.dit import WanDiT
-from wan.nets.spec import DiTSpec
+from wan.nets.spec import CLIP_TOKENS, LATENT_CHANNELS, MASK_CHANNELS, VAE_STRIDE, DiTSpec
 from wan.nets.t5 import build_t5, t5_shapes
 from wan.nets.vae import WanVAE
 
@@ -46,6 +49,35 @@ def random_checkpoint(spec: DiTSpec, device: torch.device) -> Iterator[None]:
         yield
     finally:
         load.open_checkpoint = original
+
+
+def latent_size(width: int, height: int, frames: int) -> tuple[int, int, int]:
+    """F, H and W of the latents of this many pixels."""
+    return frames, height // VAE_STRIDE, width // VAE_STRIDE
+
+
+def dit_inputs(spec: DiTSpec, device: torch.device, size: tuple[int, int, int], batch: int = 1) -> dict[str, Any]:
+    """Random arguments of an i2v DiT but for the timesteps. size: width and height in pixels, latent frames."""
+    generator = torch.Generator(device).manual_seed(0)
+    latents, frames = latent_size(*size), size[2]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator, device=device)
+
+    return {
+        "latents": draw(LATENT_CHANNELS, *latents),
+        "conditioning": Conditioning(
+            draw(MASK_CHANNELS + LATENT_CHANNELS, *latents), draw(1, CLIP_TOKENS, spec.image_dim)
+        ),
+        "text": pad_text(list(draw(60, spec.text_dim))),
+        "frame_indices": torch.arange(frames, device=device).expand(batch, -1),
+    }
+
+
+def loss_inputs(spec: DiTSpec, device: torch.device, size: tuple[int, int, int]) -> dict[str, Any]:
+    """Random arguments of the training loss but for the DiT. size: as in `dit_inputs`."""
+    tensors = dit_inputs(spec, device, size)
+    return tensors | {"noise": torch.randn_like(tensors["latents"]), "t": torch.tensor([0.7], device=device)}
 
 
 def write_release(folder: Path, size: str, kinds: Sequence[str] = ("i2v", "t5", "clip", "vae", "tokenizer")) -> None:

@@ -26,12 +26,10 @@ from benchmarks.one_frame_speed import (
     NETWORK,
     forward,
     gradients_of,
-    inputs,
     optimizer_of,
-    training_inputs,
     training_step,
 )
-from benchmarks.random_model import SPECS, random_checkpoint
+from benchmarks.random_model import SPECS, dit_inputs, latent_size, loss_inputs, random_checkpoint
 from dataset.loader import BucketCount
 from wan.files.load import load_dit
 from wan.lora.network import inject_lora_
@@ -40,6 +38,7 @@ from wan.models.device import DeviceConfig
 from wan.models.memory_options import GenerationMemoryConfig, MemoryConfig, TrainingMemoryConfig, apply_memory_options_
 from wan.models.plan import Plan, Room, plan_generation, plan_training
 from wan.nets.context import StepCache
+from wan.nets.tokens import token_count
 
 CARDS = (  # what for, GB of the GPU and of the host
     *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
@@ -51,11 +50,12 @@ def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Pl
     """What the planner chooses for a card of that size, in GB, that nothing else uses, and so much host memory."""
     room = Room(card * 1e9 * (1 - PLAN_MARGIN), host * 1e9)
     dtype = torch.float32 if bench.tiny else torch.bfloat16
+    latents = latent_size(side, side, frames=2)
     dit = SimpleNamespace(spec=bench.spec, stored_dtype=torch.bfloat16, dtype=dtype)
     if kind == "training":
-        bucket = BucketCount(0, 2, side // 8, side // 8, 1, 1)
+        bucket = BucketCount(0, *latents, items=1, batch_size=1)
         return plan_training(dit, dtype, TrainingMemoryConfig(memory="auto"), NETWORK, None, [bucket], room)
-    return plan_generation(dit, dtype, GenerationMemoryConfig(memory="auto"), 2 * 2 * (side // 16) ** 2, room)
+    return plan_generation(dit, dtype, GenerationMemoryConfig(memory="auto"), 2 * token_count(latents, None), room)
 
 
 def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callable[[], object]:
@@ -65,11 +65,12 @@ def work_of(bench: Bench, kind: str, memory: MemoryConfig, side: int) -> Callabl
     dit = load_dit("dit.safetensors", dtype, bench.device, fp8=memory.fp8_kind, blocks_on_host=swapped)
     if kind == "generation":
         apply_memory_options_(dit, memory, bench.device)
-        return partial(forward, dit, inputs(bench, side, side, 2, batch=2), StepCache())
+        return partial(forward, dit, dit_inputs(bench.spec, bench.device, (side, side, 2), batch=2), StepCache())
     network = inject_lora_(dit, NETWORK, device=bench.device)
     apply_memory_options_(dit, memory, bench.device)
     gradients = gradients_of(dit.train(), network, recorded=memory.records(bench.device))
-    return partial(training_step, network, gradients, optimizer_of(network), training_inputs(bench, side, side, 2))
+    inputs = loss_inputs(bench.spec, bench.device, (side, side, 2))
+    return partial(training_step, network, gradients, optimizer_of(network), inputs)
 
 
 def measure(bench: Bench, name: str, kind: str, card: float, host: float, side: int) -> str:

@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import wan_train_network
-from benchmarks.random_model import SPECS, random_checkpoint
+from benchmarks.random_model import SPECS, latent_size, random_checkpoint
 from dataset.cache import LatentCache, latent_cache_path, write_latent_cache
 from dataset.config import read_config
 from dataset.loader import TrainingSet
@@ -33,7 +33,7 @@ from wan.models.estimate import expected_memory
 from wan.models.memory_options import apply_memory_options_
 from wan.models.tasks import TASKS
 from wan.nets.conditioning import Conditioning
-from wan.nets.spec import CLIP_TOKENS, DiTSpec
+from wan.nets.spec import CLIP_TOKENS, LATENT_CHANNELS, DiTSpec
 from wan.training.job import TrainingJob
 from wan.training.loop import Trainer
 from wan.training.options import TrainingModels, TrainingOptions
@@ -45,8 +45,9 @@ WARM_UP = 3
 
 def write_caches(folder: Path, spec: DiTSpec, width: int, height: int, items: int) -> None:
     """Cached items of random numbers, and a dataset file for them."""
+    shape = (3, LATENT_CHANNELS, *latent_size(width, height, frames=1))
     for i in range(items):
-        control, target, blank = torch.randn(3, 16, 1, height // 8, width // 8, dtype=torch.bfloat16)
+        control, target, blank = torch.randn(shape, dtype=torch.bfloat16)
         cache = LatentCache(
             latents=LAYOUT.clip.stack([control, target]),
             conditioning=Conditioning(

@@ -32,7 +32,7 @@ from demo.miniature import FOLDER
 from demo.page import Row, sheet
 from demo.tasks import HELD_OUT_SEED, cut_out
 from demo.world import FRAMES, Scene, sample_scene
-from wan.nets.spec import VAE_STRIDE
+from wan.nets.spec import TIME_STRIDE, VAE_STRIDE
 
 I2V = Lesson("i2v", pairs=48, steps=600, tests=8)
 FLF2V = Lesson("flf2v", pairs=48, steps=600, tests=8)
@@ -264,7 +264,7 @@ def figures_of_motion(lesson: Lesson, seed: int, options: argparse.Namespace, ou
     lines, clips = [], []
     for number, action in enumerate(MOVING):
         scene = moving(action, seed, number)
-        start, end = clip(scene, (0, min(4 * lesson.target, FRAMES - 1)))
+        start, end = clip(scene, (0, min(TIME_STRIDE * lesson.target, FRAMES - 1)))
         save_picture(start, folder / f"{number}.png")
         width, height = scene.size
         lines.append(

@@ -1,4 +1,4 @@
-"""When a run does what."""
+"""Actions of a run: when they are due, and in which order they are taken."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from wan.training.cadence import Action, Cadence, Every
 
 
 def taken(*actions: tuple[str, Every, dict[str, bool]], epochs: int = 4, steps_per_epoch: int = 3) -> list[str]:
-    """Names of the actions in the order in which a run takes them, with the step or epoch."""
+    """Names of the actions as a run takes them, each with its step (s) or epoch (e)."""
     calls: list[str] = []
 
     def action(name: str, every: Every, settings: dict[str, bool]) -> Action:

@@ -1,4 +1,4 @@
-"""Which files a run keeps."""
+"""LoRA files and states of a run: their names, and how long they stay."""
 
 import errno
 

@@ -63,7 +63,7 @@ class _Buffer:
     def __init__(self, size: int, on_gpu: bool) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
         self.view = self.memory.numpy().data
-        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call] # torch does not annotate it
+        self._copied = torch.cuda.Event() if on_gpu else None
 
     def wait(self) -> None:
         """Return when the last copy is over, so that the memory may be written again."""

@@ -35,14 +35,12 @@ def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
     file = _hub_tokenizer() if directory is None else Path(directory) / _TOKENIZER_FILE
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     try:
-        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call] # transformers does not annotate it
-            tokenizer_file=str(file), **special
-        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
         fits = tokenizer("").input_ids == [tokenizer.eos_token_id]
     except Exception:  # the tokenizers package raises bare Exceptions
         fits = False
     if not fits:
-        raise ConfigError(f"--t5_tokenizer {file}: is no umT5 tokenizer; use that of {_TOKENIZER_REPOSITORY}")
+        raise ConfigError(f"--t5_tokenizer {file}: is not a umT5 tokenizer; use the one of {_TOKENIZER_REPOSITORY}")
     return tokenizer
 
 

@@ -96,7 +96,7 @@ def cross_attention(q: Tensor, keys: Tensor, values: Tensor, text_rows: int, rep
     keys, values: [B, rows, N, D], the first `text_rows` those of the text, whose last row counts `repeats` times.
     """
     counts = torch.zeros(text_rows, dtype=q.dtype, device=q.device)
-    counts[-1] = math.log(repeats)
+    counts[-1].fill_(math.log(repeats))  # an assignment would copy from the host, which no CUDA graph can
     q, keys, values = (tensor.transpose(1, 2) for tensor in (q, keys, values))
     text, image = slice(None, text_rows), slice(text_rows, None)
     found = F.scaled_dot_product_attention(q, keys[:, :, text], values[:, :, text], counts.expand(q.shape[2], -1))

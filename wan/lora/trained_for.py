@@ -31,7 +31,10 @@ def layout_from_metadata(metadata: Mapping[str, str]) -> OneFrameLayout | None:
 
 
 def size_from_metadata(metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    """Width and height in pixels that a LoRA was trained at; None when its file does not tell. ConfigError as above."""
+    """Width and height in pixels that a LoRA was trained at; None when its file does not tell.
+
+    Raises ConfigError for another text than `832x480`.
+    """
     text = metadata.get("ss_one_frame_size")
     if text is None:
         return None

@@ -132,11 +132,11 @@ def format_bytes(size: float) -> str:
 _H100_FLOPS = 2.8e14  # a second: the forward pass of docs/performance.md, 8192 tokens in 0.89 s
 
 
-def flops_by_kind(spec: DiTSpec, tokens: int, context: int = 0) -> tuple[float, float]:
-    """Floating point operations of (matrix products, attention) in one forward pass of one item.
+def pass_flops(spec: DiTSpec, tokens: int, context: int = 0) -> tuple[float, float]:
+    """Floating point operations of the matrix products and of the attention in a forward pass of one item.
 
-    2 per weight and token; for attention 4 per channel and pair of tokens. context: text and image tokens that the
-    cross attention looks at; their own projections are left out.
+    2 per weight and token; 4 per channel and pair of tokens, self attention and cross attention to `context` tokens of
+    text and image. Projecting text and image is left out: it is done once for all steps.
     """
     per_block = 6 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim  # q, k, v, o; q and o of the text; both layers of the ffn
     products, attention = 2.0 * tokens * per_block, 4.0 * tokens * (tokens + context) * spec.dim
@@ -144,8 +144,8 @@ def flops_by_kind(spec: DiTSpec, tokens: int, context: int = 0) -> tuple[float, 
 
 
 def forward_flops(spec: DiTSpec, tokens: int) -> float:
-    """Floating point operations of one forward pass of one item, without its text and image tokens."""
-    return sum(flops_by_kind(spec, tokens))
+    """`pass_flops` in all, without text and image."""
+    return sum(pass_flops(spec, tokens))
 
 
 def time_text(flops: float) -> str:

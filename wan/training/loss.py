@@ -1,4 +1,4 @@
-"""The training objective: what one item contributes, and where its random numbers come from."""
+"""The training objective: flow matching, as a loss per item."""
 
 from collections.abc import Callable
 
