@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     models = cli.build(ReleaseConfig, args).fill(cli.build_group(GenerationModels, args))
     merged_path = cli.build(MergedModelConfig, args).save_merged_model
     if args.explain and (merged_path or args.latent_path or args.interactive):
-        raise ConfigError("--explain needs --prompt or --from_file: there are no frames to tell about otherwise")
+        raise ConfigError("--explain needs --prompt or --from_file: otherwise there are no frames to explain")
     if merged_path:
         write_merged_model(merged_path, models.dit.resolve(), models.lora)
         return

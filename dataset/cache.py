@@ -262,7 +262,7 @@ def layout_of_cache(time_indices: Sequence[int], given: Tensor) -> OneFrameLayou
 def _header(path: Path, file: Any) -> LatentHeader:
     latents, condition = find_key(file, _LATENTS), find_key(file, _CONDITION)
     if latents is None or condition is None or _INDICES not in keys_of(file):
-        raise ConfigError(f"{path}: is no one-frame cache; run {_SCRIPT} again with --one_frame")
+        raise ConfigError(f"{path}: is not a one-frame cache; run {_SCRIPT} again with --one_frame")
     shape, metadata, clip = file.get_slice(latents).get_shape(), file.metadata() or {}, find_key(file, _CLIP)
     clip_shape = file.get_slice(clip).get_shape() if clip else None  # [images, 257, D], of plain i2v caches [257, D]
     indices = file.get_tensor(_INDICES).tolist()

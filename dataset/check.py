@@ -42,7 +42,7 @@ def run_check(run: CheckConfig) -> None:
         with written_whole(run.json) as temporary:
             temporary.write_text(json.dumps(report.as_json(), indent=1, ensure_ascii=False), encoding="utf-8")
     if report.count(ERROR):
-        raise ConfigError(f"{run.dataset_config}: {report.summary}; mend what is listed above")
+        raise ConfigError(f"{run.dataset_config}: {report.summary}; fix the problems listed above")
 
 
 def check(path: Path, layout: str | None = None, alignment: bool = False) -> Report:
@@ -63,7 +63,7 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
         shared = _layout(found, dataset, sources, place) if sources else None
         usable = _items(found, sources, dataset, i, shared, alignment) if shared else []
         if not usable:
-            found.append(Problem("D28", place, "has no usable item", "mend the problems of its files"))
+            found.append(Problem("D28", place, "has no usable item", "fix the problems of its files"))
         _check_caches(found, dataset, usable, {source.target.stem for source in sources})
         items += usable
     _check_twins(found, config, items)

@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 # Readers of one value: the value as the file gives it -> the field's value, or ConfigError with reason and fix.
 def _flag(value: object) -> bool:
     if type(value) is not bool:
-        raise ConfigError("is no switch; write true or false")
+        raise ConfigError("must be true or false; write one without quotes")
     return value
 
 
 def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):  # 1.0 does not count either
-        raise ConfigError("is no whole number; write one without quotes or decimal point")
+        raise ConfigError("is not a whole number; write one without quotes or decimal point")
     return value
 
 
@@ -43,14 +43,14 @@ def _count(value: object) -> int:
 
 def _indices(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(type(index) is int for index in value):
-        raise ConfigError("is no list of whole numbers; write for example [0]")
+        raise ConfigError("is not a list of whole numbers; write for example [0]")
     return tuple(value)
 
 
 def _size(value: object) -> tuple[int, int]:
     size = [value, value] if type(value) is int else value
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int for side in size):
-        raise ConfigError("is no size; write [width, height] as whole numbers, or one number for a square")
+        raise ConfigError("is not a size; write [width, height] as whole numbers, or one number for a square")
     if min(size) < STEP:
         raise ConfigError(f"is too small; each side needs at least {STEP} pixels")
     return size[0], size[1]
@@ -58,7 +58,7 @@ def _size(value: object) -> tuple[int, int]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ConfigError("is no text; write it in quotes")
+        raise ConfigError("is not text; write it in quotes")
     return value
 
 
@@ -246,9 +246,9 @@ def _read_datasets(document: Any, defaults: dict[str, Any]) -> tuple[ImageDatase
             raise ConfigError(_unknown(key, ("general", "datasets")))
     general, entries = document.get("general", {}), document.get("datasets", [])
     if not isinstance(general, Mapping):
-        raise ConfigError("general: is no table; write [general] and its keys below")
+        raise ConfigError("general: is not a table; write [general] and its keys below")
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
-        raise ConfigError("datasets: is no list of tables; write [[datasets]] with two brackets")
+        raise ConfigError("datasets: is not a list of tables; write [[datasets]] with two brackets")
     if not entries:
         raise ConfigError("holds no dataset; add a [[datasets]] entry")
     defaults = defaults | _read_table("general", general, _GENERAL)

@@ -223,7 +223,7 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
         raise ConfigError(f"{place}.image_directory {folder.targets}: {reason}; check the path and the names")
     if uncaptioned:
         log.warning(
-            "%s: %s skipped for want of a caption file: %s",
+            "%s: %s skipped without a caption file: %s",
             place,
             _images_are(uncaptioned),
             some(path.name for path in uncaptioned),
@@ -302,9 +302,9 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
     try:
         fields = parse_json(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"is no JSON ({error.msg} at column {error.colno}); correct the line") from None
+        raise ConfigError(f"is not JSON ({error.msg} at column {error.colno}); correct the line") from None
     if not isinstance(fields, dict):
-        raise ConfigError('is no JSON object; write {"image_path": ..., "caption": ..., "control_path": ...}')
+        raise ConfigError('is not a JSON object; write {"image_path": ..., "caption": ..., "control_path": ...}')
     files: dict[str, dict[int, Path]] = {"path": {}, "mask": {}}
     for key in fields:
         if _SECOND_TARGET.fullmatch(key):
@@ -340,9 +340,11 @@ def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfi
     if type(indices) is int:
         indices = [indices]
     if indices is not None and not (isinstance(indices, list) and all(type(index) is int for index in indices)):
-        raise ConfigError(f"control_index = {json.dumps(indices)}: is no list of whole numbers; write for example [0]")
+        raise ConfigError(
+            f"control_index = {json.dumps(indices)}: is not a list of whole numbers; write for example [0]"
+        )
     if target is not None and type(target) is not int:
-        raise ConfigError(f"target_index = {json.dumps(target)}: is no whole number; write for example 1")
+        raise ConfigError(f"target_index = {json.dumps(target)}: is not a whole number; write for example 1")
     indices = config.clean_indices if indices is None else indices
     target = config.target_index if target is None else target
     return config.layout_of(indices, target, controls, keys)
@@ -353,7 +355,7 @@ def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
         raise ConfigError(f"'{key}' is missing; add it")
     value = fields[key]
     if not isinstance(value, str) or not (blank or value.strip()):
-        raise ConfigError(f"{key} = {json.dumps(value, ensure_ascii=False)}: is no text; write it in quotes")
+        raise ConfigError(f"{key} = {json.dumps(value, ensure_ascii=False)}: is not text; write it in quotes")
     return value
 
 

@@ -351,8 +351,8 @@ def test_a_damaged_image_is_named_in_one_line(data, made):
         (lambda argv: argv.extend(["--batch_size", "0"]), "--batch_size 0: must be at least 1"),
         (lambda argv: argv.extend(["--skip_exising"]), "did you mean '--skip_existing'"),
         (lambda argv: argv.extend(["--vae", "nowhere.pth"]), "--vae nowhere.pth: does not exist"),
-        (lambda argv: argv.extend(["--clip", argv[3]]), "--clip .*no CLIP image encoder"),
-        (lambda argv: argv.extend(["--vae_dtype", "int7"]), "--vae_dtype: 'int7' is no dtype"),
+        (lambda argv: argv.extend(["--clip", argv[3]]), "--clip .*not a CLIP image encoder"),
+        (lambda argv: argv.extend(["--vae_dtype", "int7"]), "--vae_dtype: 'int7' is not a dtype"),
         (lambda argv: argv.extend(["--dataset_config", "nowhere.toml"]), "nowhere.toml: does not exist"),
     ],
 )

@@ -209,7 +209,7 @@ def broken_files(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[Path
         "empty.pth": (b"", "damaged"),
         "noise.pth": (noise, "damaged"),
         "noise.gguf": (noise, "damaged or incomplete" if find_spec("gguf") else "the package gguf"),
-        "model.onnx": (noise, "no model file by its name"),
+        "model.onnx": (noise, "not named like a model file"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)
@@ -344,7 +344,7 @@ def test_a_damaged_tokenizer_or_one_without_an_end_token_is_an_error(broken, tok
         content = json.loads(path.read_text(encoding="utf-8"))
         broken = json.dumps(content | {"post_processor": None})
     path.write_text(broken, encoding="utf-8")
-    assert "is no umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
+    assert "is not a umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
 
 
 def test_without_a_folder_the_tokenizer_comes_from_the_hub(tokenizer_dir, monkeypatch):

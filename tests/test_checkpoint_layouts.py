@@ -133,7 +133,10 @@ def test_official_names_are_found_and_given_paths_win(tmp_path):
 
 def test_a_folder_without_models_and_a_missing_one_are_errors(tmp_path):
     (tmp_path / "readme.txt").touch()
-    for folder, words in ((tmp_path, "holds no file under its official name"), (tmp_path / "absent", "is no folder")):
+    for folder, words in (
+        (tmp_path, "holds no file under its official name"),
+        (tmp_path / "absent", "is not a folder"),
+    ):
         with pytest.raises(ConfigError, match=f"--ckpt_dir .*: {words}"):
             ReleaseConfig(ckpt_dir=folder).fill(VAEConfig())
 

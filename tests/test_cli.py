@@ -105,7 +105,7 @@ def test_settings_with_difficult_letters_are_read_back_too(tmp_path, name):
         ('count = "three"', ["run.toml", "--count", "three"]),
         ('kind = "c"', ["run.toml", "--kind", "'c'"]),
         ("switch = 1", ["run.toml", "switch = 1", "true or false"]),
-        ("count = true", ["count = True", "no switch"]),
+        ("count = true", ["count = True", "not a switch"]),
         ("count = [1]", ["count = [1]", "one value"]),
         ("count = ", ["run.toml", "line 1"]),
         ("count = 4", ["--name"]),

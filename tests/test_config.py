@@ -109,7 +109,7 @@ def test_a_checkpoint_of_another_model_type_is_an_error_with_both_ways_out():
     with pytest.raises(ConfigError) as error:
         resolve_task("i2v-14B", T2V)
     assert str(error.value) == (
-        "--task i2v-14B: the checkpoint is a t2v model (16 input channels, 0 CLIP images); "
+        "--task i2v-14B: the checkpoint is of the kind t2v (16 input channels, 0 CLIP images); "
         "use --task t2v-14B or the i2v weights"
     )
     with pytest.raises(ConfigError, match="use --task flf2v-14B or the i2v weights"):

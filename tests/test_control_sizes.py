@@ -223,8 +223,8 @@ def test_older_names_of_the_keys_are_translated(caplog):
     ("keys", "words"),
     [
         ("control_resolution = 8", r"datasets[0].control_resolution = 8: is too small"),
-        ("control_resolution = '512'", 'datasets[0].control_resolution = "512": is no size'),
-        ("no_resize_control = 1", "datasets[0].no_resize_control = 1: is no switch"),
+        ("control_resolution = '512'", 'datasets[0].control_resolution = "512": is not a size'),
+        ("no_resize_control = 1", "datasets[0].no_resize_control = 1: must be true or false"),
         (
             "control_resolution = 32\nfp_1f_layout = 'causal'",
             "datasets[0]: control_resolution=32x32: the causal layout",
@@ -241,7 +241,7 @@ def test_wrong_keys_are_one_line(keys, words):
 
 @pytest.mark.parametrize("flags", [("--control_resolution", "8"), ("--control_resolution", "a")])
 def test_wrong_flags_are_one_line(flags):
-    with pytest.raises(ConfigError, match=rf"control_resolution={flags[1]} is no size of at least 16 a side"):
+    with pytest.raises(ConfigError, match=rf"control_resolution={flags[1]} is not a size of at least 16 a side"):
         generate("i2v", "out", "--prompt", "a", *flags)
 
 

@@ -315,7 +315,7 @@ def test_many_faults_are_found_at_once(folder, capsys):
     found = codes()
     expected = {f"D{n:02d}" for n in (6, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 20, 21, 29, 31, 32, 33, 34, 35)}
     assert len(expected) >= 15 and found >= expected
-    with pytest.raises(ConfigError, match=r"data.toml: \d+ errors, \d+ warnings; mend"):
+    with pytest.raises(ConfigError, match=r"data.toml: \d+ errors, \d+ warnings; fix"):
         wan_dataset.main(["check", "--dataset_config", "data.toml", "--json", "report.json"])
     report = json.loads(Path("report.json").read_text(encoding="utf-8"))
     assert {problem["code"] for problem in report["problems"]} == found

@@ -192,7 +192,7 @@ WRONG = [  # text of the file, the start of the message after the file name, wor
     ("[general]\nimage_directory = 'images'" + ENTRY, "general.image_directory: ", "[[datasets]]"),
     ("[general]\nfp_1f_target_index = 1" + ENTRY, "general.fp_1f_target_index: ", "[[datasets]]"),
     ("[general]\nvalidation = true" + ENTRY, "general.validation: ", "[[datasets]]"),
-    (ENTRY + "validation = 0.1", "datasets[0].validation = 0.1: is no switch", "true or false"),
+    (ENTRY + "validation = 0.1", "datasets[0].validation = 0.1: must be true or false", "without quotes"),
     (ENTRY + "fp_1f_clean_index = [0]", "datasets[0]: unknown key", "did you mean 'fp_1f_clean_indices'?"),
     (ENTRY + "qqq = 1", "datasets[0]: unknown key 'qqq'", "known are resolution, "),
     (ENTRY + "resolution = 512.0", "datasets[0].resolution = 512.0: ", "[width, height]"),

@@ -90,7 +90,7 @@ def test_what_the_text_says_goes_over_the_default():
 
 @pytest.mark.parametrize("text", ["8", "512 x 512", "512x", "a", "-64", "1x1x1", "123456", "512x8"])
 def test_other_texts_are_no_resolution(text):
-    with pytest.raises(ConfigError, match=rf"control_resolution={text} is no size"):
+    with pytest.raises(ConfigError, match=rf"control_resolution={text} is not a size"):
         parse_resolution(text)
 
 

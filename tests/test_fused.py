@@ -206,7 +206,7 @@ def test_prepare_fuses_when_the_settings_say_so(monkeypatch):
         (
             TrainingMemoryConfig,
             {"blocks_to_swap": 1, "gradient_checkpointing": "auto"},
-            "--gradient_checkpointing auto: does not go with --blocks_to_swap; use all",
+            "--gradient_checkpointing auto: can't be combined with --blocks_to_swap; use all",
         ),
     ],
 )

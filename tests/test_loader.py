@@ -130,7 +130,7 @@ def test_indices_of_the_toml_give_what_caching_with_them_would(tmp_path, clean, 
 
 def test_another_number_of_indices_than_control_images_is_an_error(tmp_path):
     write(tmp_path / "0", "a")
-    with pytest.raises(ConfigError, match=r"train\.toml: datasets\[0\]: 1 control images .*0;2.*a_0032x0016") as caught:
+    with pytest.raises(ConfigError, match=r"train\.toml: datasets\[0\]: 1 control image .*0;2.*a_0032x0016") as caught:
         TrainingSet(config(tmp_path, "fp_1f_clean_indices = [0, 2]\nfp_1f_target_index = 1"), seed=1)
     assert "\n" not in str(caught.value)
 

@@ -396,21 +396,21 @@ A, B = "diffusion_model.blocks.0.ffn.0.lora_A.weight", "diffusion_model.blocks.0
         ({"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(5, 1)}, {}, "DoRA is not supported"),
         ({"base_model.model.x.lora_magnitude_vector": torch.ones(5)}, {}, "DoRA is not supported"),
         ({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.ones(2, 4)}, {}, "there twice, under two names"),
-        ({"transformer_2.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 4)}, {}, "is no key of a Wan LoRA"),
-        ({"diffusion_model.blocks.0.ffn.0.set_weight": torch.ones(2, 4)}, {}, "is no key of a Wan LoRA"),
-        ({"\x1b[2J" + "y" * 10**6: torch.ones(1)}, {}, r"' \[2Jy{143}\.\.\.' is no key of a Wan LoRA"),
+        ({"transformer_2.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 4)}, {}, "is not a key of a Wan LoRA"),
+        ({"diffusion_model.blocks.0.ffn.0.set_weight": torch.ones(2, 4)}, {}, "is not a key of a Wan LoRA"),
+        ({"\x1b[2J" + "y" * 10**6: torch.ones(1)}, {}, r"' \[2Jy{143}\.\.\.' is not a key of a Wan LoRA"),
         ({A: torch.full((2, 4), math.nan)}, {}, "lora_A.weight' holds NaN, infinity or whole numbers"),
         ({B: torch.ones(5, 2, dtype=torch.int8)}, {}, "lora_B.weight' holds NaN, infinity or whole numbers"),
-        ({"diffusion_model.blocks.0.ffn.0.diff": torch.ones(5, 4)}, {}, "is no LoRA, LoHa, LoKr or difference"),
-        ({"diffusion_model.blocks.0.ffn.2.alpha": torch.ones(())}, {}, "is no LoRA, LoHa, LoKr or difference"),
-        ({"diffusion_model.blocks.0.ffn.2.lora_B.bias": torch.ones(5)}, {}, "is no LoRA, LoHa, LoKr or difference"),
+        ({"diffusion_model.blocks.0.ffn.0.diff": torch.ones(5, 4)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
+        ({"diffusion_model.blocks.0.ffn.2.alpha": torch.ones(())}, {}, "is not a LoRA, LoHa, LoKr or difference"),
+        ({"diffusion_model.blocks.0.ffn.2.lora_B.bias": torch.ones(5)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
         (
             {A.replace("A.weight", "B.bias"): torch.ones(5), A.replace("lora_A.weight", "diff_b"): torch.ones(5)},
             {},
-            "is no LoRA, LoHa, LoKr or difference",
+            "is not a LoRA, LoHa, LoKr or difference",
         ),
-        ({}, {"lora_adapter_metadata": "[]"}, "is no JSON object"),
-        ({}, {"lora_adapter_metadata": "[" * 10**5}, "is no JSON object"),
+        ({}, {"lora_adapter_metadata": "[]"}, "is not a JSON object"),
+        ({}, {"lora_adapter_metadata": "[" * 10**5}, "is not a JSON object"),
         ({}, {"lora_adapter_metadata": "{}"}, "has no usable lora_alpha"),
         ({}, {"lora_adapter_metadata": '{"transformer.lora_alpha": "Infinity"}'}, "has no usable lora_alpha"),
         ({}, {"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "has no usable lora_alpha"),
@@ -436,13 +436,13 @@ def test_an_alpha_among_the_tensors_goes_before_that_of_the_configuration(tmp_pa
 def test_a_broken_configuration_beside_pefts_weights_is_refused(tmp_path):
     saved({A: torch.ones(2, 4), B: torch.ones(5, 2)}, tmp_path / "adapter" / "adapter_model.safetensors")
     (tmp_path / "adapter" / "adapter_config.json").write_bytes(b"\xff{")
-    with pytest.raises(ConfigError, match=r"adapter_config.json beside it is no JSON"):
+    with pytest.raises(ConfigError, match=r"adapter_config.json beside it is not JSON"):
         read_lora(tmp_path / "adapter")
 
 
 def test_a_module_without_a_name_in_wan_can_only_be_written_in_musubis_form(tmp_path):
     source = saved({"diffusion_model.vace.0.diff": torch.ones(2, 4)}, tmp_path / "in.safetensors")
-    with pytest.raises(ConfigError, match=r"lora_unet_vace_0: is no module of Wan2.1"):
+    with pytest.raises(ConfigError, match=r"lora_unet_vace_0: is not a module of Wan2.1"):
         convert(source, tmp_path / "out.safetensors", "comfyui")
     convert(source, tmp_path / "out.safetensors", "musubi")
     assert "lora_unet_vace_0.diff" in load_file(tmp_path / "out.safetensors")

@@ -168,25 +168,25 @@ HADAMARD = {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada
     ("shapes", "message"),
     [
         ({"lora_unet_blocks_0_ffn_0.dora_scale": (3, 1)}, "DoRA is not supported"),
-        ({"lora_te_text_model.lora_up.weight": (3, 4)}, "'lora_te_text_model.lora_up.weight' is no key"),
-        ({"blocks.0.ffn.0.weight": (3, 4)}, "'blocks.0.ffn.0.weight' is no key"),
-        ({"lora_unet_a.lora_down.weight": (3, 4)}, "lora_unet_a is no LoRA"),
-        ({"lora_unet_a.lora_down.weight": (3, 4), "lora_unet_a.lora_up.weight": (5, 2)}, "lora_unet_a is no LoRA"),
-        ({"lora_unet_a.lora_down.weight": (0, 4), "lora_unet_a.lora_up.weight": (5, 0)}, "lora_unet_a is no LoRA"),
-        ({f"lora_unet_a.{part}": (*shape, 2, 2) for part, shape in PAIR.items()}, "lora_unet_a is no LoRA"),
-        ({f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.alpha": (2,)}, "is no LoRA"),
+        ({"lora_te_text_model.lora_up.weight": (3, 4)}, "'lora_te_text_model.lora_up.weight' is not a key"),
+        ({"blocks.0.ffn.0.weight": (3, 4)}, "'blocks.0.ffn.0.weight' is not a key"),
+        ({"lora_unet_a.lora_down.weight": (3, 4)}, "lora_unet_a is not a LoRA"),
+        ({"lora_unet_a.lora_down.weight": (3, 4), "lora_unet_a.lora_up.weight": (5, 2)}, "lora_unet_a is not a LoRA"),
+        ({"lora_unet_a.lora_down.weight": (0, 4), "lora_unet_a.lora_up.weight": (5, 0)}, "lora_unet_a is not a LoRA"),
+        ({f"lora_unet_a.{part}": (*shape, 2, 2) for part, shape in PAIR.items()}, "lora_unet_a is not a LoRA"),
+        ({f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.alpha": (2,)}, "is not a LoRA"),
         (
             {f"lora_unet_a.{part}": shape for part, shape in PAIR.items()} | {"lora_unet_a.lokr_w1": (2, 2)},
-            "is no LoRA",
+            "is not a LoRA",
         ),
-        ({"lora_unet_a.hada_w1_a": (3, 2), "lora_unet_a.hada_w1_b": (2, 4)}, "is no LoRA"),
-        ({f"lora_unet_a.{part}": shape for part, shape in (HADAMARD | {"hada_w2_a": (4, 2)}).items()}, "is no LoRA"),
-        ({f"lora_unet_a.{part}": (2, 2) for part in ("lokr_w1", "lokr_w2", "lora_up.weight")}, "is no LoRA"),
-        ({f"lora_unet_a.lokr_{part}": shape for part, shape in UNEQUAL.items()}, "is no LoRA"),
-        ({"lora_unet_a.lokr_w1": (3, 4)}, "is no LoRA"),
-        ({"lora_unet_a.lokr_w1": (3, 4), "lora_unet_a.lokr_w2": (3, 4, 1, 1)}, "is no LoRA"),
-        ({f"lora_unet_a.{part}": (2, 2) for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2")}, "is no LoRA"),
-        ({"lora_unet_a.lokr_t2": (3, 4)}, "'lora_unet_a.lokr_t2' is no key"),
+        ({"lora_unet_a.hada_w1_a": (3, 2), "lora_unet_a.hada_w1_b": (2, 4)}, "is not a LoRA"),
+        ({f"lora_unet_a.{part}": shape for part, shape in (HADAMARD | {"hada_w2_a": (4, 2)}).items()}, "is not a LoRA"),
+        ({f"lora_unet_a.{part}": (2, 2) for part in ("lokr_w1", "lokr_w2", "lora_up.weight")}, "is not a LoRA"),
+        ({f"lora_unet_a.lokr_{part}": shape for part, shape in UNEQUAL.items()}, "is not a LoRA"),
+        ({"lora_unet_a.lokr_w1": (3, 4)}, "is not a LoRA"),
+        ({"lora_unet_a.lokr_w1": (3, 4), "lora_unet_a.lokr_w2": (3, 4, 1, 1)}, "is not a LoRA"),
+        ({f"lora_unet_a.{part}": (2, 2) for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2")}, "is not a LoRA"),
+        ({"lora_unet_a.lokr_t2": (3, 4)}, "'lora_unet_a.lokr_t2' is not a key"),
         ({}, "holds no tensors"),
     ],
 )
@@ -198,7 +198,7 @@ def test_files_of_another_kind_are_refused_by_name(shapes, message, tmp_path):
 
 def test_a_damaged_or_missing_file_is_refused_by_name(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
-    with pytest.raises(ConfigError, match=r"--lora_weight .*cut.safetensors: is no readable safetensors file"):
+    with pytest.raises(ConfigError, match=r"--lora_weight .*cut.safetensors: is not a readable safetensors file"):
         read_lora(tmp_path / "cut.safetensors")
     with pytest.raises(ConfigError, match=r"--network_weights .*none.safetensors: does not exist"):
         read_lora(tmp_path / "none.safetensors", "--network_weights")

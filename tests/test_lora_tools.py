@@ -112,7 +112,7 @@ def test_resizing_leaves_smaller_modules_and_differences_as_they_are(tmp_path, c
         s = torch.linalg.svdvals(change)
         kept[NAMES[name]] = 100 * float(s[:2].norm() / s.norm())
     worst, mean = min(kept, key=kept.get), sum(kept.values()) / 2
-    assert f"remain {mean:.1f} % on average, at least {kept[worst]:.1f} % ({worst})" in caplog.text
+    assert f"on average {mean:.1f} % of each change is kept, at least {kept[worst]:.1f} % ({worst})" in caplog.text
 
 
 def test_a_rank_above_the_sides_of_a_matrix_shrinks_to_them(tmp_path):
@@ -184,7 +184,7 @@ def test_an_extracted_lora_turns_the_one_checkpoint_into_the_other(rename, tmp_p
     ("change", "message"),
     [
         (lambda base, tuned: base, "equals BASE"),
-        (lambda base, tuned: {"x.weight": torch.ones(1)}, "is no Wan DiT"),
+        (lambda base, tuned: {"x.weight": torch.ones(1)}, "is not a Wan DiT"),
         (lambda base, tuned: tuned | {"extra": torch.ones(1)}, r"another kind of model than BASE, e.g. in extra"),
         (lambda base, tuned: {k: t.to(torch.float8_e4m3fn) for k, t in tuned.items()}, "in 8 bits"),
         (lambda base, tuned: {k: t * torch.inf for k, t in tuned.items()}, "differs by NaN or infinity"),
@@ -234,15 +234,15 @@ def test_inspect_tells_what_a_file_holds(tmp_path):
         ("convert a.safetensors c.safetensors", "required: --to"),
         ("convert none.safetensors c.safetensors --to musubi", "SOURCE none.safetensors: does not exist"),
         ("inspect .", "FILE .: is a folder, not a file"),
-        ("inspect cut.safetensors", "is no readable safetensors file"),
+        ("inspect cut.safetensors", "is not a readable safetensors file"),
         ("merge a.safetensors b.safetensors", "OUT b.safetensors: exists already"),
-        ("merge a.safetensors c.safetensors --multiplier 1 2", "--multiplier: 2 numbers for 1 files"),
+        ("merge a.safetensors c.safetensors --multiplier 1 2", "--multiplier: 2 numbers for 1 file;"),
         ("merge a.safetensors c.safetensors --multiplier nan", "--multiplier nan: must be numbers"),
         ("merge a.safetensors other.safetensors c.safetensors", f"{FFN} is of another size"),
         ("merge loha.safetensors c.safetensors", f"{Q} is a LoHa or LoKr"),
         ("resize a.safetensors c.safetensors --rank 0", "--rank 0: must be 1 or more"),
         ("resize a.safetensors c.safetensors --rank 2 --device warp", "--device warp: "),
-        ("extract a.safetensors b.safetensors c.safetensors --rank 2", "BASE a.safetensors: is no Wan DiT"),
+        ("extract a.safetensors b.safetensors c.safetensors --rank 2", "BASE a.safetensors: is not a Wan DiT"),
         ("extract none.safetensors b.safetensors c.safetensors --rank 2", "BASE none.safetensors: does not exist"),
         ("shrink a.safetensors", "invalid choice: 'shrink'"),
         ("", "required: COMMAND"),

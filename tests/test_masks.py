@@ -288,7 +288,7 @@ def test_the_same_images_with_another_mask_are_encoded_anew():
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda: half((320, 213), 0, 0).save("data/where/cat.png"), r"target image .*cat\.png: is black all over"),
+        (lambda: half((320, 213), 0, 0).save("data/where/cat.png"), r"target image .*cat\.png: is entirely black"),
         (lambda: half((64, 64)).save("data/where/cat.png"), r"where/cat\.png: has 64x64 pixels, its image"),
         (lambda: half((64, 64)).save("data/faces/cat_mask.png"), r"cat_mask\.png: has 64x64 pixels, its image"),
         (lambda: Path("data/where/cat.png").write_bytes(b"no"), r"cat\.png: cannot be read as an image"),
@@ -309,7 +309,7 @@ def test_a_wrong_mask_is_named_in_one_line(masked, spoil, words):
 
 def test_masks_come_one_per_control():
     prompt = parse_line(f"{FLF2V} --cim data/start/cat.png", "here", TRAINING)
-    with pytest.raises(ConfigError, match=r"here: 1 masks \(--cim\) for 2 control images; give one per image"):
+    with pytest.raises(ConfigError, match=r"here: 1 mask \(--cim\) for 2 control images; give one per image"):
         Request.resolve(prompt, TASKS["flf2v-14B"], SamplingConfig())
 
 

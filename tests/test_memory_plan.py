@@ -196,7 +196,7 @@ def test_training_goes_on_from_the_last_step_and_ends_in_the_same_lora(monkeypat
     made = train("i2v", "pairs.toml", "scarce", "--no_metadata", "--max_train_steps", "5", "--memory", "auto")
     assert_close(load_file(made), load_file(expected), rtol=0, atol=0)
     assert steps == sorted([*range(1, 6), *failing])
-    assert caplog.text.count("it was not enough; going on with") == len(failing)
+    assert caplog.text.count("it was not enough; continuing with") == len(failing)
 
 
 def test_training_without_a_plan_ends_when_memory_does(monkeypatch):

@@ -259,7 +259,7 @@ def test_the_files_for_accelerate_say_ddp_and_fsdp2():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--blocks_to_swap", "1", "--gradient_checkpointing"), "--blocks_to_swap 1: does not go with FSDP2"),
+        (("--blocks_to_swap", "1", "--gradient_checkpointing"), "--blocks_to_swap 1: can't be combined with FSDP2"),
         (("--optimizer_type", "Adafactor"), "--optimizer_type Adafactor: FSDP2 takes"),
     ],
 )

@@ -190,7 +190,7 @@ def test_images_without_a_caption_are_skipped_with_a_warning(folder, caplog):
     target("b.png", caption=None)
     controls("a.png", "b.png")
     assert list(matched(dataset())) == ["a.png"]
-    assert "1 image is skipped for want of a caption file: b.png" in caplog.text
+    assert "1 image is skipped without a caption file: b.png" in caplog.text
 
 
 def test_captions_may_be_empty_or_carry_a_byte_order_mark(folder):
@@ -291,11 +291,11 @@ GOOD = {"image_path": "targets/a.png", "caption": "c", "control_path": "controls
 @pytest.mark.parametrize(
     ("line", "start", "words"),
     [
-        ('{"image_path": ', ":2: is no JSON", "correct the line"),
-        ('["targets/a.png"]', ":2: is no JSON object", "image_path"),
-        ({**GOOD, "image_path": 3}, ":2: image_path = 3: is no text", "quotes"),
-        ({**GOOD, "caption": None}, ":2: caption = null: is no text", "quotes"),
-        ({**GOOD, "control_path": ["controls/a.png"]}, ":2: control_path = ", "is no text"),
+        ('{"image_path": ', ":2: is not JSON", "correct the line"),
+        ('["targets/a.png"]', ":2: is not a JSON object", "image_path"),
+        ({**GOOD, "image_path": 3}, ":2: image_path = 3: is not text", "quotes"),
+        ({**GOOD, "caption": None}, ":2: caption = null: is not text", "quotes"),
+        ({**GOOD, "control_path": ["controls/a.png"]}, ":2: control_path = ", "is not text"),
         ({"image_path": "targets/a.png"}, ":2: 'caption' is missing", "add it"),
         ({"caption": "c"}, ":2: 'image_path' is missing", "add it"),
         (

@@ -214,4 +214,4 @@ def test_validating_without_items_is_refused_and_items_without_validating_are_wa
     with pytest.raises(ConfigError, match=r"^--validate_every_n_epochs 2: there are no items to validate with; add"):
         wanted.check(ValidationSet(()))
     ValidationConfig().check(validation_set)
-    assert "3 items with validation = true are never looked at" in caplog.text
+    assert "3 items with validation = true are never used" in caplog.text

@@ -67,12 +67,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def read_options_from(self, flag: str) -> None:
-        """Add `flag FILE`: a TOML file of options, checked like the command line, which goes over it.
+        """Add `flag FILE`: a TOML file of options, checked like the command line, which overrides it.
 
         Keys are flag names without hyphens in front; tables only group them.
         """
         self._config_flag = flag
-        self.add_argument(flag, type=Path, help="TOML file with options; those of the command line go over it")
+        self.add_argument(flag, type=Path, help="TOML file with options; those on the command line override it")
 
     def _config_arguments(self, flag: str, args: list[str]) -> list[str]:
         """The options of the file that `flag` names in `args`, as arguments."""
@@ -247,12 +247,12 @@ def _words(key: str, action: argparse.Action, value: Any, place: str) -> list[st
         return [] if value else None
     if isinstance(value, bool) or action.nargs == 0:
         if not isinstance(value, bool) or (action.nargs != 0 and value):
-            kind = "true or false" if action.nargs == 0 else "no switch; give its value"
+            kind = "true or false" if action.nargs == 0 else "not a switch; give its value"
             raise ConfigError(f"{place}: {key} = {value!r}: is {kind}")
         return [] if value else None
     values = value if isinstance(value, list) else [value]
     if isinstance(value, list) and action.nargs is None:
-        raise ConfigError(f"{place}: {key} = {value!r}: takes one value, no list")
+        raise ConfigError(f"{place}: {key} = {value!r}: takes one value, not a list")
     return [*map(str, values)]
 
 

@@ -19,7 +19,7 @@ _BY_NAME = {name: dtype for dtype, names in _ALIASES.items() for name in names}
 def parse_dtype(name: str) -> torch.dtype:
     """`bf16`, `bfloat16`, `fp32` ... -> torch.dtype (docs/formats.md#dtype-names); ConfigError for other names."""
     if name not in _BY_NAME:
-        raise ConfigError(f"'{name}' is no dtype{suggest(name, _BY_NAME) or '; use bfloat16, float16 or float32'}")
+        raise ConfigError(f"'{name}' is not a dtype{suggest(name, _BY_NAME) or '; use bfloat16, float16 or float32'}")
     return _BY_NAME[name]
 
 

@@ -23,6 +23,11 @@ def some(names: Iterable[object], limit: int = 3, rest: str = " and {} more") ->
     return ", ".join(listed[:limit]) + (rest.format(len(listed) - limit) if len(listed) > limit else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells -> lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

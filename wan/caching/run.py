@@ -61,7 +61,7 @@ class CachingConfig(Section):
     dataset_config: Path = option(help="dataset TOML")
     batch_size: int | None = option(
         None,
-        help="items per call: default of the datasets' batch_size, and the most that are encoded together",
+        help="most items to encode together; also the default of the datasets' batch_size",
         minimum=1,
     )
     num_workers: int | None = option(
@@ -93,7 +93,7 @@ class CachingConfig(Section):
 class LatentCachingConfig(CachingConfig, LayoutConfig):
     """caching"""
 
-    one_frame: bool = option(False, help="one-frame caching, the only kind there is: must be given")
+    one_frame: bool = option(False, help="one-frame caching; required, as there is no other kind here")
     disable_cudnn_backend: bool = option(False, help="do without cuDNN, for drivers where it fails")
 
     def __post_init__(self) -> None:
@@ -272,7 +272,7 @@ def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
     target, coverage = open_masked(item.target, "target image", item.target_mask)
     target_mask = _mask(coverage, item.target_fit)
     if target_mask is not None and not target_mask.any():
-        raise ConfigError(f"mask of target image {item.target}: is black all over; leave the item out or paint it")
+        raise ConfigError(f"mask of target image {item.target}: is entirely black; leave the item out or paint it")
     files, open_control = zip(item.controls, item.control_masks, strict=True), item.layout.encoding.open_control
     opened = [open_control(path, mask) for path, mask in files]
     images, fits = [*(image for image, _ in opened), target], (*item.control_fits, item.target_fit)

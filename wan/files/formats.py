@@ -164,7 +164,7 @@ def _read_headers(path: Path, label: str) -> dict[str, Header]:
     suffix = path.suffix.lower()
     kinds = {".safetensors": _safetensors_headers, ".gguf": _gguf_headers, **dict.fromkeys(_PICKLES, _pickle_headers)}
     if suffix not in kinds:
-        raise ConfigError(f"{label}: is no model file by its name; use one of {' '.join(kinds)}")
+        raise ConfigError(f"{label}: is not named like a model file; use one of {' '.join(kinds)}")
     try:
         return kinds[suffix](path)
     except _NotAllowedError as error:

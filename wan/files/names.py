@@ -233,5 +233,5 @@ def _check_scale(checkpoint: Checkpoint, name: str, scale: TensorInfo, weight: T
         blocks_of_scale(torch.empty(scale.shape, device="meta"), weight.shape)
     except ValueError as error:
         raise ConfigError(
-            f"{checkpoint.label}: {one_line(name)} is {error}, no scale that we know; use the bf16 or fp16 file"
+            f"{checkpoint.label}: {one_line(name)} is {error}, not a known scale; use the bf16 or fp16 file"
         ) from None

@@ -40,7 +40,7 @@ def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
     except Exception:  # the tokenizers package raises bare Exceptions
         fits = False
     if not fits:
-        raise ConfigError(f"--t5_tokenizer {file}: is no umT5 tokenizer; use that of {_TOKENIZER_REPOSITORY}")
+        raise ConfigError(f"--t5_tokenizer {file}: is not a umT5 tokenizer; use the one of {_TOKENIZER_REPOSITORY}")
     return tokenizer
 
 

@@ -13,6 +13,7 @@ import torch
 
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
+from utils.text import counted
 from wan.frames.clip import Clip
 from wan.frames.encoding import ENCODINGS, INDEPENDENT, Encoding, encoding_named
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, parse_resolution
@@ -124,7 +125,7 @@ class OneFrameLayout:
         """Raise ConfigError unless there is one control image per control index."""
         if count != len(self.control_indices):
             listed = ";".join(map(str, self.control_indices)) or "(none)"
-            raise ConfigError(f"{count} control images for control_index={listed}; give one index per image")
+            raise ConfigError(f"{counted(count, 'control image')} for control_index={listed}; give one index per image")
 
 
 def parse(text: str, default_layout: str | None = None, default_sizes: ControlSizes = AS_TARGET) -> OneFrameLayout:
@@ -132,7 +133,7 @@ def parse(text: str, default_layout: str | None = None, default_sizes: ControlSi
 
     As in the reference a missing target_index is 0 and a missing control_index is none. `layout=causal` asks for that
     layout; without the key it is `default_layout`, independent for None. `control_resolution=512x768` and
-    `no_resize_control=true` likewise go over `default_sizes`. FramePack's words are ignored with a warning.
+    `no_resize_control=true` likewise override `default_sizes`. FramePack's words are ignored with a warning.
     Raises ConfigError for anything else.
     """
     values: dict[str, str] = {}
@@ -206,4 +207,4 @@ def _index(key: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"{key}={text} is no whole number; give a time index such as 1") from None
+        raise ConfigError(f"{key}={text} is not a whole number; give a time index such as 1") from None

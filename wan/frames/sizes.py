@@ -57,7 +57,9 @@ def parse_resolution(text: str) -> Size:
     match = re.fullmatch(r"(\d{2,5})(?:x(\d{2,5}))?", text)
     size = match and (int(match[1]), int(match[2] or match[1]))
     if not size or min(size) < STEP:
-        raise ConfigError(f"control_resolution={text} is no size of at least {STEP} a side; give e.g. 512 or 512x768")
+        raise ConfigError(
+            f"control_resolution={text} is not a size of at least {STEP} a side; give e.g. 512 or 512x768"
+        )
     return size
 
 

@@ -137,7 +137,7 @@ class GraphedGradients:
             try:
                 self._recorded[size] = Recorded(self._record, work, *tensors)
             except torch.OutOfMemoryError:
-                log.info("no memory is left for a CUDA graph; the steps go on without")
+                log.info("no memory is left for a CUDA graph; the steps run without one")
                 self._fits = False
         self._known.add(size)
         if size in self._recorded:

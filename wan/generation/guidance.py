@@ -28,7 +28,7 @@ class GuidanceConfig(Section):
     slg_layers: str | None = option(None, help="blocks that it skips, separated by commas, e.g. 9,10")
     slg_scale: float = option(3.0, help="strength of --slg_mode original")
     slg_start: float = option(0.0, help="share of the steps before skip-layer guidance")
-    slg_end: float = option(0.3, help="share of the steps at whose end it stops")
+    slg_end: float = option(0.3, help="share of the steps after which it stops")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,7 @@ class PromptConfig(Section, Prompt):
     """what to generate"""
 
     recipe: Path | None = option(
-        None, help="make the picture of this PNG or latent file again; other options go over those in the file"
+        None, help="make the picture of this PNG or latent file again; other options override those in the file"
     )
     from_file: Path | None = option(None, help="file with a prompt and its options per line, or .toml, .json")
     interactive: bool = option(False, help="read prompt lines from the terminal")
@@ -58,7 +58,7 @@ class PromptConfig(Section, Prompt):
 
     @property
     def base(self) -> Prompt:
-        """The flags as a prompt; lines go over it."""
+        """The flags as a prompt, which prompt lines override."""
         height, width = self.video_size or (None, None)
         values = {key: getattr(self, key) for key in OPTIONS} | {"width": width, "height": height}
         return Prompt(**values, place="command line")

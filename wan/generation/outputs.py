@@ -38,7 +38,7 @@ class OutputConfig(Section):
         help="images, latent or latent_images; video and both give the same with a PNG in place of the video",
         choices=["images", "latent", "latent_images", *_VIDEO_TYPES],
     )
-    no_metadata: bool = option(False, help="store in the files no recipe, nor anything else of how they were made")
+    no_metadata: bool = option(False, help="store no recipe, nor any other metadata, in the files")
 
     @property
     def kinds(self) -> str:
@@ -122,10 +122,10 @@ def read_latent(path: Path) -> tuple[Tensor, int]:
             latents = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"--latent_path {path}: is no latent file ({error}); give one that generation wrote"
+            f"--latent_path {path}: is not a latent file ({error}); give one that generation wrote"
         ) from None
     except Exception:  # torch.load raises many kinds for damaged files and for pickles with code
-        raise ConfigError(f"--latent_path {path}: is no latent file; give one that generation wrote") from None
+        raise ConfigError(f"--latent_path {path}: is not a latent file; give one that generation wrote") from None
     if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or latents.shape[-4] != LATENT_CHANNELS:
         raise ConfigError(
             f"--latent_path {path}: holds no latents of {LATENT_CHANNELS} channels; give a file that generation wrote"

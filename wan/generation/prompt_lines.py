@@ -74,7 +74,7 @@ def _read(kind: type, text: str, place: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(f"{place}: is no {'whole number' if kind is int else 'number'}") from None
+        raise ConfigError(f"{place}: is not a {'whole number' if kind is int else 'number'}") from None
 
 
 def read_file(path: Path, flag: str, dialect: Dialect) -> list[Prompt]:

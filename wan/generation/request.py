@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from utils.errors import ConfigError
 from utils.images import Resize, check_image, check_mask_size, floor16, size_for_area
 from utils.options import option
+from utils.text import counted
 from wan.frames import condition
 from wan.frames.clip import Clip
 from wan.frames.encoding import encoding_named
@@ -33,15 +34,15 @@ class SamplingConfig(LayoutConfig):
     cpu_noise: bool = option(False, help="draw the initial noise on the CPU (the same on every device)")
     control_resolution: str | None = option(
         None,
-        help="own size of the control images, of which the area counts, where the prompt doesn't say: 512 or 512x768 "
+        help="size of the control images (only the area counts) where the prompt gives none: 512 or 512x768 "
         "(width, height); default: that of the picture, in training what the datasets say",
     )
     no_resize_control: bool = option(
-        False, help="control images keep their size, those above --control_resolution, if given, excepted"
+        False, help="control images keep their size, unless it exceeds --control_resolution"
     )
     reasoning_frames: int = option(
         0,
-        help="frames between control and target that are denoised along in the first steps and then dropped",
+        help="frames between control and target that are denoised with it in the first steps and then dropped",
         minimum=0,
     )
     reasoning_steps: int | None = option(
@@ -49,7 +50,7 @@ class SamplingConfig(LayoutConfig):
     )
     pin_controls: bool = option(
         False,
-        help="in each step the control frames are their own images with the step's noise, not what the model makes",
+        help="in each step the control frames are their own images with the step's noise, not the model's prediction",
     )
     exact_size: bool = option(
         False, help="crop to the given width and height instead of keeping the start image's aspect ratio at that area"
@@ -222,7 +223,7 @@ def _check_values(guidance: float, seed: int, texts: tuple[str, str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ConfigError(f"character {error.start} of the prompt is no Unicode text; write it as UTF-8") from None
+            raise ConfigError(f"character {error.start} of the prompt is not Unicode text; write it as UTF-8") from None
 
 
 def _controls(
@@ -262,7 +263,8 @@ def _masks(prompt: Prompt, layout: OneFrameLayout, controls: tuple[Path, ...]) -
         return (None,) * len(controls)
     masks = tuple(Path(path) for path in prompt.control_image_mask_path)
     if len(masks) != len(controls):
-        raise ConfigError(f"{len(masks)} masks (--cim) for {len(controls)} control images; give one per image")
+        given, images = counted(len(masks), "mask"), counted(len(controls), "control image")
+        raise ConfigError(f"{given} (--cim) for {images}; give one per image")
     if not layout.encoding.takes_masks:
         name = layout.encoding.name
         raise ConfigError(f"the {name} layout takes no masks of control images; leave out --cim or layout={name}")

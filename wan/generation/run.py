@@ -70,7 +70,7 @@ class Generation:
         log.info("time: %s", self.pipeline.stopwatch)
         if failed:
             raise ConfigError(
-                f"{failed} of {len(pictures)} images came out as no numbers (NaN) and were not saved; check the "
+                f"{failed} of {len(pictures)} images came out as NaN and were not saved; check the "
                 "model files, and give --dit_dtype bfloat16 if it is float16"
             )
 

@@ -13,6 +13,7 @@ from PIL import Image
 from utils import cli
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
+from utils.text import counted
 from wan.frames import layout
 from wan.generation.grid import draw_grid
 from wan.generation.prompt import OPTIONS, Prompt
@@ -174,7 +175,7 @@ def _with_value(sampling: SamplingConfig, name: str, text: str, place: str) -> S
         changed: dict[str, Any] = {name: kind(text)}
         return replace(sampling, **changed)
     except ValueError:
-        raise ConfigError(f"{place}: is no whole number") from None
+        raise ConfigError(f"{place}: is not a whole number") from None
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
 
@@ -186,9 +187,11 @@ def _multipliers(text: str, lora: LoRAConfig, place: str) -> tuple[float, ...]:
         if not all(map(math.isfinite, given)):
             raise ValueError
     except ValueError:
-        raise ConfigError(f"{place}: is no number; write e.g. {_MULTIPLIER}=0.6,1") from None
+        raise ConfigError(f"{place}: is not a number; write e.g. {_MULTIPLIER}=0.6,1") from None
     if len(given) > len(lora.lora_weight):
         files = len(lora.lora_weight)
-        raise ConfigError(f"{place}: {len(given)} numbers for {files} LoRA files; give each a --lora_weight")
+        raise ConfigError(
+            f"{place}: {counted(len(given), 'number')} for {counted(files, 'LoRA file')}; give each a --lora_weight"
+        )
     usual = (*lora.lora_multiplier, *[1.0] * len(lora.lora_weight))[: len(lora.lora_weight)]
     return (*given, *usual[len(given) :])

@@ -43,10 +43,10 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
         beside = json.loads(config.read_bytes()) if path.name == ADAPTER[0] and config.is_file() else None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{source}: is no readable safetensors file ({one_line(error)}); check or fetch it again"
+            f"{source}: is not a readable safetensors file ({one_line(error)}); check or fetch it again"
         ) from None
     except (ValueError, RecursionError):
-        raise ConfigError(f"{source}: {ADAPTER[1]} beside it is no JSON; save the adapter again") from None
+        raise ConfigError(f"{source}: {ADAPTER[1]} beside it is not JSON; save the adapter again") from None
     for key, tensor in tensors.items():
         if not (tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()):
             raise ConfigError(f"{source}: '{one_line(key)}' holds NaN, infinity or whole numbers; use an intact file")
@@ -75,7 +75,7 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
             raise ValueError
     except (ValueError, KeyError):
         raise ConfigError(
-            f"{place} is no LoRA, LoHa, LoKr or difference of a layer but {one_line(sizes)}; use another file"
+            f"{place} is not a LoRA, LoHa, LoKr or difference of a layer but {one_line(sizes)}; use another file"
         ) from None
     alpha = float(found["alpha"]) if "alpha" in found else 0.0
     alpha = alpha or float(rank or 1)  # missing or 0 means scale 1

@@ -69,7 +69,7 @@ def read_keys(
         dialect, module = _without_prefix(path)
         known = dotted_name(module.replace(".", "_"))
         if part is None or (dialect is None and known is None):
-            raise ConfigError(f"{source}: '{one_line(key)}' is no key of a Wan LoRA; use a LoRA trained on Wan2.1")
+            raise ConfigError(f"{source}: '{one_line(key)}' is not a key of a Wan LoRA; use a LoRA trained on Wan2.1")
         dialects.add(dialect or "unprefixed")
         parts = modules.setdefault(lora_name(known or module), {})
         if part in parts:
@@ -99,7 +99,7 @@ def _adapter_config(metadata: Mapping[str, str], source: str) -> dict[str, Any] 
     try:
         return {key.removeprefix("transformer."): value for key, value in json.loads(metadata[CONFIG_KEY]).items()}
     except (ValueError, AttributeError, RecursionError):
-        raise ConfigError(f"{source}: its metadata '{CONFIG_KEY}' is no JSON object; save the file again") from None
+        raise ConfigError(f"{source}: its metadata '{CONFIG_KEY}' is not a JSON object; save the file again") from None
 
 
 def _configured_alpha(config: Mapping[str, Any], module: str, rank: int, source: str) -> float:
@@ -147,7 +147,7 @@ def _named(name: str) -> str:
     dotted = dotted_name(name)
     if dotted is None:
         raise ConfigError(
-            f"{one_line(name)}: is no module of Wan2.1, so only the form 'musubi' can name it; use --to musubi"
+            f"{one_line(name)}: is not a module of Wan2.1, so only the form 'musubi' can name it; use --to musubi"
         )
     return dotted
 

@@ -32,7 +32,7 @@ def _literal(text: str) -> Any:
             warnings.simplefilter("ignore")  # Python's about a backslash in a plain string; everyone writes regexes so
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise ValueError("is no Python value") from None
+        raise ValueError("is not a Python value") from None
 
 
 def _number(text: str) -> float:
@@ -87,7 +87,7 @@ def _regex(text: Any) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{text!r} is no regular expression ({error})") from None
+        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
 
 
 def _patterns(text: str) -> tuple[re.Pattern[str], ...]:

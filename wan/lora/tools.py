@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.files import require_writable_dir, written_whole
-from utils.text import one_line
+from utils.text import counted, one_line
 from wan.files.dit_names import dotted_name, lora_name
 from wan.files.formats import Checkpoint
 from wan.files.load import open_dit
@@ -39,7 +39,9 @@ def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> N
     ConfigError for LoHa and LoKr and for files that don't fit each other.
     """
     if len(multipliers) > len(sources):
-        raise ConfigError(f"--multiplier: {len(multipliers)} numbers for {len(sources)} files; give one per file")
+        raise ConfigError(
+            f"--multiplier: {counted(len(multipliers), 'number')} for {counted(len(sources), 'file')}; give one each"
+        )
     _check_out(out)
     multipliers = (*multipliers, *[1.0] * (len(sources) - len(multipliers)))
     if not all(map(math.isfinite, multipliers)):
@@ -112,7 +114,7 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
         worst = min(kept, key=lambda name: kept[name])
         mean = sum(kept.values()) / len(kept)
         log.info(
-            "of each change remain %.1f %% on average, at least %.1f %% (%s)", 100 * mean, 100 * kept[worst], worst
+            "on average %.1f %% of each change is kept, at least %.1f %% (%s)", 100 * mean, 100 * kept[worst], worst
         )
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_network_args"}  # those of LoHa, LoKr
     _write(out, modules, _with_ranks(metadata, modules))
@@ -259,7 +261,7 @@ def _values(numbers: Iterable[float]) -> str:
 def _open(path: Path, flag: str) -> Checkpoint:
     checkpoint = open_dit(path, flag)
     if "patch_embedding.weight" not in checkpoint.shapes:
-        raise ConfigError(f"{flag} {path}: is no Wan DiT; use a DiT checkpoint")
+        raise ConfigError(f"{flag} {path}: is not a Wan DiT; use a DiT checkpoint")
     if any(info.packed or info.dtype.itemsize == 1 for info in checkpoint.tensors.values()):
         raise ConfigError(
             f"{flag} {path}: is in 8 bits or fewer, whose rounding would be extracted; use a bf16 or fp16 file"

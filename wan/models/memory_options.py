@@ -37,14 +37,16 @@ class MemoryConfig(Section):
 
     memory: str = option(
         "manual",
-        help="auto: choose fp8, swapped and recomputed blocks by the memory that is free, and anew when it runs out",
+        help="auto: choose fp8, swapped and recomputed blocks by the free memory, and again when it runs out",
         choices=("manual", "auto"),
     )
     fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
     blocks_to_swap: int = option(
         0, help="DiT blocks whose weights wait in host memory until they are needed", minimum=0
     )
-    use_pinned_memory_for_block_swap: bool = option(False, help="page-locked host memory for them: faster copies")
+    use_pinned_memory_for_block_swap: bool = option(
+        False, help="page-locked host memory for swapped blocks: faster copies"
+    )
     compile: bool = option(False, help="torch.compile each block")
     compile_backend: str = option("inductor", help="compiler of --compile")
     compile_mode: str = option("default", help="what inductor optimises for", choices=_COMPILE_MODES)
@@ -55,7 +57,7 @@ class MemoryConfig(Section):
     )
     dit_backend: str = option(
         "auto",
-        help="fused: few passes over memory, by Triton on CUDA; auto: that where it runs, but plain with --compile",
+        help="fused: few passes over memory, by Triton on CUDA; auto: fused where it runs, but plain with --compile",
         choices=("auto", "plain", "fused"),
     )
     cuda_allow_tf32: bool = option(False, help="multiply float32 matrices in TF32 on CUDA: faster, 10 bits of mantissa")
@@ -144,14 +146,14 @@ class TrainingMemoryConfig(MemoryConfig):
     fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
     gradient_checkpointing: str = option(
         "none",
-        help="recompute activations to save memory: of all blocks, which the bare flag means too, or with auto of "
-        "as many as do not fit",
+        help="recompute activations to save memory: all (also the flag alone), of all blocks; auto, of as many as do "
+        "not fit",
         choices=("auto", "all", "none"),
         nargs="?",
         const="all",
     )
     gradient_checkpointing_cpu_offload: bool = option(
-        False, help="keep what they start from in host memory", needs="--gradient_checkpointing; give both"
+        False, help="keep the inputs of recomputed blocks in host memory", needs="--gradient_checkpointing; give both"
     )
 
     def __post_init__(self) -> None:
@@ -162,7 +164,8 @@ class TrainingMemoryConfig(MemoryConfig):
             raise ConfigError("--blocks_to_swap needs --gradient_checkpointing; give both")
         if self.blocks_to_swap and self.gradient_checkpointing != "all":
             raise ConfigError(
-                f"--gradient_checkpointing {self.gradient_checkpointing}: does not go with --blocks_to_swap; use all"
+                f"--gradient_checkpointing {self.gradient_checkpointing}: can't be combined with --blocks_to_swap; "
+                "use all"
             )
 
     @property
@@ -192,7 +195,9 @@ class GenerationMemoryConfig(MemoryConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fp8_fast and self.blocks_to_swap:
-            raise ConfigError("--fp8_fast: does not go with --blocks_to_swap, whose blocks have to be alike; leave one")
+            raise ConfigError(
+                "--fp8_fast: can't be combined with --blocks_to_swap, whose blocks have to be alike; leave one"
+            )
 
     @property
     def fp8_kind(self) -> FP8Kind | None:

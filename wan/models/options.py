@@ -19,6 +19,7 @@ from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
 from utils.options import Section, option
+from utils.text import counted
 from wan.files import load
 from wan.files.names import release_files
 from wan.files.tokenizer import check_tokenizer
@@ -67,7 +68,7 @@ class ReleaseConfig(Section):
 
     def _files(self, folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
-            raise ConfigError(f"--ckpt_dir {folder}: is no folder; check the path")
+            raise ConfigError(f"--ckpt_dir {folder}: is not a folder; check the path")
         files = release_files(folder)
         if not files:
             raise ConfigError(
@@ -93,7 +94,7 @@ def _with_paths(group: Group, files: Mapping[str, Path]) -> Group:
 class DiTConfig(Section):
     """DiT"""
 
-    task: str | None = option(None, help="i2v-14B or flf2v-14B; default: what the checkpoint is")
+    task: str | None = option(None, help="i2v-14B or flf2v-14B; default: what the checkpoint is made for")
     dit: Path | None = option(None, help="DiT safetensors; of a split file any part")
     dit_dtype: str | None = option(None, help="DiT dtype; default: that of the file")
 
@@ -164,9 +165,9 @@ class LoRAConfig(Section):
     lora_weight: tuple[Path, ...] = option((), help="LoRA files to merge into the DiT")
     lora_multiplier: tuple[float, ...] = option((), help="one per --lora_weight file; default 1")
     include_patterns: tuple[str, ...] = option(
-        (), help="one regular expression per file: only modules whose name in the file it is found in are merged"
+        (), help="one regular expression per file: merge only modules in whose name it is found"
     )
-    exclude_patterns: tuple[str, ...] = option((), help="one per file: modules that it is found in are left out")
+    exclude_patterns: tuple[str, ...] = option((), help="one per file: leave out modules in whose name it is found")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,13 +175,14 @@ class LoRAConfig(Section):
             patterns = getattr(self, flag)
             if len(patterns) > len(self.lora_weight):
                 raise ConfigError(
-                    f"--{flag}: {len(patterns)} patterns for {len(self.lora_weight)} files; give one per --lora_weight"
+                    f"--{flag}: {counted(len(patterns), 'pattern')} for {counted(len(self.lora_weight), 'file')}; "
+                    "give one per --lora_weight"
                 )
             for pattern in patterns:
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    raise ConfigError(f"--{flag} {pattern}: is no regular expression ({error})") from None
+                    raise ConfigError(f"--{flag} {pattern}: is not a regular expression ({error})") from None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -223,7 +225,10 @@ def build_merger(
 ) -> Merger | None:
     """Merger of LoRA files, checked against the DiT's header; None without files. Missing multipliers are 1."""
     if len(multipliers) > len(files):
-        raise ConfigError(f"{multiplier_flag}: {len(multipliers)} numbers for {len(files)} files; give one per {flag}")
+        raise ConfigError(
+            f"{multiplier_flag}: {counted(len(multipliers), 'number')} for {counted(len(files), 'file')}; "
+            f"give one per {flag}"
+        )
     if not files:
         return None
     multipliers = (*multipliers, *[1.0] * (len(files) - len(multipliers)))
@@ -238,7 +243,7 @@ class VAEConfig(Section):
     vae_dtype: str | None = option(None, help="VAE dtype; default bfloat16, float32 on a CPU")
     vae_backend: str = option(
         "auto",
-        help="auto: with few passes over memory where that runs, on CUDA with Triton in 16 bits; plain: as elsewhere",
+        help="auto: fused kernels where they run (CUDA with Triton, 16 bits); plain: PyTorch alone",
         choices=("auto", "plain"),
     )
 

@@ -95,7 +95,7 @@ class Plan(Generic[Memory]):
         left = [choice for choice in self._fits[1:] if choice.size <= _LESS * self._fits[0].size]
         if left:
             self._fits = left
-            log.warning("memory: it was not enough; going on with %s", self)
+            log.warning("memory: it was not enough; continuing with %s", self)
         return bool(left)
 
     def __str__(self) -> str:

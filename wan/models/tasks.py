@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils.errors import ConfigError, suggest
+from utils.text import counted
 from wan.nets.spec import CLIP_IMAGES, DiTSpec, ModelType
 
 # The official negative prompt (Wan2.1, wan/configs/shared_config.py).
@@ -80,7 +81,7 @@ def resolve_task(name: str | None, spec: DiTSpec) -> TaskSpec:
     if task.model_type != spec.model_type:
         images = CLIP_IMAGES[spec.model_type]
         raise ConfigError(
-            f"--task {name}: the checkpoint is a {spec.model_type} model ({spec.in_dim} input channels, "
-            f"{images} CLIP images); use --task {fitting.name} or the {task.model_type} weights"
+            f"--task {name}: the checkpoint is of the kind {spec.model_type} ({spec.in_dim} input channels, "
+            f"{counted(images, 'CLIP image')}); use --task {fitting.name} or the {task.model_type} weights"
         )
     return task

@@ -55,7 +55,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]]) -> CLIPVisionConfig:
     blocks = _count_blocks(shapes)
     if not width or width % HEAD_WIDTH or not mlp_width or blocks < 2:
         raise ConfigError(
-            "is no CLIP image encoder with the official Wan2.1 names; "
+            "is not a CLIP image encoder with the official Wan2.1 names; "
             "use models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
         )
     return CLIPVisionConfig(

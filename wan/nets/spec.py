@@ -43,19 +43,19 @@ class DiTSpec:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "DiTSpec":
         """Read the spec from official key names (docs/formats.md#dit-keys, no prefix) and their shapes.
 
-        Raises ConfigError when this is no Wan DiT, or one of another family than Wan2.1 T2V, I2V and FLF2V.
+        Raises ConfigError when this is not a Wan DiT, or one of another family than Wan2.1 T2V, I2V and FLF2V.
         """
 
         def shape(key: str, rank: int = 2) -> tuple[int, ...]:
             if len(shapes.get(key, ())) != rank:
                 raise ConfigError(
-                    f"no Wan DiT in the original layout: '{key}' is missing or no {rank}-d tensor; use a Wan2.1 DiT"
+                    f"not a Wan DiT in the original layout: '{key}' is missing or no {rank}-d tensor; use a Wan2.1 DiT"
                 )
             return tuple(shapes[key])
 
         dim, in_dim, *patch = shape("patch_embedding.weight", rank=5)
         if tuple(patch) != PATCH or dim % HEAD_DIM:
-            raise ConfigError(f"no Wan DiT: patch_embedding.weight is {[dim, in_dim, *patch]}; use a Wan2.1 DiT")
+            raise ConfigError(f"not a Wan DiT: patch_embedding.weight is {[dim, in_dim, *patch]}; use a Wan2.1 DiT")
         has_image = "img_emb.proj.0.weight" in shapes
         _, freq_dim = shape("time_embedding.0.weight")
         out_dim = shape("head.head.weight")[0] // (PATCH[0] * PATCH[1] * PATCH[2])

@@ -71,7 +71,7 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
         head_width = attention_width // heads
     except (KeyError, ValueError, ZeroDivisionError):
         raise ConfigError(
-            "is no umT5 encoder with the official Wan2.1 names; use models_t5_umt5-xxl-enc-bf16.pth"
+            "is not a umT5 encoder with the official Wan2.1 names; use models_t5_umt5-xxl-enc-bf16.pth"
         ) from None
     return UMT5Config(
         vocab_size=vocabulary,

@@ -33,7 +33,7 @@ def vae_base_dim(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """The `base_dim` of a checkpoint, from the shapes of its official keys. ConfigError when it is no Wan2.1 VAE."""
     latent = tuple(shapes.get("conv2.weight", ()))
     if len(shapes.get("encoder.conv1.weight", ())) != 5 or latent != (LATENT_CHANNELS, LATENT_CHANNELS, 1, 1, 1):
-        raise ConfigError("no Wan2.1 VAE in the original layout; use Wan2.1_VAE.pth")
+        raise ConfigError("not a Wan2.1 VAE in the original layout; use Wan2.1_VAE.pth")
     return shapes["encoder.conv1.weight"][0]
 
 

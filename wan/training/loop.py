@@ -168,7 +168,7 @@ class Trainer:
         for name, value in self.summary.facts().items():
             if state.facts.get(name) != value:
                 log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
-        log.info("going on from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
+        log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _stop(self, reason: str, exit_code: int) -> NoReturn:
         path = self.saver.save_interrupted(self.progress.step)

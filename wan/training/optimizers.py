@@ -98,7 +98,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
         hint = suggest(attribute, dir(importlib.import_module(module))) or "; use AdamW"
         raise ConfigError(f"--optimizer_type {name}: there is no {module}.{attribute}{hint}") from None
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise ConfigError(f"--optimizer_type {name}: is no torch optimizer; use AdamW")
+        raise ConfigError(f"--optimizer_type {name}: is not a torch optimizer; use AdamW")
     return found
 
 

@@ -54,7 +54,7 @@ class RunConfig(Section):
         None, help="a-b: draw each item's target index from this range, anew in every epoch (experiment)"
     )
     stop_after_skipped_steps: int = option(
-        10, minimum=1, help="stop when the loss or gradient was no finite number in so many steps in a row"
+        10, minimum=1, help="stop after this many steps in a row without a finite loss or gradient"
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class SaveConfig(Section):
     save_state_on_train_end: bool = option(False, help="save a state at the end")
     save_last_n_epochs_state: int | None = option(None, minimum=0, help="like --save_last_n_epochs, for states")
     save_last_n_steps_state: int | None = option(None, minimum=0, help="like --save_last_n_steps, for states")
-    resume: str | None = option(None, help="state folder to go on from; auto: the newest of this run, if there is one")
+    resume: str | None = option(None, help="state folder to resume from; auto: the newest of this run, if there is one")
 
     def __post_init__(self) -> None:
         super().__post_init__()

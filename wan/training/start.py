@@ -101,7 +101,7 @@ def build_validator(accelerator: Accelerator, job: TrainingJob, step: TrainingSt
 def _check_sharding(options: TrainingOptions) -> None:
     if options.memory.blocks_to_swap:
         raise ConfigError(
-            f"--blocks_to_swap {options.memory.blocks_to_swap}: does not go with FSDP2, which shares the blocks out; "
+            f"--blocks_to_swap {options.memory.blocks_to_swap}: can't be combined with FSDP2, which shards the blocks; "
             "leave it out, or set fsdp_offload_params: true in accelerate's file"
         )
     name = options.optimizer.optimizer_type

@@ -101,7 +101,7 @@ def save_state(state: State) -> None:
 def load_state(path: Path) -> State:
     """Read a state folder to the CPU. Raises ConfigError, starting with `--resume`, when it is none or damaged."""
     if not (path / _PROGRESS).is_file():
-        raise ConfigError(f"--resume {path}: is no state folder of this trainer; give one that --save_state wrote")
+        raise ConfigError(f"--resume {path}: is not a state folder of this trainer; give one that --save_state wrote")
     try:
         written = json.loads((path / _PROGRESS).read_text())
         known = {field.name for field in fields(Progress)}
@@ -126,7 +126,7 @@ def newest_state(folder: Path, name: str) -> Path | None:
                 progress = json.loads((path / _PROGRESS).read_text())["progress"]
                 found.append((int(progress["step"]), int(progress["epoch"]), path))
             except (ValueError, KeyError, TypeError):
-                log.warning("%s is damaged and is passed over", path)
+                log.warning("%s is damaged and is skipped", path)
     return max(found)[2] if found else None
 
 

@@ -80,7 +80,7 @@ class TrackingConfig(Section):
         for key, table in tables.items():
             if key not in _TRACKERS or not isinstance(table, dict):
                 place = f"--log_tracker_config {self.log_tracker_config}: {key}"
-                raise ConfigError(f"{place}: is no table of a tracker; write [tensorboard] or [wandb]")
+                raise ConfigError(f"{place}: is not a table of a tracker; write [tensorboard] or [wandb]")
         return tables
 
 
@@ -205,10 +205,10 @@ def _rewind(path: Path, step: int) -> None:
     """Cut the file of metrics off after this step; step 0 leaves no line."""
     if not path.is_file():
         if step:
-            log.warning("%s does not exist: the metrics up to step %d are lacking", path, step)
+            log.warning("%s does not exist: the metrics up to step %d are missing", path, step)
         return
     if step == 0:
-        log.info("%s is of an earlier run and is replaced", path)
+        log.info("replacing %s of an earlier run", path)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if step else []
     kept = [line for line in lines if _step_of(line) <= step]
     with written_whole(path) as temporary:

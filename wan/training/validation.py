@@ -73,7 +73,7 @@ class ValidationConfig(Section):
             )
         if validation_set.items and not self.wanted:
             log.warning(
-                "%d items with validation = true are never looked at; add --validate_every_n_steps N",
+                "%d items with validation = true are never used; add --validate_every_n_steps N",
                 len(validation_set.items),
             )
 
