@@ -1,6 +1,6 @@
 """Run the tests or the demo in an environment of their own:
 
-    python run.py test [pytest arguments]    ruff, then pytest
+    python run.py test [pytest arguments]    ruff, mypy and pytest
     python run.py demo [--short]             teach a miniature model an edit on the CPU, in minutes
 
 The first call makes `.venv` beside this file and installs what pyproject.toml names, in the versions that
@@ -23,7 +23,7 @@ STAMP = VENV / "installed-by-run"  # what was installed
 UNFINISHED = VENV / "unfinished"  # there while an installation runs, so also after one was interrupted
 
 COMMANDS = {  # the arguments of the call go to the last line of each
-    "test": [["ruff", "check"], ["ruff", "format", "--check"], ["pytest"]],
+    "test": [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest"]],
     "demo": [["demo"]],
 }
 

@@ -23,7 +23,7 @@ from utils.errors import ConfigError
 from utils.files import fingerprint
 from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
-from wan.frames.sizes import AS_TARGET, SIZE_KEYS, ControlSizes, Size
+from wan.frames.sizes import AS_TARGET, SIZE_KEYS, Size
 from wan.nets.conditioning import Conditioning
 from wan.nets.spec import VAE_STRIDE
 from wan.nets.tokens import FrameSizes, check_sizes
@@ -204,16 +204,16 @@ def latent_source_reason(path: Path, item: Item, warned: set[Path] | None = None
         vae_dtype=recorded.get("vae_dtype", ""),
         clip_dtype=recorded.get("clip_dtype", ""),
     )
-    return latent_stale_reason(path, latent_settings(item, models), item.layout.control_sizes, warned)
+    return latent_stale_reason(path, latent_settings(item, models), item.layout, warned)
 
 
 def latent_stale_reason(
     path: Path,
     expected: LatentSettings,
-    control_sizes: ControlSizes = AS_TARGET,
+    layout: OneFrameLayout | None = None,
     warned: set[Path] | None = None,
 ) -> str | None:
-    """Why the cache at `path` must be made again, or None. control_sizes: of the item's layout.
+    """Why the cache at `path` must be made again, or None. layout: of the item.
 
     A file without settings is musubi-tuner's. It is kept when its size and frame count fit, with a warning unless its
     folder is in `warned`, to which the folder is added.
@@ -228,9 +228,10 @@ def latent_stale_reason(
         return "bucket {}x{} -> {}x{}".format(*header.bucket, *expected.bucket)
     if header.frames != len(expected.controls) + 1:
         return f"number of control images {header.frames - 1} -> {len(expected.controls)}"
-    if header.layout.cache_key != expected.causal_order:
+    encoding, sizes = (header.layout.encoding, AS_TARGET) if layout is None else (layout.encoding, layout.control_sizes)
+    if header.layout.encoding != encoding or header.layout.cache_key != expected.causal_order:
         return "other one-frame layout"
-    if header.layout.control_sizes != control_sizes:
+    if header.layout.control_sizes != sizes:
         return f"{' or '.join(SIZE_KEYS)} changed"
     reasons = {
         "target": "target image changed",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from utils import images
+from utils.cli import Once
 from utils.errors import ConfigError
 from utils.images import (
     check_image,
@@ -22,11 +22,6 @@ from utils.images import (
     size_for_area,
     to_pixels,
 )
-
-
-@pytest.fixture(autouse=True)
-def nothing_noticed_yet(monkeypatch):
-    monkeypatch.setattr(images, "_transparency_noticed", False)
 
 
 def noise(width, height, channels=3, seed=0):
@@ -111,9 +106,11 @@ def test_transparent_pixels_keep_their_colour_and_the_first_such_picture_is_name
     else:
         picture, save = Image.new("P", (16, 16), 3), {"transparency": 3}
         picture.putpalette([0] * 9 + [10, 200, 30])
+    caplog.handler.addFilter(once := Once())
     for name in ("first.png", "second.png"):
         assert (opened(picture, tmp_path / name, **save) == (10, 200, 30)).all()
     warnings = [record.getMessage() for record in caplog.records]
+    caplog.handler.removeFilter(once)
     assert len(warnings) == 1 and "first.png" in warnings[0]
 
 

@@ -32,7 +32,9 @@ def project(tmp_path):
     """A copy of run.py, pyproject.toml and constraints.txt, with modules that stand for ruff and pytest."""
     for name in ("run.py", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "ruff.py").write_text("import sys; print('ruff', *sys.argv[1:], flush=True)", encoding="utf-8")
+    for name in ("ruff", "mypy"):
+        text = f"import sys; print('{name}', *sys.argv[1:], flush=True)"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     (tmp_path / "pytest.py").write_text(
         "import sys; print('pytest', *sys.argv[1:], flush=True); sys.exit(5)", encoding="utf-8"
     )
@@ -107,15 +109,16 @@ def test_the_second_call_starts_within_two_seconds_and_passes_arguments_and_exit
     begin = time.perf_counter()
     result = call(installed, "test", "-k", "two words", "--", "x")
     assert time.perf_counter() - begin < 2
-    assert result.stdout.splitlines() == ["ruff check", "ruff format --check", "pytest -k two words -- x"]
+    assert result.stdout.splitlines() == ["ruff check", "ruff format --check", "mypy", "pytest -k two words -- x"]
     assert result.returncode == 5
 
 
-def test_tests_run_and_the_call_fails_when_only_the_lint_fails(installed):
-    (installed / "ruff.py").write_text("import sys; sys.exit('check' in sys.argv[1:2])", encoding="utf-8")
+@pytest.mark.parametrize("checker", ["ruff", "mypy"])
+def test_tests_run_and_the_call_fails_when_only_a_checker_fails(installed, checker):
+    (installed / f"{checker}.py").write_text("import sys; sys.exit('format' not in sys.argv)", encoding="utf-8")
     (installed / "pytest.py").write_text("print('ran')", encoding="utf-8")
     result = call(installed, "test")
-    assert (result.returncode, result.stdout) == (1, "ran\n")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "ran")
 
 
 def record(run, *codes):

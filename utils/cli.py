@@ -173,6 +173,8 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Once())
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console
@@ -196,6 +198,22 @@ def run(main: Callable[[], None]) -> None:
             line = f"{error.filename}: {error.strerror}; check the path and its permissions"
         print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
+
+
+class Once(logging.Filter):
+    """Lets the first record of each kind pass, of records that have one: `extra={"once": "transparent pixels"}`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "once", None)
+        if kind is None:
+            return True
+        known = kind in self._seen
+        self._seen.add(kind)
+        return not known
 
 
 def quiet_unless(main_process: bool) -> None:

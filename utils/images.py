@@ -6,6 +6,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from utils.errors import ConfigError
 from utils.files import require_file
 
 log = logging.getLogger(__name__)
+Levels = np.ndarray[Any, np.dtype[Any]]  # [height, width] or [height, width, 3]
 
 for _plugin in ("pillow_avif", "pillow_jxl"):  # optional packages that teach Pillow more formats when imported
     with suppress(ImportError):
@@ -33,22 +35,25 @@ STEP = 16
 _ORIENTATION = ExifTags.Base.Orientation
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
 
-_transparency_noticed = False
-
 
 def open_image(path: str | Path, what: str) -> Image.Image:
     """The picture in `path` as an upright 8-bit RGB image, whatever its mode.
 
     EXIF orientation is applied (in a PNG only when it is stored ahead of the pixels). 16-bit grey keeps its upper 8
-    bits, as Pillow does for 16-bit colour. Transparency is dropped without a background, like in musubi-tuner; the
-    first picture that really has transparent pixels is named in a warning, once per run. Raises ConfigError, starting
-    with `what` (a flag or key), when the file is missing, broken or larger than Pillow's limit against decompression
-    bombs.
+    bits, as Pillow does for 16-bit colour. Transparency is dropped without a background, like in musubi-tuner; a
+    picture that really has transparent pixels is named in a warning, of which scripts show the first alone. Raises
+    ConfigError, starting with `what` (a flag or key), when the file is missing, broken or larger than Pillow's limit
+    against decompression bombs.
     """
     path = require_file(path, what)
     rgb, alpha = _open(path, what)
     if alpha is not None:
-        _notice_transparency(path)
+        log.warning(
+            "%s has transparent pixels: they show the colour stored beneath; paint a background if that is not wanted."
+            " Further such images are not reported",
+            path,
+            extra={"once": "transparent pixels"},
+        )
     return rgb
 
 
@@ -111,7 +116,7 @@ class Resize:
         return 0.0 if self.size == self.bucket else 1 - math.prod(self.bucket) / math.prod(self.resized)
 
 
-def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_only: bool = False) -> np.ndarray:
+def resize_to_fill(image: Levels | Image.Image, size: tuple[int, int], crop_only: bool = False) -> Levels:
     """Resize an RGB image [height, width, 3] uint8 until it covers `size` (width, height), then cut out the centre.
 
     Enlarges with Pillow's Lanczos filter and shrinks by area averaging, within one level of OpenCV's INTER_AREA, as
@@ -133,7 +138,7 @@ def resize_to_fill(image: np.ndarray | Image.Image, size: tuple[int, int], crop_
     return image[top : top + size[1], left : left + size[0]]
 
 
-def to_levels(image: np.ndarray | Image.Image) -> Tensor:
+def to_levels(image: Levels | Image.Image) -> Tensor:
     """RGB image [height, width, 3] uint8 -> [3, height, width] uint8.
 
     Laid out by NumPy: in each thread that reads images torch would start threads of its own.
@@ -149,7 +154,7 @@ def as_pixels(levels: Tensor) -> Tensor:
     return values / values.new_tensor(127.5) - 1  # CUDA multiplies by the inverse of a Python number
 
 
-def to_pixels(image: np.ndarray | Image.Image) -> Tensor:
+def to_pixels(image: Levels | Image.Image) -> Tensor:
     """RGB image [height, width, 3] uint8 -> [3, height, width] float32 in [-1, 1]."""
     return as_pixels(to_levels(image))
 
@@ -193,7 +198,8 @@ def _orientation(image: Image.Image) -> int:
         return 1  # Pillow turns these itself
     try:
         # The base class method: the one for PNG decodes all pixels in search of EXIF data behind them.
-        return Image.Image.getexif(image).get(_ORIENTATION, 1)
+        orientation: int = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return orientation
     except Exception:  # a broken EXIF block doesn't make the picture unusable
         return 1
 
@@ -225,17 +231,6 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
         raise _unreadable(path, what, error) from None
 
 
-def _notice_transparency(path: Path) -> None:
-    global _transparency_noticed
-    if not _transparency_noticed:
-        _transparency_noticed = True
-        log.warning(
-            "%s has transparent pixels: they show the colour stored beneath; paint a background if that is not wanted."
-            " Further such images are not reported",
-            path,
-        )
-
-
 def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
     unknown = isinstance(error, UnidentifiedImageError)  # its own message repeats the path
     reason = (
@@ -244,7 +239,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
     return ConfigError(f"{what} {path}: cannot be read as an image ({reason}); replace the file")
 
 
-def _means(image: np.ndarray, axis: int, new: int) -> np.ndarray:
+def _means(image: Levels, axis: int, new: int) -> Levels:
     """The mean over each of `new` equal parts of an axis of [height, width, 3], float64; new <= its length.
 
     Sums of pixels less and plus the shares of those at the edges. Not by BLAS, whose rounding depends on the processor

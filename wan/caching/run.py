@@ -124,7 +124,7 @@ def run_latents(
 
         def reason(item: Item) -> str | None:
             expected = latent_settings(item, models)
-            return latent_stale_reason(latent_path(config, item), expected, item.layout.control_sizes, warned)
+            return latent_stale_reason(latent_path(config, item), expected, item.layout, warned)
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)

@@ -87,7 +87,7 @@ class OneFrameLayout:
 
     def check_latents(self, made_for: "OneFrameLayout") -> None:
         """Raise ConfigError unless latents that were made for one layout serve this one."""
-        if self.cache_key != made_for.cache_key:
+        if (self.encoding, self.cache_key) != (made_for.encoding, made_for.cache_key):
             raise ConfigError(
                 f"latents made for {made_for} do not serve {self}; give the same indices and layout (fp_1f_layout or "
                 "--one_frame_layout), or run wan_cache_latents.py again"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from wan.files import load
 from wan.files.tokenizer import load_tokenizer
@@ -25,7 +24,7 @@ from wan.nets.spec import DiTSpec
 from wan.nets.vae import WanVAE
 
 if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +139,6 @@ class CLIPCheckpoint:
         """The dtype that CLIP features are computed in."""
         return self.chosen_dtype or default_dtype(device, torch.float16)
 
-    def load(self, device: torch.device) -> nn.Module:
+    def load(self, device: torch.device) -> "CLIPVisionModel":
         """The image encoder in its dtype."""
         return load.load_clip(self.path, self.dtype(device), device)

@@ -39,7 +39,8 @@ class Processes:
             return items
         from accelerate.utils import gather_object
 
-        return gather_object(items)
+        found: list[Item] = gather_object(items)
+        return found
 
     def wait(self) -> None:
         """Until all processes are here."""

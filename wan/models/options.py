@@ -23,6 +23,7 @@ from utils.text import counted
 from wan.files import load
 from wan.files.names import release_files
 from wan.files.tokenizer import check_tokenizer
+from wan.frames.layout import OneFrameLayout
 from wan.lora.files import LoRAFile, choose_modules, read_lora
 from wan.lora.merge import Merger
 from wan.lora.trained_for import TrainedFor, layout_from_metadata, size_from_metadata
@@ -197,7 +198,8 @@ class LoRAConfig(Section):
     @property
     def trained_for(self) -> TrainedFor:
         """What the files say in their metadata. ConfigError for metadata that can't be read."""
-        layouts, sizes = set(), set()
+        layouts: set[OneFrameLayout | None] = set()
+        sizes: set[tuple[int, int] | None] = set()
         for file in self.files:
             try:
                 layouts.add(layout_from_metadata(file.metadata))
@@ -208,7 +210,7 @@ class LoRAConfig(Section):
         sizes.discard(None)
         if len(layouts) > 1:
             log.warning("the LoRA files were trained at different indices: %s", " and ".join(sorted(map(str, layouts))))
-        return TrainedFor(*(found.pop() if len(found) == 1 else None for found in (layouts, sizes)))
+        return TrainedFor(layouts.pop() if len(layouts) == 1 else None, sizes.pop() if len(sizes) == 1 else None)
 
     def merger(self, dit: DiTCheckpoint, multipliers: tuple[float, ...] | None = None) -> Merger | None:
         """Checks the files. multipliers: in place of `lora_multiplier`."""
