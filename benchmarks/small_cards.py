@@ -22,13 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks.measure import Bench, last_line
-from benchmarks.one_frame_speed import (
-    NETWORK,
-    forward,
-    gradients_of,
-    optimizer_of,
-    training_step,
-)
+from benchmarks.one_frame_speed import NETWORK, forward, gradients_of, optimizer_of, training_step
 from benchmarks.random_model import SPECS, dit_inputs, latent_size, loss_inputs, random_checkpoint
 from dataset.loader import BucketCount
 from wan.files.load import load_dit

@@ -178,8 +178,8 @@ CASES = {
         "explain": ("", "", "printed"),
     },
 }
-RELEASE = "fills in paths that are left out; tests/test_checkpoint_layouts.py and test_end_to_end.py have it"
-BACKEND = "there is one way only without a GPU; tests/test_fused.py tells it that there is one"
+RELEASE = "fills in paths that are left out; tests/files/test_names.py and test_end_to_end.py have it"
+BACKEND = "there is one way only without a GPU; tests/fused/test_dit.py tells it that there is one"
 EXCUSED = {  # options without a case, and why
     "wan_cache_latents": {
         "one_frame": "has to be given; a test of its own below",
@@ -193,11 +193,11 @@ EXCUSED = {  # options without a case, and why
         "one_frame": "names the only mode there is, as commands for musubi-tuner do",
         "cpu_noise": "the noise of a run on the CPU is drawn there anyway",
         "fp8_t5": "reaches T5 as it does in text caching, where it has a case",
-        "preview": "leaves nothing behind; tests/test_preview.py watches it",
+        "preview": "leaves nothing behind; tests/generation/test_preview.py watches it",
         "vae_backend": BACKEND,
-        "memory": "chooses nothing where there is no GPU; tests/test_memory_plan.py tells it how much is free",
+        "memory": "chooses nothing where there is no GPU; tests/models/test_plan.py tells it how much is free",
         **dict.fromkeys(
-            ("flash_attn", "flash3", "xformers"), "need packages for CUDA; tests/test_attention.py has them"
+            ("flash_attn", "flash3", "xformers"), "need packages for CUDA; tests/nets/test_attention.py has them"
         ),
     },
 }

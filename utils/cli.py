@@ -172,9 +172,9 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Once())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Once())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console

@@ -11,12 +11,12 @@ from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from utils.images import STEP
 from utils.options import Section, option
+from utils.terminal import history_file, typed_lines
 from wan.files.load import save_dit
 from wan.generation.prompt import OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
-from wan.generation.terminal import history_file, typed_lines
 from wan.lora.trained_for import TrainedFor
 from wan.models.checkpoints import DiTCheckpoint
 from wan.models.options import LoRAConfig

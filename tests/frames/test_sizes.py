@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.dit_cases import CPU, arguments, random_dit, with_lora
+from tests.fused.test_graphs import Rerun, flat, losses_and_gradients, training_inputs
 from tests.helpers import rel_l2
-from tests.test_graphs import Rerun, flat, losses_and_gradients, training_inputs
 from utils.errors import ConfigError
 from utils.images import resize_to_fill
 from wan.frames.condition import loss_weights, stack_condition

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from wan.generation import terminal
-from wan.generation.terminal import history_file, typed_lines
+from utils import terminal
+from utils.terminal import history_file, typed_lines
 
 CODE = """
 import sys
 sys.modules["prompt_toolkit"] = None
 from pathlib import Path
-from wan.generation import terminal
-from wan.generation.terminal import typed_lines
+from utils import terminal
+from utils.terminal import typed_lines
 for line in typed_lines("> ", Path({path!r})):
     print("got", repr(line), flush=True)
 print("end", flush=True)
@@ -36,7 +36,7 @@ def at_a_terminal(history: Path, *steps: tuple[str, str]) -> str:
     child, terminal_ = pty.fork()
     if child == 0:
         os.environ["TERM"] = "dumb"
-        os.chdir(Path(__file__).parents[1])
+        os.chdir(Path(__file__).parents[2])
         os.execv(sys.executable, [sys.executable, "-c", code])
     seen, deadline = "", time.monotonic() + 60
     try:

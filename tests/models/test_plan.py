@@ -17,8 +17,8 @@ import wan.generation.run
 import wan.generation.start
 import wan.training.run
 from dataset.loader import BucketCount
+from tests.generation.test_preview import FLAGS
 from tests.project import MODELS, from_lines, generate, train
-from tests.test_preview import FLAGS
 from utils.errors import ConfigError
 from wan.lora.options import NetworkConfig
 from wan.memory import host

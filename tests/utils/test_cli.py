@@ -119,7 +119,7 @@ def test_a_mistake_in_a_config_file_is_told_with_its_place(tmp_path, text, words
 
 def test_run_prints_one_line_and_exits_with_1():
     code = "from utils import cli, errors\ndef main(): raise errors.ConfigError('a\\nb')\ncli.run(main)"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr, result.stdout) == (1, "error: a b\n", "")
 

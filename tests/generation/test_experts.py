@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.dit_cases import CPU, denoised, random_dit
-from tests.test_denoise import encoded
+from tests.generation.test_denoise import encoded
 from utils.stopwatch import Stopwatch
 from wan.generation import sampling
 from wan.generation.experts import DiTFiles, Expert, Experts, LoadedModel, ModelOnDemand

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.test_training import SPEC, inputs
+from tests.training.test_loop import SPEC, inputs
 from utils.errors import ConfigError
 from wan.generation.guidance import GuidanceConfig
 from wan.nets.dit import WanDiT

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 
 import wan.generation.run
 from tests.dit_cases import CPU, denoised
+from tests.frames.test_scratch import Alone, encoded, resolved
 from tests.project import I2V, generate, pipeline, train
-from tests.test_reasoning import Alone, encoded, resolved
 from utils.errors import ConfigError
 from wan.generation import sampling
 from wan.generation.pipeline import Pipeline, initial_noise

@@ -14,13 +14,13 @@ from torch.testing import assert_close
 import wan_lora
 from tests.dit_cases import SPEC, random_dit
 from tests.helpers import rel_l2
-from tests.test_lora_dialects import theirs
+from tests.lora.test_keys import theirs
 from utils.errors import ConfigError
 from wan.lora.files import read_lora
 from wan.lora.merge import Merger
 from wan.lora.tools import extract, inspect, merge, resize, truncated
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "interop.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 Q, FFN = "lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_1_ffn_0"
 SHAPES = {Q: (12, 8), FFN: (20, 12)}
 NAMES = {"blocks.0.self_attn.q.weight": Q, "blocks.1.ffn.0.weight": FFN}

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection, UMT5Config, UMT5EncoderModel
 
 from tests.dit_cases import CPU, all_rows, arguments, random_dit
+from tests.files.test_formats import finish
+from tests.files.test_load import assert_holds, one_line_error
 from tests.helpers import rel_l2
-from tests.test_checkpoint import assert_holds, one_line_error
-from tests.test_checkpoint_forms import finish
 from utils.errors import ConfigError
 from wan.files import load
 from wan.memory.fp8 import FP8, Fp8Linear

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tests.dit_cases import SPEC, all_rows, arguments, random_dit, velocity
 from tests.helpers import manifest, rel_l2
-from tests.test_dit import DIFFUSERS_NAMES
+from tests.nets.test_dit import DIFFUSERS_NAMES
 from utils.errors import ConfigError
 from wan.files.dit_names import diffusers_name, dotted_name, lora_name
 from wan.frames.layout import OneFrameLayout

@@ -20,6 +20,7 @@ from dataset.config import read_config
 from dataset.loader import TrainingSet, load_batch
 from dataset.sources import find_all_items
 from tests.dit_cases import denoised
+from tests.frames.test_scratch import Alone
 from tests.project import (
     I2V,
     MODELS,
@@ -36,7 +37,6 @@ from tests.project import (
     train,
 )
 from tests.test_explain import rows
-from tests.test_reasoning import Alone
 from utils.errors import ConfigError
 from wan.frames.sizes import ControlSizes
 from wan.generation.prompt_lines import TRAINING, parse_line

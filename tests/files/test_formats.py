@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.dit_cases import CPU, SPEC, random_dit, velocity
+from tests.files.test_load import assert_holds, one_line_error
 from tests.helpers import rel_l2
-from tests.test_checkpoint import assert_holds, one_line_error
 from wan.files import load
 from wan.files import names as layouts
 from wan.files.formats import TensorInfo, open_checkpoint

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import wan_train_network
+from tests.fused.test_graphs import Rerun
 from tests.project import cache, dataset_toml, model_flags
-from tests.test_graphs import Rerun
 from utils.cli import Stopped
 from utils.errors import ConfigError
 from wan.fused import graphs
@@ -24,7 +24,7 @@ from wan.training.cadence import Cadence
 from wan.training.state import load_state
 from wan.training.step import TrainingStep
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("workspace")
 
 

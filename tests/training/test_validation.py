@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dataset.loader import BatchItems, TrainingSet, ValidationSet, clip_for, load_batch
-from tests.test_loader import LAYOUT, cached, config, write
+from tests.dataset.test_loader import LAYOUT, cached, config, write
 from utils.errors import ConfigError
 from wan.models.device import Processes
 from wan.nets.conditioning import Conditioning
