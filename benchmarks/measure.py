@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, rows of a table, and what the device reaches at one thing alone."""
+"""Timing, rows of a table, and the device's ceilings: the parts that all benchmarks use."""
 
 import gc
 import statistics
@@ -16,7 +16,7 @@ HEADER = "| work | ms | TFLOP/s | floor, ms | share of it | peak GB | warm-up, s
 
 
 def last_line(error: Exception) -> str:
-    """What to print of an error in a table."""
+    """Last line of an error, for a cell of a table."""
     lines = str(error).strip().splitlines() or [""]
     return f"failed: {type(error).__name__}: {lines[-1][:300]}"
 

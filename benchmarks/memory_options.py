@@ -1,4 +1,4 @@
-"""What each memory option of training costs and saves: a DiT with random weights, LoRA rank 32, one item.
+"""Time and memory of each memory option of training: a DiT with random weights, LoRA rank 32, one item.
 
 python benchmarks/memory_options.py                 the 14B model at 1024x1024, on a GPU
 python benchmarks/memory_options.py --size tiny     a smoke test on a CPU, in seconds

@@ -1,4 +1,4 @@
-"""What --memory auto makes of smaller GPUs: a DiT of random weights with as much memory as a card of that size has.
+"""`--memory auto` on smaller GPUs: a DiT of random weights with as much memory as a card of that size has.
 
     python benchmarks/small_cards.py                the 14B model at 1024x1024, on a larger GPU with a capped allocator
     python benchmarks/small_cards.py --size tiny    a smoke test on a CPU, in seconds
@@ -41,7 +41,7 @@ CARDS = (  # what for, GB of the GPU and of the host
 
 
 def plan_for(bench: Bench, kind: str, card: float, host: float, side: int) -> Plan:
-    """What the planner chooses for a card of that size, in GB, that nothing else uses, and so much host memory."""
+    """Choice of the planner for a card of that size, in GB, that nothing else uses, and so much host memory."""
     room = Room(card * 1e9 * (1 - PLAN_MARGIN), host * 1e9)
     dtype = torch.float32 if bench.tiny else torch.bfloat16
     latents = latent_size(side, side, frames=2)

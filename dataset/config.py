@@ -123,7 +123,7 @@ class ImageDatasetConfig:
         controls: int | None = None,
         keys: tuple[str, str] = INDEX_KEYS,
     ) -> OneFrameLayout:
-        """That of an item with these indices and this number of control images, if known; see `layout_from_toml`."""
+        """Layout of an item with these indices and this number of control images, if known; see `layout_from_toml`."""
         return layout_from_toml(clean_indices, target_index, controls, self.encoding, keys, self.control_sizes)
 
     def layout_of_cached(self, cached: OneFrameLayout, owned: bool) -> OneFrameLayout:

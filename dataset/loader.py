@@ -1,4 +1,4 @@
-"""What training reads: cached items grouped into batches, in an order that depends on (seed, epoch) alone.
+"""Batches for training: cached items in groups, in an order that depends on (seed, epoch) alone.
 
 Items come from the cache folders, not from the images (docs/formats.md#reading-caches). Some are kept for validation.
 """

@@ -30,7 +30,7 @@ class Canvas:
     rows: list[tuple[float, ...]] = field(default_factory=list)
 
     def at(self, x: float, y: float, scale: float, tilt: float = 0.0) -> "Canvas":
-        """The same picture in coordinates with their origin at (x, y) of these; `scale`: their unit in ours."""
+        """Canvas of the same picture with its origin at (x, y) of this one; `scale`: their unit in ours."""
         px, py = self._pixel(x, y)
         return Canvas(px, py, self.scale * scale, self.tilt + tilt, self.light, self.side, self.rows)
 

@@ -25,7 +25,7 @@ OUT = ROOT / "demo" / "out"
 
 @dataclass(frozen=True)
 class Limits:
-    """What the figures must reach."""
+    """Limits that the figures of a run must reach."""
 
     gain: float = 8.0  # dB of the LoRA's output over the base model's, to the truth
     edited_psnr: float = 24.0

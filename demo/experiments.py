@@ -57,7 +57,7 @@ class Trial:
 
 
 def index_trials() -> list[Trial]:
-    """What the reference, which ignores the indices in training, loses when the same indices are sampled."""
+    """Loss of quality of the reference, which ignores indices in training, when the same indices are sampled."""
     trials = []
     for lesson, controls, target in ((I2V, (0,), 1), (I2V, (0,), 9), (FLF2V, (0, 2), 1), (FLF2V, (0, 10), 5)):
         lesson = replace(lesson, controls=controls, target=target)
@@ -88,7 +88,7 @@ def with_training_flags(lesson: Lesson, flags: Sequence[str]) -> Lesson:
 
 
 def reference_trials() -> list[Trial]:
-    """What the caption does not say is in the second and the third reference."""
+    """Trials in which the second and third reference show something that the caption does not say."""
     lesson = replace(COLLAGE, task="collage", target=3)
     return [
         Trial("one reference", replace(lesson, controls=(0,))),
@@ -241,7 +241,7 @@ def run_base(options: argparse.Namespace) -> None:
 
 
 def continued(seed: int, out: Path) -> Image.Image:
-    """What the causal layout makes of the starts of this seed, beside the clips."""
+    """Outputs of the causal layout for the starts of this seed, beside the clips."""
     made = [outputs(Lesson("i2v", 0, 0, len(MOVING), f"causal-{target}-{seed}"), out, "base") for target in (1, 2)]
     rows = []
     for number, action in enumerate(MOVING):

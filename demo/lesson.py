@@ -138,7 +138,7 @@ def load_picture(path: Path) -> Tensor:
 
 
 def commands(lesson: Lesson, models: Path, tests: str = "") -> dict[str, list[str]]:
-    """What each step runs, a script and its arguments: `latents`, `texts`, `train`, `base` and `edited`.
+    """Script and arguments of each step: `latents`, `texts`, `train`, `base` and `edited`.
 
     Paths are relative to the folder that holds the lesson's. tests: folder of what `write_tests` wrote, there as well;
     default: the lesson's.

@@ -68,7 +68,7 @@ def new_clip(generator: torch.Generator) -> CLIPVisionModel:
 
 
 def _clip_sizes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Those that tell the dimensions."""
+    """Shapes that tell the dimensions of CLIP."""
     yield "visual.patch_embedding.weight", (CLIP_DIM, 3, 14, 14)
     yield from ((f"visual.transformer.{i}.mlp.0.weight", (2 * CLIP_DIM, CLIP_DIM)) for i in range(CLIP_BLOCKS))
 

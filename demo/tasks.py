@@ -1,4 +1,4 @@
-"""What a LoRA for the miniature family is to learn: control pictures, what is asked, and the truth."""
+"""Tasks that a LoRA for the miniature family learns: control pictures, captions, and the truth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,7 +66,7 @@ def cut_out_of_others(number: int, held_out: bool, _count: int) -> Example:
 
 
 def without_masks(task: Task) -> Task:
-    """The same, and nothing tells what of the controls is to be used."""
+    """Task whose examples have no masks to say which part of the controls counts."""
     return lambda *arguments: replace(task(*arguments), masks=())
 
 

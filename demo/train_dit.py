@@ -26,7 +26,7 @@ NOISE_SHIFT = 4.0
 
 
 class Lessons:
-    """What a video model learns from, encoded once: latents, conditions, CLIP features and tokens of the clips."""
+    """Training data of a video model, encoded once: latents, conditions, CLIP features and tokens of the clips."""
 
     def __init__(self, vae: WanVAE, clip: CLIPVisionModel, part: Recordings, last_frames: tuple[int, ...]) -> None:
         tokenizer = miniature.build_tokenizer()

@@ -131,7 +131,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 def convolve_in_2d(layer: CausalConv3d, x: Tensor) -> Tensor:
-    """What `layer` computes, with the frames that its kernel sees as more channels: cuDNN is much faster in 2-D."""
+    """Output of `layer`, with the frames that its kernel sees as more channels: cuDNN is much faster in 2-D."""
     if x.ndim == 4:
         return CausalConv3d.forward(layer, x)
     taps, frames = layer.kernel_size[0], x.shape[2]

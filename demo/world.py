@@ -94,7 +94,7 @@ WORDS = (  # words of prompts that no caption has; the tokenizer knows them, the
 
 @dataclass(frozen=True)
 class Outfit:
-    """What somebody wears. The bottom of a dress, of overalls and of a coat belongs to the top."""
+    """Clothes of one figure. The bottom of a dress, of overalls and of a coat belongs to the top."""
 
     top: str
     top_colour: Colour
@@ -147,12 +147,12 @@ class Scene:
 
 
 def on_photo(scene: Scene) -> Scene:
-    """The same figure on a school photo: on the same floor, before a plain blue backdrop."""
+    """Scene with the same figure on a school photo: on the same floor, before a plain blue backdrop."""
     return replace(scene, backdrop=True)
 
 
 def in_blazer(scene: Scene, seed: int) -> Scene:
-    """The same scene in a blazer with a tie, in colours drawn from the seed: clothes for the VAE to see, which is to
+    """Scene with a blazer and a tie, in colours drawn from the seed: clothes for the VAE to see, which is to
     know pictures of all kinds. The video models never see any."""
     rng = random.Random(seed)
     top, tie, below = (tuple(rng.random() for _ in range(3)) for _ in range(3))

@@ -1,9 +1,12 @@
-"""The packages: every module is on the architecture page, and imports keep their order."""
+"""The packages: every module is on the architecture page, imports keep their order, and modules hold no state."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
@@ -32,6 +35,63 @@ def test_nothing_replaces_a_method_of_a_module():
 def test_no_package_has_more_than_18_modules():
     folders = {path.parent for package in ("utils", "dataset", "wan") for path in (ROOT / package).rglob("*.py")}
     assert all(len(list(folder.glob("*.py"))) <= 19 for folder in folders), "18 and __init__.py"
+
+
+SOURCES = sorted(path for top in ("utils", "dataset", "wan") for path in (ROOT / top).rglob("*.py"))
+_MUTATORS = {
+    "add",
+    "append",
+    "clear",
+    "discard",
+    "extend",
+    "insert",
+    "pop",
+    "popitem",
+    "remove",
+    "setdefault",
+    "update",
+}
+
+
+def state_of(tree: ast.Module) -> list[str]:
+    """Expressions and statements that change a variable of the module from within it."""
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    stored = [name for node in assigned for name in ast.walk(node) if isinstance(getattr(name, "ctx", None), ast.Store)]
+    names = {name.id for name in stored if isinstance(name, ast.Name)}
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Global():
+                found.append(node)
+            case ast.Call(func=ast.Attribute(value=ast.Name(name), attr=method)) if method in _MUTATORS:
+                found += [node] * (name in names)
+            case (
+                ast.Attribute(value=ast.Name(name), ctx=ast.Store())
+                | ast.Subscript(value=ast.Name(name), ctx=ast.Store())
+            ):
+                found += [node] * (name in names)
+    return [ast.unparse(node) for node in found]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_hold_no_state(path):
+    assert not state_of(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("line", ["global seen", "seen['a'] = 1", "seen.update(a=1)", "seen.clear()", "seen.a = 1"])
+def test_state_of_a_module_would_be_noticed(line):
+    assert state_of(ast.parse(f"seen = {{}}\ndef f():\n    {line}\n"))
+
+
+_LEANS_ON_THE_NAME = re.compile(r"(As|It|Its|Of|That|The same|Their|These|Those|What)\b")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_docstrings_stand_without_the_line_above_them(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = ast.FunctionDef | ast.ClassDef | ast.Module
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    assert not [text for text in texts if _LEANS_ON_THE_NAME.match(text)]
 
 
 def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -23,9 +23,8 @@ for _plugin in ("pillow_avif", "pillow_jxl"):  # optional packages that teach Pi
     with suppress(ImportError):
         importlib.import_module(_plugin)
 
-_SUFFIXES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"]
-if ".jxl" in Image.registered_extensions():
-    _SUFFIXES.append(".jxl")
+_JPEG_XL = (".jxl",) if ".jxl" in Image.registered_extensions() else ()
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
 IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
 """File name endings of a dataset's images, all lower or all upper case (docs/formats.md#dataset-file)."""
 
@@ -93,7 +92,7 @@ def check_image(path: str | Path, what: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Resize:
-    """What `utils.images.resize_to_fill` does to an image to bring it to a bucket. Sizes are (width, height)."""
+    """Scaling and cropping by which `resize_to_fill` brings an image to a bucket. Sizes are (width, height)."""
 
     size: tuple[int, int]
     bucket: tuple[int, int]
@@ -106,7 +105,7 @@ class Resize:
 
     @property
     def resized(self) -> tuple[int, int]:
-        """Its size before the centre is cut out."""
+        """Size of the image before the centre is cut out."""
         width, height = (int(side * self.scale + 0.5) for side in self.size)
         return width, height
 

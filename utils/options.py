@@ -12,7 +12,7 @@ _OFF = (None, False, 0, (), "none")  # values of an option that asks for nothing
 
 @dataclass(frozen=True)
 class Option:
-    """What `option` declares of a field beside its name, type and default."""
+    """Declaration of an option beside the name, type and default of its field."""
 
     help: str
     flag: str | None

@@ -52,7 +52,7 @@ _GGUF_DTYPES = {kind: _SAFETENSORS_DTYPES[kind] for kind in ("F64", "F32", "F16"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says about a tensor."""
+    """Shape, dtype and storage of a tensor, from a header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -105,7 +105,7 @@ class Checkpoint:
         return (tensor.float().reshape(*blocks.shape[:-1], -1) * blocks).reshape(tensor.shape)
 
     def read_scale(self, name: str, device: torch.device | str) -> Tensor:
-        """What the stored numbers of a tensor in `scales` are to be multiplied by, float32."""
+        """Factors of the stored numbers of a tensor in `scales`, float32."""
         return self.scales[name]().to(device).float()
 
 

@@ -326,7 +326,7 @@ def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
 
 
 def _condition_key(request: Request) -> Hashable:
-    """What the condition depends on; time indices count only where they decide on `Encoding.cache_key`."""
+    """Everything that the condition depends on; time indices count only where they decide on `Encoding.cache_key`."""
     layout, clip = request.layout, request.clip
     masks = tuple(mask and _version(mask) for mask in request.control_masks)
     files = tuple(map(_version, request.controls)), masks, request.control_fits, _size(request)

@@ -143,7 +143,7 @@ class Prompt:
         return (self.one_frame or "").strip() == "auto"
 
     def over(self, base: "Prompt") -> "Prompt":
-        """These values, and those of `base` wherever this prompt leaves one open."""
+        """Prompt with these values, and those of `base` wherever this one leaves a value open."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return replace(base, **{name: value for name, value in values.items() if value is not None})
 

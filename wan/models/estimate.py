@@ -68,7 +68,7 @@ def meta_dit(
 
 
 def frozen_bytes(module: nn.Module) -> int:
-    """Of the parameters that are not trained, as far as they are in this process."""
+    """Bytes of the parameters that are not trained, as far as they are in this process."""
     frozen = [tensor for tensor in module.parameters() if not tensor.requires_grad]
     return sum(local_shard(tensor).numel() * tensor.itemsize for tensor in frozen)
 
@@ -104,7 +104,7 @@ def generation_parts(frozen: int, spec: DiTSpec, tokens: int) -> Parts:
 
 
 def offloaded_bytes(spec: DiTSpec, tokens: int) -> int:
-    """What --gradient_checkpointing_cpu_offload keeps in host memory."""
+    """Bytes that --gradient_checkpointing_cpu_offload keeps in host memory."""
     return tokens * spec.dim * spec.num_layers * _CHECKPOINT_BYTES
 
 

@@ -197,7 +197,7 @@ class LoRAConfig(Section):
 
     @property
     def trained_for(self) -> TrainedFor:
-        """What the files say in their metadata. ConfigError for metadata that can't be read."""
+        """Layout and size that the metadata of the files name. ConfigError for metadata that can't be read."""
         layouts: set[OneFrameLayout | None] = set()
         sizes: set[tuple[int, int] | None] = set()
         for file in self.files:

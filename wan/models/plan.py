@@ -49,7 +49,7 @@ class Room:
 
     @classmethod
     def on(cls, device: torch.device) -> "Room":
-        """What is free now; no end of it where there is no GPU to fit into."""
+        """Free memory now; infinite without a GPU."""
         if device.type != "cuda":
             return cls(math.inf, math.inf)
         free, total = torch.cuda.mem_get_info(device)
@@ -177,7 +177,7 @@ def plan_t5(t5: T5Checkpoint, device: torch.device, room: Room) -> T5Checkpoint:
 
 
 def _precisions(checkpoint: DiTCheckpoint, fp8: dict[str, Any]) -> list[dict[str, Any]]:
-    """As the file has it, and in fp8 if the file is not."""
+    """Settings of the file's own precision, and of fp8 where the file is not in fp8."""
     return [{}] if checkpoint.stored_dtype.itemsize == 1 else [{}, fp8]
 
 
