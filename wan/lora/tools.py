@@ -310,7 +310,7 @@ def _write(out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, 
     if not tensors:
         raise ConfigError(f"--to {dialect}: can carry nothing of this file; use --to comfyui")
     if lost:
-        what = f"{len(lost)} deltas of norms and the like, e.g. {lost[0]}"
+        what = f"{len(lost)} changes of norms and the like, e.g. {lost[0]}"
         log.warning("the form '%s' cannot carry %s; they are left out", dialect, what)
     metadata = {key: value for key, value in metadata.items() if key != CONFIG_KEY}
     if dialect == "peft":
