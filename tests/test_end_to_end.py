@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import wan.generation.run
 import wan_generate_video
+import wan_train_network
 from dataset.cache import read_latent_cache
 from dataset.loader import clip_for
 from tests.project import (
@@ -301,3 +302,22 @@ def test_epochs_steps_and_files_are_counted_as_documented():
         "counted-step00000004.safetensors",
         "counted.safetensors",
     ]
+
+
+def test_an_fp8_file_trains_in_bfloat16_unless_the_flags_name_a_dtype():
+    rounded = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(MODELS["i2v"]).items()}
+    save_file(rounded, "models/fp8.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in rounded.items()}, "models/rounded.safetensors")
+
+    def lora(name: str) -> dict[str, torch.Tensor]:
+        wan_train_network.main(
+            [
+                *("--dit", f"models/{name}.safetensors", "--dataset_config", "pairs.toml", "--device", "cpu"),
+                *("--network_dim", "2", "--learning_rate", "1e-2", "--seed", "5", "--max_data_loader_n_workers", "0"),
+                *("--max_train_steps", "1", "--output_dir", "output", "--output_name", name),
+            ]
+        )
+        return load_file(f"output/{name}.safetensors")
+
+    found, expected = lora("fp8"), lora("rounded")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)

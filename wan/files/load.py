@@ -119,6 +119,11 @@ def dit_dtype(path: str | Path) -> torch.dtype:
     return _open_dit(path)[0].tensors[_DIT_DTYPE_PROBE].dtype
 
 
+def usual_dit_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype that a DiT stored in this one is loaded in: the same, but bfloat16 for fp8, which can't compute."""
+    return torch.bfloat16 if stored.itemsize == 1 else stored
+
+
 def load_dit(
     path: str | Path,
     dtype: torch.dtype | None,
@@ -138,8 +143,7 @@ def load_dit(
     checkpoint, model = _open_dit(path, attention)
     names = _shapes_of(model)
     if dtype is None:
-        stored = checkpoint.tensors[_DIT_DTYPE_PROBE].dtype
-        dtype = torch.bfloat16 if stored.itemsize == 1 else stored
+        dtype = usual_dit_dtype(checkpoint.tensors[_DIT_DTYPE_PROBE].dtype)
     count = len(model.blocks)
     wanted = partial(is_inner_dit_weight, blocks=count) if fp8 == "rows" else is_dit_weight
     layers = _fp8_layers(checkpoint, model, dtype, fp8, wanted)

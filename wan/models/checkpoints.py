@@ -47,7 +47,7 @@ class DiTCheckpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it is loaded in unless the run asks for another."""
-        return self.chosen_dtype or self.stored_dtype
+        return self.chosen_dtype or load.usual_dit_dtype(self.stored_dtype)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
