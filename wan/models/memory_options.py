@@ -143,7 +143,6 @@ class TrainingMemoryConfig(MemoryConfig):
         "gradient_checkpointing_cpu_offload",
     )
 
-    fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
     gradient_checkpointing: str = option(
         "none",
         help="recompute activations to save memory: all (also the flag alone), of all blocks; auto, of as many as do "
@@ -155,6 +154,7 @@ class TrainingMemoryConfig(MemoryConfig):
     gradient_checkpointing_cpu_offload: bool = option(
         False, help="keep the inputs of recomputed blocks in host memory", needs="--gradient_checkpointing; give both"
     )
+    fp8_base: bool = option(False, help="keep the weights of the blocks in fp8: a plain cast without --fp8_scaled")
 
     def __post_init__(self) -> None:
         super().__post_init__()
