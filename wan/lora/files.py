@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from utils.errors import ConfigError
 from utils.files import require_file, written_whole
-from utils.text import one_line
+from utils.text import counted, one_line
 from wan.lora.keys import LARGEST, read_keys
-from wan.lora.module import LOHA, LOKR, LORA, UP_BIAS, LoRAModule
+from wan.lora.module import DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS, LoRAModule
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"  # PEFT's folder
-_BESIDE_WEIGHT = ("alpha", UP_BIAS, "diff_b", "diff_m")
+_BESIDE_WEIGHT = ("alpha", UP_BIAS, DORA, "diff_b", "diff_m", *REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,26 @@ def parse_lora(tensors: Mapping[str, Tensor], source: str) -> dict[str, LoRAModu
 
 
 def _modules(parts: Mapping[str, Mapping[str, Tensor]], source: str) -> dict[str, LoRAModule]:
-    return {name: _module(found, f"{source}: {one_line(name)}") for name, found in parts.items()}
+    counting = {name: _counting(found) for name, found in parts.items()}
+    if twice := [name for name, found in counting.items() if len(found) < len(parts[name])]:
+        log.warning(
+            "%s: holds two kinds of changes for %s, e.g. %s; as in ComfyUI, new weights go before differences, "
+            "and these before LoRA, LoHa and LoKr, which are left out",
+            source,
+            counted(len(twice), "module"),
+            one_line(twice[0]),
+        )
+    return {name: _module(found, f"{source}: {one_line(name)}") for name, found in counting.items()}
+
+
+def _counting(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a module without those that ComfyUI overwrites: one change per parameter (its comfy/lora.py)."""
+    overwritten: set[str] = set()
+    if {"diff", REPLACEMENTS["weight"]} & found.keys():
+        overwritten = {*LORA, *LOHA, *LOKR, DORA, "alpha"}
+    if REPLACEMENTS["weight"] in found:
+        overwritten.add("diff")
+    return {part: tensor for part, tensor in found.items() if part not in overwritten}
 
 
 def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
@@ -68,8 +90,13 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
     try:
         if sizes.get("alpha", ()) not in ((), (1,)):
             raise ValueError
-        shape, rank = _weight_shape({part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT})
-        if shape is None and not sizes.keys() & {"diff_b", "diff_m"}:
+        factors = {part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT}
+        shape, rank = _weight_shape(factors)
+        low_rank = not factors.keys() <= {"diff"}
+        shape = sizes.get(REPLACEMENTS["weight"], shape)
+        if shape is None and not sizes.keys() & {"diff_b", "diff_m", *REPLACEMENTS.values()}:
+            raise ValueError
+        if DORA in sizes and (not low_rank or not _fits_dora(sizes[DORA], shape)):
             raise ValueError
         if UP_BIAS in sizes and (not rank or "diff_b" in sizes):
             raise ValueError
@@ -84,6 +111,14 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
         bias = found[UP_BIAS]
         parts["diff_b"] = bias if alpha == rank else bias.float() * (alpha / rank)
     return LoRAModule(parts, shape, rank, alpha)
+
+
+def _fits_dora(norms: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
+    """Whether these are the norms of the rows or of the columns of a weight."""
+    if weight is None or not norms:
+        return False
+    rows, columns = (weight[0],), (1, *weight[1:2])
+    return (norms[:1] == rows and set(norms[1:]) <= {1}) or (norms[:2] == columns and set(norms[2:]) <= {1})
 
 
 def _weight_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...] | None, int | None]:
