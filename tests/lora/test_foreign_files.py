@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.dit_cases import SPEC, random_dit
@@ -124,3 +125,26 @@ def test_dora_and_new_weights_are_converted_and_named_but_not_joined_or_resized(
             call()
     with pytest.raises(ConfigError, match=r"this form has no DoRA and no new weights here; use --to comfyui"):
         convert(source, tmp_path / "more.safetensors", "diffusers")
+
+
+@pytest.mark.parametrize("to", ["musubi", "comfyui"])
+def test_parameters_without_a_weight_have_the_names_that_comfyui_knows(to, tmp_path):
+    """ComfyUI names these in full, and so loads no `diff_m`: `diffusion_model.<parameter>.diff` and `.set_weight`."""
+    shapes, generator = model_shapes(), torch.Generator().manual_seed(3)
+    names = ["blocks.1.modulation", "head.modulation", "blocks.0.ffn.2.bias"]
+    drawn = {name: draw(generator, *shapes[name]) for name in names}
+    for ending in ("diff", "set_weight"):
+        tensors = {f"diffusion_model.{name}.{ending}": tensor for name, tensor in drawn.items()}
+        source, out = saved(tensors, tmp_path / f"{ending}.safetensors"), tmp_path / f"{ending}-out.safetensors"
+        convert(source, out, to)
+        for path in (source, out):
+            found = changes(path)
+            assert found.keys() == drawn.keys() and all(torch.equal(found[name], drawn[name]) for name in names)
+        kept = names if ending == "set_weight" else names[:2]
+        assert {f"diffusion_model.{name}.{ending}" for name in kept} <= load_file(out).keys()
+
+
+def test_the_older_name_of_a_modulation_is_still_read(tmp_path):
+    new = torch.ones(1, 6, SPEC.dim)
+    for key in ("diffusion_model.blocks.1.diff_m", "lora_unet_blocks_1.diff_m"):
+        assert torch.equal(changes(saved({key: new}, tmp_path / "a.safetensors"))["blocks.1.modulation"], new)

@@ -313,6 +313,8 @@ def test_differences_of_weights_biases_norms_and_modulations_are_added_to_them(t
     source = saved(tensors | norms, tmp_path / "in.safetensors")
     convert(source, tmp_path / "out.safetensors", to)
     found, prefix = changes(tmp_path / "out.safetensors"), "diffusion_model."
+    assert read_lora(tmp_path / "out.safetensors").dialect == to
+    assert "diffusion_model.blocks.2.modulation.diff" in load_file(tmp_path / "out.safetensors")  # for ComfyUI
     for name in LINEAR:
         assert torch.equal(found[f"{name}.bias"], tensors[f"{prefix}{name}.diff_b"])
     assert torch.equal(found["head.head.weight"], tensors[f"{prefix}head.head.diff"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.errors import ConfigError
 from utils.text import one_line
 from wan.files.dit_names import PREFIX, diffusers_name, dotted_name, lora_name
-from wan.lora.module import DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS
+from wan.lora.module import DIFFERENCES, DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS
 
 if TYPE_CHECKING:
     from wan.lora.module import LoRAModule
@@ -38,6 +38,9 @@ _ENDINGS = {
     **{name: name for name in ("diff_m", "alpha", DORA, *REPLACEMENTS.values(), *LOHA, *LOKR)},
 }
 _KEYS = [(re.compile(rf"(.+)\.(?:{ending})"), part) for ending, part in _ENDINGS.items()]
+# ComfyUI's names of parameters that are not weights, e.g. `blocks.0.modulation.diff`
+_OF_PARAMETER = re.compile(r"(.+)\.(bias|modulation)\.(diff|set_weight)")
+_PARAMETER_PARTS = {"diff": DIFFERENCES, "set_weight": REPLACEMENTS}
 # PEFT's `modules_to_save` and `bias`: new values of a whole module
 _SAVED = re.compile(r"(base_model\.model\..+?)(?:\.modules_to_save(?:\.[^.]+)?|\.base_layer)?\.(weight|bias)")
 
@@ -53,6 +56,14 @@ _PREFIXES = {
     "transformer.": "diffusers",
 }
 
+
+# Parts that ComfyUI knows by a parameter's name only, and no other tool at all -> what it calls them
+_COMFYUI_ONLY = {
+    DIFFERENCES["modulation"]: "modulation.diff",
+    REPLACEMENTS["bias"]: "bias.set_weight",
+    REPLACEMENTS["modulation"]: "modulation.set_weight",
+}
+_COMFYUI_PARTS = _COMFYUI_ONLY | dict(zip(LORA, ("lora_A.weight", "lora_B.weight"), strict=True))
 
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' key for the LoraConfig of a file, JSON
 
@@ -74,7 +85,8 @@ def read_keys(
         known = dotted_name(module.replace(".", "_"))
         if part is None or (dialect is None and known is None):
             raise ConfigError(f"{source}: '{one_line(key)}' is not a key of a Wan LoRA; use a LoRA trained on Wan2.1")
-        dialects.add(dialect or "unprefixed")
+        if part not in _COMFYUI_ONLY:  # in files of musubi-tuner's form, too
+            dialects.add(dialect or "unprefixed")
         name = lora_name(known or module)
         names[name], parts = module, modules.setdefault(name, {})
         if part in parts:
@@ -86,11 +98,13 @@ def read_keys(
             _add_configured_alpha(config, names[name], parts, source)
     if not modules:
         raise ConfigError(f"{source}: holds no tensors; use a LoRA file")
-    return " and ".join(sorted(dialects)), modules
+    return " and ".join(sorted(dialects)) or "comfyui", modules
 
 
 def _split(key: str) -> tuple[str, str | None]:
     """`blocks.0.ffn.0.lora_A.weight` -> (`blocks.0.ffn.0`, our name of the part), which is None for other keys."""
+    if match := _OF_PARAMETER.fullmatch(key):
+        return match[1], _PARAMETER_PARTS[match[3]][match[2]]
     if found := next(((match[1], part) for pattern, part in _KEYS if (match := pattern.fullmatch(key))), None):
         return found
     saved = _SAVED.fullmatch(key)
@@ -180,21 +194,28 @@ def write_keys(
     """
     if dialect == "musubi":
         tensors = {
-            f"{name}.{part}": tensor for name, module in modules.items() for part, tensor in module.parts.items()
+            _musubi_key(name, part): tensor for name, module in modules.items() for part, tensor in module.parts.items()
         }
         alphas = {f"{name}.alpha": torch.tensor(module.alpha) for name, module in modules.items() if module.low_rank}
         return tensors | alphas, None, []
     named = {_named(name): module for name, module in modules.items()}
     if dialect == "comfyui":
-        parts = dict(zip(LORA, ("lora_A.weight", "lora_B.weight"), strict=True))
         tensors = {
-            f"diffusion_model.{name}.{parts.get(part, part)}": tensor
-            for name, module in named.items()
-            for part, tensor in module.parts.items()
+            _comfyui_key(name, part): tensor for name, module in named.items() for part, tensor in module.parts.items()
         }
         scaled = {name: module.alpha for name, module in named.items() if module.low_rank and module.scale != 1}
         return tensors | {f"diffusion_model.{name}.alpha": torch.tensor(scaled[name]) for name in scaled}, None, []
     return _write_peft(named, "transformer." if dialect == "diffusers" else "base_model.model.")
+
+
+def _musubi_key(name: str, part: str) -> str:
+    dotted = dotted_name(name) if part in _COMFYUI_ONLY else None
+    return f"{name}.{part}" if dotted is None else _comfyui_key(dotted, part)
+
+
+def _comfyui_key(dotted: str, part: str) -> str:
+    """The key under which ComfyUI loads a part of `blocks.0.self_attn.q` and the like."""
+    return f"diffusion_model.{dotted}.{_COMFYUI_PARTS.get(part, part)}"
 
 
 def _named(name: str) -> str:
