@@ -329,9 +329,11 @@ def _write(out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, 
         log.warning("the form '%s' cannot carry %s; they are left out", dialect, what)
     metadata = {key: value for key, value in metadata.items() if key != CONFIG_KEY}
     if dialect == "peft":
-        with written_whole(out / ADAPTER[1]) as temporary:  # it gets its name after the weights got theirs
-            temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
-            write_lora(out / ADAPTER[0], tensors, metadata)
+        # The weights get their name last: without them the folder is no adapter, and the conversion can be repeated
+        with written_whole(out / ADAPTER[0]) as weights:
+            write_lora(weights, tensors, metadata)
+            with written_whole(out / ADAPTER[1]) as temporary:
+                temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
     else:
         if config:
             metadata[CONFIG_KEY] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
