@@ -148,3 +148,37 @@ def test_the_older_name_of_a_modulation_is_still_read(tmp_path):
     new = torch.ones(1, 6, SPEC.dim)
     for key in ("diffusion_model.blocks.1.diff_m", "lora_unet_blocks_1.diff_m"):
         assert torch.equal(changes(saved({key: new}, tmp_path / "a.safetensors"))["blocks.1.modulation"], new)
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", torch.full((2, 4), torch.nan)),
+        ("lora_te1_x.alpha", torch.tensor(3.0)),
+        ("text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", torch.ones(2, 4)),
+        ("bundle_emb.cat.string_to_param.*", torch.ones(2, 4)),
+        ("diffusion_model.patch_embedding.reshape_weight", torch.tensor([128, 64, 1, 2, 2])),
+    ],
+)
+def test_what_a_file_holds_for_something_else_is_left_out_and_said(key, tensor, tmp_path, caplog):
+    plain = changes(saved(lora_tensors(prefix="diffusion_model."), tmp_path / "plain.safetensors"))
+    assert not caplog.records
+    found = changes(saved(lora_tensors(prefix="diffusion_model.") | {key: tensor}, tmp_path / "in.safetensors"))
+    assert f"in.safetensors: 1 tensor of something else than the DiT, e.g. '{key}': left out" in caplog.text
+    assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+            "is a Git LFS pointer, not the file",
+        ),
+        (b"<!doctype html><title>404</title>", "is a web page, not the file itself; download"),
+    ],
+)
+def test_what_lies_in_the_place_of_a_lora_is_named(content, words, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^--lora_weight .*a\.safetensors: {words}"):
+        read_lora(tmp_path / "a.safetensors")

@@ -13,9 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import require_file, written_whole
+from utils.files import not_downloaded, require_file, written_whole
 from utils.text import counted, one_line
-from wan.lora.keys import LARGEST, read_keys
+from wan.lora.keys import LARGEST, is_foreign, read_keys
 from wan.lora.module import DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS, LoRAModule
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
     path = Path(path)
     path = require_file(path / ADAPTER[0] if (path / ADAPTER[0]).is_file() else path, flag)
     source = f"{flag} {path}"
+    if other := not_downloaded(path):
+        raise ConfigError(f"{source}: {other}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -50,6 +52,11 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
         ) from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{source}: {ADAPTER[1]} beside it is not JSON; save the adapter again") from None
+    own = {key: tensor for key, tensor in tensors.items() if not is_foreign(key)}
+    if foreign := sorted(tensors.keys() - own.keys() if own else ()):
+        what = f"{counted(len(foreign), 'tensor')} of something else than the DiT, e.g. '{one_line(foreign[0])}'"
+        log.warning("%s: %s: left out", source, what)
+        tensors = own
     for key, tensor in tensors.items():
         if not (tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()):
             raise ConfigError(f"{source}: '{one_line(key)}' holds NaN, infinity or whole numbers; use an intact file")

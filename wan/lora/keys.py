@@ -68,6 +68,15 @@ _COMFYUI_PARTS = _COMFYUI_ONLY | dict(zip(LORA, ("lora_A.weight", "lora_B.weight
 CONFIG_KEY = "lora_adapter_metadata"  # diffusers' key for the LoraConfig of a file, JSON
 
 
+# Keys beside those of a DiT: of text encoders, of embeddings in one file with a LoRA, and ComfyUI's note of a size
+_FOREIGN = re.compile(r"(lora_te\d*_|text_encoders?(_\d)?\.|bundle_emb\.).+|.+\.reshape_weight")
+
+
+def is_foreign(key: str) -> bool:
+    """Whether a key says nothing about the DiT, so that the rest of the file is whole without it."""
+    return _FOREIGN.fullmatch(key) is not None
+
+
 def read_keys(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], adapter_config: Mapping[str, Any] | None, source: str
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
