@@ -13,6 +13,7 @@ from utils.errors import ConfigError
 from wan.lora.files import read_lora
 from wan.lora.merge import Merger
 from wan.lora.module import decomposed
+from wan.lora.options import NetworkConfig
 from wan.lora.tools import convert, inspect, merge, resize
 
 PATTERNS = {
@@ -56,6 +57,7 @@ def test_a_folder_of_peft_does_here_what_it_does_there(config, tmp_path):
     expected = adapter(config, tmp_path / "adapter")
     assert rel_l2(our_output(random_dit()), expected) > 1e-3
     assert rel_l2(our_output(merged(tmp_path / "adapter")), expected) < 1e-4
+    NetworkConfig(network_weights=tmp_path / "adapter", base_weights=(tmp_path / "adapter",)).check()
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])

@@ -32,14 +32,27 @@ _RELEASE = {
 }
 
 
+MODELS = tuple(name for name in _RELEASE if name != "t5_tokenizer")
+
+
 def release_files(folder: Path) -> dict[str, Path]:
     """{option: path} of the models in a folder of an official or diffusers release; of a split model the first part."""
-    found = {}
-    for name, patterns in _RELEASE.items():
-        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-        if paths:
-            found[name] = paths[0].parent if name == "t5_tokenizer" else paths[0]
-    return found
+    found = {name: path for name, patterns in _RELEASE.items() if (path := _first(folder, patterns))}
+    return {name: path.parent if name == "t5_tokenizer" else path for name, path in found.items()}
+
+
+def model_in(folder: Path, name: str) -> Path | None:
+    """The file of the model `dit`, `vae`, `t5` or `clip` in a release of diffusers or in its folder there, if any.
+
+    Of a split model it is the first part.
+    """
+    in_release = _RELEASE[name][1]
+    return _first(folder, (in_release, in_release.rpartition("/")[2]))
+
+
+def _first(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+    paths = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    return next(paths, None)
 
 
 def _without(name: str, prefixes: tuple[str, ...]) -> str:

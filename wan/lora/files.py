@@ -34,10 +34,15 @@ class LoRAFile:
     dialect: str = "musubi"  # of its keys, see wan/lora/keys.py
 
 
+def require_lora(path: str | Path, flag: str) -> Path:
+    """The file of a LoRA or of a folder of PEFT's. Raises ConfigError naming `flag` when there is none."""
+    weights = Path(path) / ADAPTER[0]
+    return require_file(weights if weights.is_file() else path, flag)
+
+
 def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
     """Read a file of any dialect (wan/lora/keys.py), or a folder of PEFT's; ConfigError for others."""
-    path = Path(path)
-    path = require_file(path / ADAPTER[0] if (path / ADAPTER[0]).is_file() else path, flag)
+    path = require_lora(path, flag)
     source = f"{flag} {path}"
     if other := not_downloaded(path):
         raise ConfigError(f"{source}: {other}")
