@@ -6,7 +6,7 @@ from dataset.check import CheckConfig, run_check
 from utils import cli
 from wan.caching.sheet import SheetConfig, run_sheet
 from wan.models.device import DeviceConfig
-from wan.models.options import VAEConfig
+from wan.models.options import ReleaseConfig, VAEConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         case "check":
             run_check(cli.build(CheckConfig, args))
         case "sheet":
-            options = cli.build_group(SheetOptions, args)
+            options = ReleaseConfig().fill(cli.build_group(SheetOptions, args))
             run_sheet(options.sheet, options.vae, options.device)
 
 

@@ -71,6 +71,20 @@ def require_file(path: str | Path, flag: str) -> Path:
     return path
 
 
+def not_downloaded(path: Path) -> str | None:
+    """Why a file is no download, e.g. a Git LFS pointer or a web page, and the fix; None when it may be one."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(200).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run 'git lfs pull' there, or download the file"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not the file itself; download the file (on Hugging Face by the link with 'resolve')"
+    return None
+
+
 def require_writable_dir(path: str | Path, flag: str) -> Path:
     """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
     path = Path(path)

@@ -191,6 +191,10 @@ class Hostile:
         return (exec, ("import builtins; builtins.hostile_code_ran = True",))
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+WEB_PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
+
+
 def broken_files(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[Path, str]]:
     """{case: (file, words of the message)}"""
     for name in ("dit.safetensors", "whole.pth"):
@@ -204,6 +208,17 @@ def broken_files(folder: Path, state: dict[str, Tensor]) -> dict[str, tuple[Path
         "empty.safetensors": (b"", "damaged or incomplete"),
         "noise.safetensors": (noise, "damaged or incomplete"),
         "long_header.safetensors": (struct.pack("<Q", 10**6) + b'{"a": 1}', "damaged or incomplete"),
+        **{f"pointer{suffix}": (LFS_POINTER, "is a Git LFS pointer") for suffix in (".safetensors", ".pth", ".gguf")},
+        **{f"page{suffix}": (WEB_PAGE, "is a web page") for suffix in (".safetensors", ".pth", ".gguf")},
+        "page.index.json": (WEB_PAGE, "is a web page"),
+        "list.index.json": (b"[]", "is not the index of a split model"),
+        "deep.index.json": (b"[" * 10**5, "is not the index of a split model"),
+        "outside.index.json": (b'{"weight_map": {"a": "../dit.safetensors"}}', "is not the index of a split model"),
+        "odd.index.json": (b'{"weight_map": {"a": "", "b": 3}}', "is not the index of a split model"),
+        "parts.index.json": (
+            b'{"weight_map": {"a": "x\\nx.safetensors"}}',
+            "not all of its 1 parts are here (x x.safe",
+        ),
         "dtype.safetensors": (struct.pack("<Q", len(strange)) + strange + bytes(4), "F8_E8M0"),
         "cut.pth": (pickled[: len(pickled) // 2], "damaged"),
         "empty.pth": (b"", "damaged"),
@@ -235,6 +250,23 @@ def test_unreadable_files_are_one_line_with_flag_path_and_reason(dit_state, tmp_
             message = one_line_error(inspect, path)
             assert message.startswith(f"{flag} {path}: ") and words in message and ("; " in message), message
     assert not hasattr(builtins, "hostile_code_ran")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "diffusion_model."])
+def test_the_prefixes_of_repackaged_files_are_dropped(prefix, dit_state, vae_state, tmp_path):
+    state, load = (vae_state, checkpoint.load_vae) if prefix == "model." else (dit_state, checkpoint.load_dit)
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "in.safetensors")
+    assert_holds(load(tmp_path / "in.safetensors", torch.float32, "cpu"), state)
+
+
+def test_a_split_model_is_read_by_its_index_whatever_its_parts_are_called(dit_state, tmp_path):
+    parts = [path.rename(tmp_path / f"part{i}.safetensors") for i, path in enumerate(save_parts(dit_state, tmp_path))]
+    weight_map = {name: parts[i % 3].name for i, name in enumerate(dit_state)}
+    index = tmp_path / "dit.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_holds(checkpoint.load_dit(index, None, "cpu"), dit_state)
+    parts[1].unlink()
+    assert "not all of its 3 parts are here (part1.safetensors); down" in one_line_error(checkpoint.inspect_dit, index)
 
 
 def test_a_missing_part_is_named(dit_state, tmp_path):
@@ -345,6 +377,11 @@ def test_a_damaged_tokenizer_or_one_without_an_end_token_is_an_error(broken, tok
         broken = json.dumps(content | {"post_processor": None})
     path.write_text(broken, encoding="utf-8")
     assert "is not a umT5 tokenizer" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
+
+
+def test_a_pointer_in_the_place_of_a_tokenizer_is_named(tokenizer_dir):
+    (tokenizer_dir / "tokenizer.json").write_bytes(LFS_POINTER)
+    assert "is a Git LFS pointer, not the file" in one_line_error(tokenizer_module.load_tokenizer, tokenizer_dir)
 
 
 def test_without_a_folder_the_tokenizer_comes_from_the_hub(tokenizer_dir, monkeypatch):

@@ -109,6 +109,21 @@ def test_a_folder_of_diffusers_serves_for_all_paths(release):
     assert rel_l2(encode_image(clip.load(CPU), pixels[:, :, 0]), before_last(models["image_encoder"], pixels)) < 1e-6
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_given_for_a_model_stands_for_the_file_in_it(own, release, tmp_path):
+    folder, _ = release
+    inside = {"dit": "transformer", "vae": "vae", "t5": "text_encoder", "clip": "image_encoder"}
+    sections = {"dit": DiTConfig, "vae": VAEConfig, "t5": T5Config, "clip": CLIPConfig}
+    for name, section in sections.items():
+        filled = ReleaseConfig().fill(section(**{name: folder / inside[name] if own else folder}))
+        path = getattr(filled, name)
+        assert path.is_file() and path.parent == folder / inside[name]
+        empty = section(**{name: tmp_path})
+        assert ReleaseConfig().fill(empty) == empty
+    assert ReleaseConfig().fill(DiTConfig(dit=folder)).resolve().task.name == "i2v-14B"
+    assert "is a folder, not a file" in one_line_error(VAEConfig(vae=tmp_path).resolve)
+
+
 def before_last(model: torch.nn.Module, pixels: Tensor) -> Tensor:
     return model(pixel_values=preprocess(pixels[:, :, 0]), output_hidden_states=True).hidden_states[-2]
 

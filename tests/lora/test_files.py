@@ -167,7 +167,7 @@ HADAMARD = {"hada_w1_a": (3, 2), "hada_w1_b": (2, 4), "hada_w2_a": (3, 2), "hada
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"lora_unet_blocks_0_ffn_0.dora_scale": (3, 1)}, "DoRA is not supported"),
+        ({"lora_unet_blocks_0_ffn_0.dora_scale": (3, 1)}, "is not a LoRA"),
         ({"lora_te_text_model.lora_up.weight": (3, 4)}, "'lora_te_text_model.lora_up.weight' is not a key"),
         ({"blocks.0.ffn.0.weight": (3, 4)}, "'blocks.0.ffn.0.weight' is not a key"),
         ({"lora_unet_a.lora_down.weight": (3, 4)}, "lora_unet_a is not a LoRA"),

@@ -205,6 +205,9 @@ def test_the_dtype_of_a_file_stays(tmp_path):
         ("base_model.model.transformer.", ("lora_A", "lora_B"), "peft", theirs),
         ("lora_unet_", ("lora_down", "lora_up"), "musubi", lambda name: name.replace(".", "_")),
         ("lora_unet_", ("lora_down", "lora_up"), "musubi", lambda name: theirs(name).replace(".", "_")),
+        ("lora_unet__", ("lora_down", "lora_up"), "videox-fun", lambda name: name.replace(".", "_")),
+        ("lycoris_", ("lora_down", "lora_up"), "lycoris", lambda name: theirs(name).replace(".", "_")),
+        ("pipe.dit.", ("lora_A.default", "lora_B.default"), "diffsynth", str),
     ],
 )
 def test_all_ways_to_write_the_same_lora_are_read_as_the_same(prefix, parts, dialect, rename, tmp_path):
@@ -310,6 +313,8 @@ def test_differences_of_weights_biases_norms_and_modulations_are_added_to_them(t
     source = saved(tensors | norms, tmp_path / "in.safetensors")
     convert(source, tmp_path / "out.safetensors", to)
     found, prefix = changes(tmp_path / "out.safetensors"), "diffusion_model."
+    assert read_lora(tmp_path / "out.safetensors").dialect == to
+    assert "diffusion_model.blocks.2.modulation.diff" in load_file(tmp_path / "out.safetensors")  # for ComfyUI
     for name in LINEAR:
         assert torch.equal(found[f"{name}.bias"], tensors[f"{prefix}{name}.diff_b"])
     assert torch.equal(found["head.head.weight"], tensors[f"{prefix}head.head.diff"])
@@ -393,15 +398,15 @@ A, B = "diffusion_model.blocks.0.ffn.0.lora_A.weight", "diffusion_model.blocks.0
 @pytest.mark.parametrize(
     ("change", "metadata", "message"),
     [
-        ({"diffusion_model.blocks.0.ffn.0.dora_scale": torch.ones(5, 1)}, {}, "DoRA is not supported"),
-        ({"base_model.model.x.lora_magnitude_vector": torch.ones(5)}, {}, "DoRA is not supported"),
+        ({A.replace("lora_A.weight", "dora_scale"): torch.ones(2, 1)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
+        ({A.replace("lora_A.weight", "dora_scale"): torch.ones(())}, {}, "is not a LoRA, LoHa, LoKr or difference"),
+        ({"base_model.model.x.lora_magnitude_vector": torch.ones(5)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
         ({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.ones(2, 4)}, {}, "there twice, under two names"),
         ({"transformer_2.blocks.0.ffn.0.lora_A.weight": torch.ones(2, 4)}, {}, "is not a key of a Wan LoRA"),
-        ({"diffusion_model.blocks.0.ffn.0.set_weight": torch.ones(2, 4)}, {}, "is not a key of a Wan LoRA"),
+        ({"diffusion_model.blocks.0.ffn.0.weight": torch.ones(5, 4)}, {}, "is not a key of a Wan LoRA"),
         ({"\x1b[2J" + "y" * 10**6: torch.ones(1)}, {}, r"' \[2Jy{143}\.\.\.' is not a key of a Wan LoRA"),
         ({A: torch.full((2, 4), math.nan)}, {}, "lora_A.weight' holds NaN, infinity or whole numbers"),
         ({B: torch.ones(5, 2, dtype=torch.int8)}, {}, "lora_B.weight' holds NaN, infinity or whole numbers"),
-        ({"diffusion_model.blocks.0.ffn.0.diff": torch.ones(5, 4)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
         ({"diffusion_model.blocks.0.ffn.2.alpha": torch.ones(())}, {}, "is not a LoRA, LoHa, LoKr or difference"),
         ({"diffusion_model.blocks.0.ffn.2.lora_B.bias": torch.ones(5)}, {}, "is not a LoRA, LoHa, LoKr or difference"),
         (
@@ -415,6 +420,13 @@ A, B = "diffusion_model.blocks.0.ffn.0.lora_A.weight", "diffusion_model.blocks.0
         ({}, {"lora_adapter_metadata": '{"transformer.lora_alpha": "Infinity"}'}, "has no usable lora_alpha"),
         ({}, {"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "has no usable lora_alpha"),
         ({}, {"lora_adapter_metadata": '{"transformer.lora_alpha": 1, "alpha_pattern": [2]}'}, "no usable lora_alpha"),
+        ({}, {"lora_adapter_metadata": '{"lora_alpha": 1, "alpha_pattern": {"(": 2}}'}, "no usable lora_alpha"),
+        ({}, {"lora_adapter_metadata": '{"lora_alpha": 1, "init_lora_weights": "olora"}'}, "changes the base weights"),
+        (
+            {},
+            {"lora_adapter_metadata": '{"lora_alpha": 1, "use_qalora": true}'},
+            "use_qalora makes it more than a LoRA",
+        ),
     ],
 )
 def test_files_that_would_be_misread_are_refused_in_one_line(change, metadata, message, tmp_path):

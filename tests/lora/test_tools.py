@@ -275,6 +275,33 @@ def test_a_full_disk_leaves_no_half_adapter(tmp_path, monkeypatch):
     assert list((tmp_path / "adapter").iterdir()) == []
 
 
+class Killed(BaseException):
+    """Ends a conversion with no clean-up, as SIGKILL does."""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_conversion_to_peft_killed_before_any_rename_can_be_repeated(renames, tmp_path, monkeypatch):
+    command = ["convert", str(lora(tmp_path / "a.safetensors")), str(tmp_path / "adapter"), "--to", "peft"]
+    rename, left = Path.replace, iter(range(renames))
+
+    def replace(path, target):
+        if next(left, None) is None:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.replace", replace)
+        patched.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            wan_lora.main(command)
+    wan_lora.main(command)
+    whole = read_lora(tmp_path / "adapter").modules
+    assert [module.scale for module in whole.values()] == [
+        module.scale for module in read_lora(tmp_path / "a.safetensors").modules.values()
+    ]
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
 def test_the_documented_commands_run_as_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("models", "output"):

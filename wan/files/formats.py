@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import require_file
+from utils.files import not_downloaded, require_file
 from utils.text import one_line, some
 from wan.files.staging import FileTensor, staged
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PART = re.compile(r"(?P<prefix>.*)(?P<part>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_INDEX = ".index.json"  # of a split model, as transformers and diffusers write it
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _ZIP_MAGIC = b"PK\x03\x04"
 _SAFETENSORS_DTYPES = {
@@ -127,9 +128,9 @@ def blocks_of_scale(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 def open_checkpoint(path: str | Path, flag: str, rename: Callable[[str], str | None] = str) -> Checkpoint:
     """Read the headers of a model file; `rename` turns the names in the file into official ones, None drops a tensor.
 
-    `.safetensors` (of a model split into `<prefix>NNNNN-of-NNNNN.safetensors` any part: all are read), `.gguf`, or a
-    torch pickle (`.pth .pt .bin .ckpt`) that holds tensors only. Raises ConfigError naming `flag`, the file, the reason
-    and the fix.
+    `.safetensors` (of a model split into `<prefix>NNNNN-of-NNNNN.safetensors` any part, or of any its `.index.json`:
+    all are read), `.gguf`, or a torch pickle (`.pth .pt .bin .ckpt`) that holds tensors only. Raises ConfigError naming
+    `flag`, the file, the reason and the fix.
     """
     path = require_file(path, flag)
     tensors: dict[str, TensorInfo] = {}
@@ -147,6 +148,8 @@ def open_checkpoint(path: str | Path, flag: str, rename: Callable[[str], str | N
 
 def _parts(path: Path, flag: str) -> list[Path]:
     """All files of the model that `path` belongs to."""
+    if path.name.endswith(_INDEX):
+        return _indexed(path, flag)
     split = _PART.fullmatch(path.name)
     if split is None:
         return [path]
@@ -157,6 +160,23 @@ def _parts(path: Path, flag: str) -> list[Path]:
             f"{flag} {path}: not all of its {count} parts are here ({some(missing, rest=', ...')}); download the rest"
         )
     return parts if path in parts else [path]
+
+
+def _indexed(path: Path, flag: str) -> list[Path]:
+    """The parts that the index of a split model names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        if not names or any(not name or Path(name).name != name for name in names):
+            raise ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        reason = not_downloaded(path) or "is not the index of a split model; give one of its parts"
+        raise ConfigError(f"{flag} {path}: {reason}") from None
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise ConfigError(
+            f"{flag} {path}: not all of its {len(names)} parts are here "
+            f"({one_line(some(missing, rest=', ...'))}); download the rest"
+        )
+    return [path.with_name(name) for name in names]
 
 
 def _read_headers(path: Path, label: str) -> dict[str, Header]:
@@ -170,7 +190,9 @@ def _read_headers(path: Path, label: str) -> dict[str, Header]:
     except _NotAllowedError as error:
         raise ConfigError(f"{label}: {error}") from None
     except Exception as error:  # damaged files make the readers raise nearly anything
-        if suffix in _PICKLES:
+        if other := not_downloaded(path):
+            reason = other
+        elif suffix in _PICKLES:
             reason = "is damaged, incomplete or holds code, which is never run; download it again or use safetensors"
         else:
             reason = f"is damaged or incomplete ({one_line(error)}); download it again"

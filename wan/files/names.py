@@ -20,7 +20,7 @@ from wan.files.dit_names import dotted_name
 from wan.files.formats import Checkpoint, TensorInfo, blocks_of_scale
 from wan.nets import clip, t5
 
-_DIT_PREFIX = "model.diffusion_model."  # in repackaged DiT files
+_DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # in repackaged DiT files
 
 # What a release holds, relative to its folder: the official file (docs/formats.md#tasks), then diffusers'.
 _RELEASE = {
@@ -32,22 +32,39 @@ _RELEASE = {
 }
 
 
+MODELS = tuple(name for name in _RELEASE if name != "t5_tokenizer")
+
+
 def release_files(folder: Path) -> dict[str, Path]:
     """{option: path} of the models in a folder of an official or diffusers release; of a split model the first part."""
-    found = {}
-    for name, patterns in _RELEASE.items():
-        paths = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
-        if paths:
-            found[name] = paths[0].parent if name == "t5_tokenizer" else paths[0]
-    return found
+    found = {name: path for name, patterns in _RELEASE.items() if (path := _first(folder, patterns))}
+    return {name: path.parent if name == "t5_tokenizer" else path for name, path in found.items()}
+
+
+def model_in(folder: Path, name: str) -> Path | None:
+    """The file of the model `dit`, `vae`, `t5` or `clip` in a release of diffusers or in its folder there, if any.
+
+    Of a split model it is the first part.
+    """
+    in_release = _RELEASE[name][1]
+    return _first(folder, (in_release, in_release.rpartition("/")[2]))
+
+
+def _first(folder: Path, patterns: tuple[str, ...]) -> Path | None:
+    paths = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    return next(paths, None)
+
+
+def _without(name: str, prefixes: tuple[str, ...]) -> str:
+    return name.removeprefix(next(filter(name.startswith, prefixes), ""))
 
 
 # DiT
 
 
 def dit_name(stored: str) -> str | None:
-    """An official name from itself, with ComfyUI's prefix, or from diffusers' WanTransformer3DModel."""
-    name = stored.removeprefix(_DIT_PREFIX)
+    """An official name from itself, with ComfyUI's prefixes, or from diffusers' WanTransformer3DModel."""
+    name = _without(stored, _DIT_PREFIXES)
     module, _, leaf = name.rpartition(".")
     if module.endswith(".norm_added_q"):  # in diffusers' I2V files, used by no one
         return None
@@ -90,7 +107,8 @@ _VAE_OUTSIDE = {"quant_conv": "conv1", "post_quant_conv": "conv2"}
 
 
 def vae_name(stored: str) -> str:
-    """An official name from itself or from diffusers' AutoencoderKLWan."""
+    """An official name from itself, with `model.` in front as the official class has it, or of AutoencoderKLWan."""
+    stored = stored.removeprefix("model.")
     module, _, leaf = stored.rpartition(".")
     if module in _VAE_OUTSIDE:
         return f"{_VAE_OUTSIDE[module]}.{leaf}"

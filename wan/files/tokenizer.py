@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import ConfigError
+from utils.files import not_downloaded
 from utils.text import one_line
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def load_tokenizer(directory: str | Path | None) -> PreTrainedTokenizerBase:
     except Exception:  # the tokenizers package raises bare Exceptions
         fits = False
     if not fits:
-        raise ConfigError(f"--t5_tokenizer {file}: is not a umT5 tokenizer; use the one of {_TOKENIZER_REPOSITORY}")
+        reason = not_downloaded(file) or f"is not a umT5 tokenizer; use the one of {_TOKENIZER_REPOSITORY}"
+        raise ConfigError(f"--t5_tokenizer {file}: {reason}")
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +13,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import require_file, written_whole
-from utils.text import one_line
-from wan.lora.keys import LARGEST, read_keys
-from wan.lora.module import LOHA, LOKR, LORA, UP_BIAS, LoRAModule
+from utils.files import not_downloaded, require_file, written_whole
+from utils.text import counted, one_line
+from wan.lora.keys import LARGEST, is_foreign, read_keys
+from wan.lora.module import DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS, LoRAModule
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_model.safetensors", "adapter_config.json"  # PEFT's folder
-_BESIDE_WEIGHT = ("alpha", UP_BIAS, "diff_b", "diff_m")
+_BESIDE_WEIGHT = ("alpha", UP_BIAS, DORA, "diff_b", "diff_m", *REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,18 @@ class LoRAFile:
     dialect: str = "musubi"  # of its keys, see wan/lora/keys.py
 
 
+def require_lora(path: str | Path, flag: str) -> Path:
+    """The file of a LoRA or of a folder of PEFT's. Raises ConfigError naming `flag` when there is none."""
+    weights = Path(path) / ADAPTER[0]
+    return require_file(weights if weights.is_file() else path, flag)
+
+
 def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
     """Read a file of any dialect (wan/lora/keys.py), or a folder of PEFT's; ConfigError for others."""
-    path = Path(path)
-    path = require_file(path / ADAPTER[0] if (path / ADAPTER[0]).is_file() else path, flag)
+    path = require_lora(path, flag)
     source = f"{flag} {path}"
+    if other := not_downloaded(path):
+        raise ConfigError(f"{source}: {other}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -47,6 +57,11 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
         ) from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{source}: {ADAPTER[1]} beside it is not JSON; save the adapter again") from None
+    own = {key: tensor for key, tensor in tensors.items() if not is_foreign(key)}
+    if foreign := sorted(tensors.keys() - own.keys() if own else ()):
+        what = f"{counted(len(foreign), 'tensor')} of something else than the DiT, e.g. '{one_line(foreign[0])}'"
+        log.warning("%s: %s: left out", source, what)
+        tensors = own
     for key, tensor in tensors.items():
         if not (tensor.is_floating_point() and (tensor.float().abs() < LARGEST).all()):
             raise ConfigError(f"{source}: '{one_line(key)}' holds NaN, infinity or whole numbers; use an intact file")
@@ -60,7 +75,26 @@ def parse_lora(tensors: Mapping[str, Tensor], source: str) -> dict[str, LoRAModu
 
 
 def _modules(parts: Mapping[str, Mapping[str, Tensor]], source: str) -> dict[str, LoRAModule]:
-    return {name: _module(found, f"{source}: {one_line(name)}") for name, found in parts.items()}
+    counting = {name: _counting(found) for name, found in parts.items()}
+    if twice := [name for name, found in counting.items() if len(found) < len(parts[name])]:
+        log.warning(
+            "%s: holds two kinds of changes for %s, e.g. %s; as in ComfyUI, new weights go before differences, "
+            "and these before LoRA, LoHa and LoKr, which are left out",
+            source,
+            counted(len(twice), "module"),
+            one_line(twice[0]),
+        )
+    return {name: _module(found, f"{source}: {one_line(name)}") for name, found in counting.items()}
+
+
+def _counting(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a module without those that ComfyUI overwrites: one change per parameter (its comfy/lora.py)."""
+    overwritten: set[str] = set()
+    if {"diff", REPLACEMENTS["weight"]} & found.keys():
+        overwritten = {*LORA, *LOHA, *LOKR, DORA, "alpha"}
+    if REPLACEMENTS["weight"] in found:
+        overwritten.add("diff")
+    return {part: tensor for part, tensor in found.items() if part not in overwritten}
 
 
 def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
@@ -68,8 +102,13 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
     try:
         if sizes.get("alpha", ()) not in ((), (1,)):
             raise ValueError
-        shape, rank = _weight_shape({part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT})
-        if shape is None and not sizes.keys() & {"diff_b", "diff_m"}:
+        factors = {part: size for part, size in sizes.items() if part not in _BESIDE_WEIGHT}
+        shape, rank = _weight_shape(factors)
+        low_rank = not factors.keys() <= {"diff"}
+        shape = sizes.get(REPLACEMENTS["weight"], shape)
+        if shape is None and not sizes.keys() & {"diff_b", "diff_m", *REPLACEMENTS.values()}:
+            raise ValueError
+        if DORA in sizes and (not low_rank or not _fits_dora(sizes[DORA], shape)):
             raise ValueError
         if UP_BIAS in sizes and (not rank or "diff_b" in sizes):
             raise ValueError
@@ -84,6 +123,14 @@ def _module(found: Mapping[str, Tensor], place: str) -> LoRAModule:
         bias = found[UP_BIAS]
         parts["diff_b"] = bias if alpha == rank else bias.float() * (alpha / rank)
     return LoRAModule(parts, shape, rank, alpha)
+
+
+def _fits_dora(norms: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
+    """Whether these are the norms of the rows or of the columns of a weight."""
+    if weight is None or not norms:
+        return False
+    rows, columns = (weight[0],), (1, *weight[1:2])
+    return (norms[:1] == rows and set(norms[1:]) <= {1}) or (norms[:2] == columns and set(norms[2:]) <= {1})
 
 
 def _weight_shape(factors: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...] | None, int | None]:

@@ -76,8 +76,8 @@ class Merger:
         for (lora, multiplier, match), squares in zip(self._loras, self._squares, strict=True):
             if weight_name in match.weights:
                 module, leaf = lora.modules[match.weights[weight_name]], weight_name.rpartition(".")[2]
-                delta = module.delta(leaf, multiplier, weight.device)
                 merged = merged.float()
+                delta = module.change(merged, leaf, multiplier)
                 before = float(merged.norm()) if before is None else before
                 squares[0] += float(delta.norm()) ** 2
                 squares[1] += before**2

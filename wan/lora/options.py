@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, suggest
-from utils.files import require_file
 from utils.options import Section, option
+from wan.lora.files import require_lora
 
 # `--network_module` -> kind of network; lycoris.kohya says it by `--network_args algo=...`.
 _MODULES = {
@@ -197,9 +197,9 @@ class NetworkConfig(Section):
     def check(self) -> None:
         """Raise ConfigError unless the files and the package that are asked for are there."""
         if self.network_weights is not None:
-            require_file(self.network_weights, "--network_weights")
+            require_lora(self.network_weights, "--network_weights")
         for path in self.base_weights:
-            require_file(path, "--base_weights")
+            require_lora(path, "--base_weights")
         if self.kind != "lora" and find_spec("lycoris") is None:
             raise ConfigError(
                 f"--network_module {self.network_module}: needs the package lycoris-lora; "

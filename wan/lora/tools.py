@@ -20,7 +20,7 @@ from wan.files.formats import Checkpoint
 from wan.files.load import open_dit
 from wan.lora.files import ADAPTER, read_lora, write_lora
 from wan.lora.keys import CONFIG_KEY, write_keys
-from wan.lora.module import DIFFERENCES, LOHA, LOKR, LORA, LoRAModule, rank_metadata
+from wan.lora.module import DIFFERENCES, DORA, LOHA, LOKR, LORA, REPLACEMENTS, LoRAModule, rank_metadata
 from wan.lora.trained_for import layout_from_metadata
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> N
     found: dict[str, list[tuple[LoRAModule, float]]] = {}
     for lora, multiplier in zip(loras, multipliers, strict=True):
         for name, module in lora.modules.items():
+            _check_alone(module, f"{lora.path}: {name}")
             if not module.parts.keys() <= {*LORA, *DIFFERENCES.values()}:
                 raise ConfigError(
                     f"{lora.path}: {name} is a LoHa or LoKr; make it a LoRA by 'wan_lora.py resize' first"
@@ -103,6 +104,9 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
     _check_rank(rank)
     _check_out(out)
     lora, modules, kept = read_lora(source, "SOURCE"), dict[str, LoRAModule](), dict[str, float]()
+    for name, module in lora.modules.items():
+        if module.low_rank:
+            _check_alone(module, f"{lora.path}: {name}")
     for name, module in tqdm(lora.modules.items(), desc="resizing", disable=None):
         differences = {part: tensor for part, tensor in module.parts.items() if part in DIFFERENCES.values()}
         if not module.low_rank or (module.pair is not None and len(module.pair[0]) <= rank):
@@ -251,7 +255,9 @@ def _metadata_lines(metadata: Mapping[str, str]) -> list[str]:
 def _kinds(module: LoRAModule) -> list[str]:
     names = {"LoRA": LORA, "LoHa": LOHA, "LoKr": LOKR}
     kinds = [kind for kind, parts in names.items() if module.parts.keys() & {*parts}]
-    return kinds + [f"difference of a {leaf}" for leaf, part in DIFFERENCES.items() if part in module.parts]
+    kinds += ["DoRA"] if DORA in module.parts else []
+    kinds += [f"difference of a {leaf}" for leaf, part in DIFFERENCES.items() if part in module.parts]
+    return kinds + [f"new {leaf}" for leaf, part in REPLACEMENTS.items() if part in module.parts]
 
 
 def _values(numbers: Iterable[float]) -> str:
@@ -267,6 +273,15 @@ def _open(path: Path, flag: str) -> Checkpoint:
             f"{flag} {path}: is in 8 bits or fewer, whose rounding would be extracted; use a bf16 or fp16 file"
         )
     return checkpoint
+
+
+def _check_alone(module: LoRAModule, place: str) -> None:
+    """Raise ConfigError for changes that are not the same for every model."""
+    if module.needs_weight:
+        raise ConfigError(
+            f"{place} is DoRA or holds new weights, which change every model in another way; merge it into the DiT by "
+            "'wan_generate_video.py --save_merged_model' and take a LoRA out of that by 'wan_lora.py extract'"
+        )
 
 
 def _check_rank(rank: int) -> None:
@@ -314,9 +329,11 @@ def _write(out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, 
         log.warning("the form '%s' cannot carry %s; they are left out", dialect, what)
     metadata = {key: value for key, value in metadata.items() if key != CONFIG_KEY}
     if dialect == "peft":
-        with written_whole(out / ADAPTER[1]) as temporary:  # it gets its name after the weights got theirs
-            temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
-            write_lora(out / ADAPTER[0], tensors, metadata)
+        # The weights get their name last: without them the folder is no adapter, and the conversion can be repeated
+        with written_whole(out / ADAPTER[0]) as weights:
+            write_lora(weights, tensors, metadata)
+            with written_whole(out / ADAPTER[1]) as temporary:
+                temporary.write_text(json.dumps(config, indent=2), encoding="utf-8")
     else:
         if config:
             metadata[CONFIG_KEY] = json.dumps({f"transformer.{key}": value for key, value in config.items()})

@@ -21,7 +21,7 @@ from utils.files import require_file
 from utils.options import Section, option
 from utils.text import counted
 from wan.files import load
-from wan.files.names import release_files
+from wan.files.names import MODELS, model_in, release_files
 from wan.files.tokenizer import check_tokenizer
 from wan.frames.layout import OneFrameLayout
 from wan.lora.files import LoRAFile, choose_modules, read_lora
@@ -63,9 +63,10 @@ class ReleaseConfig(Section):
     def fill(self, group: Group) -> Group:
         """`group`, a section or a group of them, with the paths that were not given taken from the folder.
 
-        Raises ConfigError when the folder is none, or holds no model.
+        A folder that is given for one model stands for the file in it. Raises ConfigError when `--ckpt_dir` is no
+        folder, or holds no model.
         """
-        return group if self.ckpt_dir is None else _with_paths(group, self._files(self.ckpt_dir))
+        return _with_paths(group, {} if self.ckpt_dir is None else self._files(self.ckpt_dir))
 
     def _files(self, folder: Path) -> dict[str, Path]:
         if not folder.is_dir():
@@ -80,7 +81,7 @@ class ReleaseConfig(Section):
 
 
 def _with_paths(group: Group, files: Mapping[str, Path]) -> Group:
-    """`group` with `files`, by option name, in place of what is None."""
+    """`group` with `files`, by option name, in place of what is None, and files in place of their folders."""
     changed: dict[str, Any] = {}
     for field in fields(group):
         part = getattr(group, field.name)
@@ -88,6 +89,8 @@ def _with_paths(group: Group, files: Mapping[str, Path]) -> Group:
             changed[field.name] = _with_paths(part, files)
         elif part is None and field.name in files:
             changed[field.name] = files[field.name]
+        elif field.name in MODELS and part is not None and part.is_dir():
+            changed[field.name] = model_in(part, field.name) or part
     return replace(group, **changed)
 
 
