@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 
 from utils import cli
 from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
+from utils.images import png_text
 from utils.options import declared_options, flag_name
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
@@ -115,8 +115,7 @@ def read(path: Path) -> Recipe:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(KEY)
         else:
-            with Image.open(path) as image:
-                text = image.info.get(KEY)
+            text = png_text(path, KEY)
     except Exception:  # as for all damaged files, of nearly any type
         raise ConfigError(f"{place}: cannot be read; give a PNG or latent file of wan_generate_video.py") from None
     if not isinstance(text, str):

@@ -12,10 +12,10 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import ConfigError
 from utils.files import read_toml, require_writable_dir, written_whole
+from utils.images import open_image
 from utils.options import Section, option
 
 log = logging.getLogger(__name__)
@@ -245,8 +245,7 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.add_image(name, np.asarray(open_image(path, name)), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
