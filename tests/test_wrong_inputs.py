@@ -237,6 +237,18 @@ CASES = [
     ("generate", flags("--guidance_scale", "nan"), ["guidance scale nan"]),
     ("generate", flags("--prompt", "a \udcff"), ["character 2 of the prompt"]),
     ("generate", flags("--control_image_path", "x" * 5000), ["cannot be opened", "[...]"]),
+    ("generate", flags("--video_size", "1000000000", "48"), ["--video_size", "16 to 16384"]),
+    ("generate", flags("--control_resolution", "99999"), ["control_resolution=99999", "16384"]),
+    (
+        "generate",
+        flags("--one_frame_inference", f"target_index={1 << 31}"),
+        ["2147483648", "too large"],
+    ),
+    ("cache", edit("data.toml", "[48, 48]", "[100000, 48]"), ["resolution", "100000", "at most 16384"]),
+    ("cache", edit("data.toml", "target_index = 1", f"target_index = {1 << 31}"), ["fp_1f_target_index", "too large"]),
+    ("train", flags("--network_dim", "1000000000000"), ["--network_dim 1000000000000", "at most 16384"]),
+    ("train", flags("--one_frame_target_range", "1-99999999999"), ["--one_frame_target_range 1-99999999999"]),
+    ("train", flags("--optimizer_type", "SparseAdam"), ["SparseAdam", "cannot take a step"]),
     ("generate", flags("--blocks_to_swap", "2"), ["--blocks_to_swap 2", "at most 1"]),
     ("generate", flags("--dit_dtype", "fp8"), ["--dit_dtype fp8", "--fp8_scaled"]),
 ]

@@ -1,7 +1,11 @@
 """The one exception that means "the user can fix this", and suggestions for misspelt names."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+"""Numbers of an OSError that tells nothing about the file that was to be opened."""
 
 
 class ConfigError(Exception):

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from utils.errors import ConfigError
+from utils.errors import TOO_MANY_FILES, ConfigError
 from utils.files import require_file
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ would be handed to programs of the system (Ghostscript), whatever its name ends 
 
 STEP = 16
 """Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
+
+LONGEST_SIDE = 1 << 14
+"""Pixels of the longest side that may be asked for. A typing error beyond it would compute for hours."""
 
 _ORIENTATION = ExifTags.Base.Orientation
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
@@ -247,7 +250,9 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
         raise _unreadable(path, what, error) from None
 
 
-def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
+def _unreadable(path: Path, what: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:
+        return error
     unknown = isinstance(error, UnidentifiedImageError)  # its own message repeats the path
     reason = (
         "not an image, or of an unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__

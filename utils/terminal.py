@@ -25,6 +25,8 @@ def typed_lines(prompt: str, history: Path) -> Iterator[str]:
     its file `<history>.prompt_toolkit`, else by readline, which Python has on Linux and macOS, from its file `history`.
     A file that can't be read or written is none. Bytes that are no text come as lone surrogates.
     """
+    if sys.stdin is None:  # closed by `<&-`
+        return
     if not sys.stdin.isatty():
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")

@@ -135,3 +135,8 @@ def test_the_history_lies_where_the_user_keeps_state(monkeypatch, tmp_path):
     assert history_file("x") == tmp_path / "x/history"
     monkeypatch.delenv("XDG_STATE_HOME")
     assert history_file("x") == Path.home() / ".local/state/x/history"
+
+
+def test_a_closed_standard_input_has_no_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(typed_lines("> ", tmp_path / "history")) == []

@@ -9,7 +9,7 @@ import torch
 
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
-from utils.images import STEP
+from utils.images import LONGEST_SIDE, STEP
 from utils.options import Section, option
 from utils.terminal import history_file, typed_lines
 from wan.files.load import save_dit
@@ -42,7 +42,8 @@ class PromptConfig(Section, Prompt):
         None,
         help="height and width, see --exact_size; default 256 256, or with auto that of the LoRA",
         minimum=STEP,
-        rule=f"each side needs {STEP} pixels",
+        maximum=LONGEST_SIDE,
+        rule=f"each side must have {STEP} to {LONGEST_SIDE} pixels",
         nargs=2,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils import cli
 from utils.errors import ConfigError
-from utils.images import STEP
+from utils.images import LONGEST_SIDE, STEP
 from utils.options import option
 from wan.nets.spec import TRAINING_TIMESTEPS
 
@@ -61,7 +61,7 @@ def _option(
     return dataclasses.field(default=None, metadata={**field.metadata, **declaration})
 
 
-_SIDES = (STEP, 1 << 14)  # pixels
+_SIDES = (STEP, LONGEST_SIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
