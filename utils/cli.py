@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from utils.errors import TOO_MANY_FILES, ConfigError, suggest
 from utils.files import read_toml
 from utils.options import Option, built_sections, declared_options, flag_name, is_section
-from utils.text import one_line
+from utils.text import one_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console
@@ -219,6 +220,13 @@ def _refused_by_the_system(error: Exception) -> str | None:
     if isinstance(error, OSError) and file:
         return f"{file}: {error.strerror}; check the path and its permissions"
     return None
+
+
+class _Printable(logging.Formatter):
+    """Messages without what steers a terminal: they quote file names, recipes and prompts of other people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Once(logging.Filter):

@@ -57,10 +57,16 @@ def _asker(history: Path) -> Callable[[str], str]:
     class History(FileHistory):
         def store_string(self, string: str) -> None:
             with suppress(OSError):
-                path.touch(mode=0o600)
+                _make_private(path)
                 super().store_string(string)
 
     return PromptSession(history=History(str(path))).prompt
+
+
+def _make_private(path: Path) -> None:
+    """Have the file, from an earlier run or new, be readable by its owner alone."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
 
 
 def _readline_asker(history: Path) -> Callable[[str], str]:
@@ -75,6 +81,7 @@ def _readline_asker(history: Path) -> Callable[[str], str]:
     def ask(prompt: str) -> str:
         line = input(prompt)
         with suppress(OSError):
+            _make_private(history)
             readline.write_history_file(history)
         return line
 

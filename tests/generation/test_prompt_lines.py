@@ -47,6 +47,13 @@ def test_the_prompt_text_is_never_read_as_an_option(text):
     assert line(text).prompt == text.split(" --w")[0]
 
 
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
+def test_lines_of_a_file_end_at_line_breaks_alone(tmp_path, sign):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a{sign}cat --w 64\r\nb\rc\n".encode())
+    assert [prompt.prompt for prompt in read_file(path, "--from_file", GENERATION)] == [f"a{sign}cat", "b", "c"]
+
+
 def test_a_line_may_hold_options_only_and_an_empty_negative_prompt():
     prompt = line("--n --w 64")
     assert (prompt.prompt, prompt.negative_prompt, prompt.width) == ("", "", 64)

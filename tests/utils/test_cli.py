@@ -207,6 +207,15 @@ def test_want_of_files_and_memory_is_one_line(capsys, error, words):
     assert exit_.value.code == 1 and shown.startswith("error: ") and words in shown and shown.count("\n") == 1
 
 
+def test_what_is_logged_can_not_steer_a_terminal():
+    code = (
+        "import logging; from utils import cli; cli.run(lambda: logging.warning('%s', 'a\\x1b]0;b\\x07\\x9b2Jc\\nd'))"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "a ]0;b  2Jc\nd\n")
+
+
 def test_other_errors_keep_their_traceback():
     def main():
         raise RuntimeError("a defect")

@@ -19,6 +19,7 @@ from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
 from utils.images import png_text
 from utils.options import declared_options, flag_name
+from utils.text import one_line
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.options import WAYS
@@ -103,7 +104,9 @@ def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
     for name, now in _made_by(cli.build(DeviceConfig, args).resolve()).items():
         then = recipe.made_by.get(name)
         if now != then:
-            log.warning("%s: made with %s %s, this is %s; the picture may differ a little", place, name, then, now)
+            log.warning(
+                "%s: made with %s %s, this is %s; the picture may differ a little", place, name, one_line(then), now
+            )
     return args
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_NAME = "network_train"  # musubi-tuner's
+_PATHS_AS_TEXT = ("resume",)  # options that may be a word instead, such as auto
 _SECRET = re.compile(r"token(?!izer)|api_?key|password|secret", re.IGNORECASE)
 
 
@@ -94,7 +95,8 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             return value.name
         return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
-    return {key: plain(value) for key, value in settings.items() if not _SECRET.search(key)}
+    shown = {key: plain(value) for key, value in settings.items() if not _SECRET.search(key)}
+    return shown | {key: PurePath(shown[key]).name for key in _PATHS_AS_TEXT if shown.get(key)}
 
 
 class _Log(Protocol):
