@@ -237,6 +237,21 @@ CASES = [
     ("generate", flags("--guidance_scale", "nan"), ["guidance scale nan"]),
     ("generate", flags("--prompt", "a \udcff"), ["character 2 of the prompt"]),
     ("generate", flags("--control_image_path", "x" * 5000), ["cannot be opened", "[...]"]),
+    (
+        "generate",
+        flags("--one_frame_inference", "control_index=0"),  # what a shell leaves of "control_index=0;2,target_index=1"
+        ["'control_index=0': ", "put quotes around it"],
+    ),
+    (
+        "generate",
+        flags(
+            "--control_image_path",
+            *["data/start/cat.png"] * 2,
+            "--one_frame_inference",
+            "target_index=1,control_index=0",
+        ),
+        ["2 control images for control_index=0", "put quotes around it"],
+    ),
     ("generate", flags("--video_size", "1000000000", "48"), ["--video_size", "16 to 16384"]),
     ("generate", flags("--control_resolution", "99999"), ["control_resolution=99999", "16384"]),
     (

@@ -13,7 +13,7 @@ from utils.images import LONGEST_SIDE, STEP
 from utils.options import Section, option
 from utils.terminal import history_file, typed_lines
 from wan.files.load import save_dit
-from wan.generation.prompt import OPTIONS, Prompt
+from wan.generation.prompt import COMMAND_LINE, OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
@@ -62,7 +62,7 @@ class PromptConfig(Section, Prompt):
         """The flags as a prompt, which prompt lines override."""
         height, width = self.video_size or (None, None)
         values = {key: getattr(self, key) for key in OPTIONS} | {"width": width, "height": height}
-        return Prompt(**values, place="command line")
+        return Prompt(**values, place=COMMAND_LINE)
 
     def prompts(self) -> list[Prompt]:
         """All prompts that are known beforehand."""

@@ -16,6 +16,9 @@ from utils.images import LONGEST_SIDE, STEP
 from utils.options import option
 from wan.nets.spec import TRAINING_TIMESTEPS
 
+COMMAND_LINE = "command line"
+"""`Prompt.place` of the flags."""
+
 _DECLARATION = "prompt option"  # key in the metadata of a field
 
 
