@@ -42,7 +42,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         self._known: dict[str, argparse.Action] = {}
         self._config_flag: str | None = None
-        super().__init__(*positional, **keywords)
+        self._hints: dict[str, str] = {}
+        # A name cut short would mean another flag, even a refused one, as soon as one is added.
+        super().__init__(*positional, **{"allow_abbrev": False} | keywords)
 
     def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
         """Add a flag or a positional argument, as argparse does."""
@@ -65,9 +67,17 @@ class Parser(argparse.ArgumentParser):
             args = [*self._config_arguments(self._config_flag, args), *args]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = suggest(unknown[0].split("=")[0], self._known) or "; --help lists the flags"
-            raise ConfigError(f"unknown argument '{unknown[0]}'{hint}")
+            flag = unknown[0].split("=")[0]
+            if flag in self._hints:
+                raise ConfigError(f"{flag}: {self._hints[flag]}")
+            raise ConfigError(
+                f"unknown argument '{unknown[0]}'{suggest(flag, self._known) or '; --help lists the flags'}"
+            )
         return parsed
+
+    def hint(self, flags: Mapping[str, str]) -> None:
+        """Say this of flags that do not exist, in place of the nearest known one."""
+        self._hints |= flags
 
     def read_options_from(self, flag: str) -> None:
         """Add `flag FILE`: a TOML file of options, checked like the command line, which overrides it.

@@ -6,6 +6,7 @@ import pytest
 
 from utils import cli
 from utils.errors import ConfigError
+from wan.generation import options
 from wan.generation.options import PromptConfig
 from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.prompt_lines import GENERATION, TRAINING, Dialect, parse_line, read_file
@@ -158,3 +159,12 @@ def test_a_missing_or_undecodable_file_is_refused(tmp_path):
     for name, word in (("none.txt", "does not exist"), ("latin.txt", "UTF-8")):
         with pytest.raises(ConfigError, match=word):
             read_file(tmp_path / name, "--from_file", GENERATION)
+
+
+def test_comments_among_typed_lines_are_no_prompts(monkeypatch):
+    monkeypatch.setattr(options, "typed_lines", lambda *_: iter(["# a cat", "  #", "a dog"]))
+    seen = []
+    monkeypatch.setattr(options, "parse_line", lambda text, *_: seen.append(text) or Prompt(prompt=text))
+    monkeypatch.setattr(options.SweepConfig, "cells", lambda *_: [])
+    list(PromptConfig(interactive=True).typed(None, None, None, None))
+    assert seen == ["a dog"]

@@ -75,7 +75,7 @@ class PromptConfig(Section, Prompt):
     ) -> Iterator[list[SweepImage]]:
         """One picture per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
         for line in typed_lines("> ", history_file("wan-one-frame")):
-            if line.strip():
+            if line.strip() and not line.strip().startswith("#"):
                 try:
                     prompt = parse_line(line, "line", GENERATION).over(self.base)
                     yield SweepConfig().cells(prompt, task, sampling, trained, lora)

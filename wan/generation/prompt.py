@@ -168,3 +168,10 @@ LETTERS: Mapping[str, PromptOption] = {option.letters: option for option in OPTI
 
 FLAGS: Mapping[str, PromptOption] = {option.flag: option for option in OPTIONS.values() if option.flag}
 """The options that the command line has too, by flag."""
+
+PROMPT_LINE_HINTS: Mapping[str, str] = {
+    f"--{letters}": f"is an option of prompt lines; on the command line it is --{option.flag or 'video_size'}"
+    for letters, option in LETTERS.items()
+    if option.flag or option.key in ("width", "height")
+}
+"""What to say of the options of prompt lines where they are no flags."""
