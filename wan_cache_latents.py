@@ -14,7 +14,7 @@ _IGNORED = {
     "--vae_cache_cpu": "our VAE keeps no feature cache",
     **dict.fromkeys(("--console_width", "--console_back", "--console_num_images"), "there is no --debug_mode"),
 }
-_REFUSED = {"--debug_mode": "is not supported; look at the images themselves"}
+_REFUSED = {"--debug_mode": "is not supported; `wan_dataset.py sheet` shows the images as the model sees them"}
 
 
 @dataclass(frozen=True)

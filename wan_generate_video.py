@@ -2,10 +2,11 @@
 
 from utils import cli
 from utils.errors import ConfigError
-from wan.foreign_flags import GENERATION_IGNORED, GENERATION_REFUSED
+from wan.foreign_flags import GENERATION_HINTS, GENERATION_IGNORED, GENERATION_REFUSED
 from wan.frames.table import ExplainConfig
 from wan.generation import start
 from wan.generation.options import MergedModelConfig, write_merged_model
+from wan.generation.prompt import PROMPT_LINE_HINTS
 from wan.generation.recipe import parse_args
 from wan.generation.start import GenerationModels, GenerationOptions
 from wan.models.options import ReleaseConfig
@@ -16,6 +17,7 @@ def build_parser() -> cli.Parser:
     cli.add_fields(parser, GenerationOptions, MergedModelConfig, ExplainConfig, ReleaseConfig, GenerationModels)
     cli.refuse(parser, GENERATION_REFUSED)
     cli.ignore(parser, GENERATION_IGNORED)
+    parser.hint({**GENERATION_HINTS, **PROMPT_LINE_HINTS})
     return parser
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
 from utils.files import parse_json, parse_toml, require_file
-from utils.images import STEP
+from utils.images import LONGEST_SIDE, STEP
 from wan.frames.encoding import Encoding, encoding_named
 from wan.frames.layout import INDEX_KEYS, OneFrameLayout, layout_from_toml
 from wan.frames.sizes import AS_TARGET, ControlSizes
@@ -53,6 +53,8 @@ def _size(value: object) -> tuple[int, int]:
         raise ConfigError("is not a size; write [width, height] as whole numbers, or one number for a square")
     if min(size) < STEP:
         raise ConfigError(f"is too small; each side needs at least {STEP} pixels")
+    if max(size) > LONGEST_SIDE:
+        raise ConfigError(f"is too large; each side may have at most {LONGEST_SIDE} pixels")
     return size[0], size[1]
 
 

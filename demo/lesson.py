@@ -17,6 +17,7 @@ from demo.judge import Score, score
 from demo.miniature import FILES
 from demo.page import Row
 from demo.tasks import TASKS, Example
+from utils.images import open_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +135,7 @@ def save_picture(picture: Tensor, path: Path) -> None:
 
 
 def load_picture(path: Path) -> Tensor:
-    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).movedim(-1, 0)
+    return torch.from_numpy(np.array(open_image(path, "picture"))).movedim(-1, 0)
 
 
 def commands(lesson: Lesson, models: Path, tests: str = "") -> dict[str, list[str]]:

@@ -83,6 +83,13 @@ def test_state_of_a_module_would_be_noticed(line):
     assert state_of(ast.parse(f"seen = {{}}\ndef f():\n    {line}\n"))
 
 
+def test_pictures_are_opened_in_one_place():
+    """There the formats are listed: Pillow alone decides by a file's bytes, and starts Ghostscript for an EPS."""
+    sources = [*SOURCES, *(ROOT / "demo").rglob("*.py"), *ROOT.glob("*.py")]
+    opening = [path.relative_to(ROOT).as_posix() for path in sources if "Image.open(" in path.read_text("utf-8")]
+    assert opening == ["utils/images.py"]
+
+
 _LEANS_ON_THE_NAME = re.compile(r"(As|It|Its|Of|That|The same|Their|These|Those|What)\b")
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import logging
+import os
 import sys
 import types
 import typing
@@ -12,16 +13,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tomli_w
+from safetensors import SafetensorError
 
-from utils.errors import ConfigError, suggest
+from utils.errors import TOO_MANY_FILES, ConfigError, suggest
 from utils.files import read_toml
 from utils.options import Option, built_sections, declared_options, flag_name, is_section
-from utils.text import one_line
+from utils.text import one_line, printable
 
 log = logging.getLogger(__name__)
 
 _LONGEST = 2000  # characters of an error message
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY_FILES_WORDS = ("Too many open files", "os error 24")  # of torch's workers; of safetensors
 Built = TypeVar("Built")
 
 
@@ -39,7 +42,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *positional: Any, **keywords: Any) -> None:
         self._known: dict[str, argparse.Action] = {}
         self._config_flag: str | None = None
-        super().__init__(*positional, **keywords)
+        self._hints: dict[str, str] = {}
+        # A name cut short would mean another flag, even a refused one, as soon as one is added.
+        super().__init__(*positional, **{"allow_abbrev": False} | keywords)
 
     def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
         """Add a flag or a positional argument, as argparse does."""
@@ -62,9 +67,17 @@ class Parser(argparse.ArgumentParser):
             args = [*self._config_arguments(self._config_flag, args), *args]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = suggest(unknown[0].split("=")[0], self._known) or "; --help lists the flags"
-            raise ConfigError(f"unknown argument '{unknown[0]}'{hint}")
+            flag = unknown[0].split("=")[0]
+            if flag in self._hints:
+                raise ConfigError(f"{flag}: {self._hints[flag]}")
+            raise ConfigError(
+                f"unknown argument '{unknown[0]}'{suggest(flag, self._known) or '; --help lists the flags'}"
+            )
         return parsed
+
+    def hint(self, flags: Mapping[str, str]) -> None:
+        """Say this of flags that do not exist, in place of the nearest known one."""
+        self._hints |= flags
 
     def read_options_from(self, flag: str) -> None:
         """Add `flag FILE`: a TOML file of options, checked like the command line, which overrides it.
@@ -174,12 +187,20 @@ def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        # The reader has seen enough, as in `--explain | head`; Python's own flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ConfigError as error:
         print(f"error: {one_line(error, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
@@ -189,15 +210,33 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped; everything finished so far is kept", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in _DISK_FULL and not error.filename:
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        line = _refused_by_the_system(error)
+        if line is None:
             raise
-        place = f" ({error.filename})" if error.filename else ""
-        line = f"the disk is full{place}; finished files are intact: free space and run again"
-        if error.errno not in _DISK_FULL:
-            line = f"{error.filename}: {error.strerror}; check the path and its permissions"
         print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _refused_by_the_system(error: Exception) -> str | None:
+    """The message for want of disk, files, memory or rights; None for any other error."""
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number in _DISK_FULL:
+        return f"the disk is full{f' ({file})' if file else ''}; finished files are intact: free space and run again"
+    if number in TOO_MANY_FILES or any(words in str(error) for words in _TOO_MANY_FILES_WORDS):
+        return "too many open files for the limit of this shell; run `ulimit -n 4096` and start again"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "the memory of the computer (not of the GPU) does not suffice; ask for smaller sizes or ranks"
+    if isinstance(error, OSError) and file:
+        return f"{file}: {error.strerror}; check the path and its permissions"
+    return None
+
+
+class _Printable(logging.Formatter):
+    """Messages without what steers a terminal: they quote file names, recipes and prompts of other people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Once(logging.Filter):

@@ -1,7 +1,14 @@
 """The one exception that means "the user can fix this", and suggestions for misspelt names."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+"""Numbers of an OSError that tells nothing about the file that was to be opened."""
+
+
+_ABBREVIATION = 4  # characters; what is not longer begins too many names
 
 
 class ConfigError(Exception):
@@ -13,6 +20,11 @@ class ConfigError(Exception):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """`"; did you mean 'x'?"` for the nearest known name, or an empty string when none is near.
+
+    The shortest one that `name` begins is nearer than any other.
+    """
+    known = list(known)
+    longer = sorted((one for one in known if len(name) > _ABBREVIATION and one.startswith(name)), key=len)
+    near = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from utils.errors import ConfigError
+from utils.errors import TOO_MANY_FILES, ConfigError
 from utils.files import require_file
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,15 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
 IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
 """File name endings of a dataset's images, all lower or all upper case (docs/formats.md#dataset-file)."""
 
+_DECODED = frozenset(["PNG", "JPEG", "WEBP", "BMP", "AVIF", "JXL", "GIF", "TIFF", "PPM"])
+"""Pillow's names of the formats that are read, by decoders within the process. A file of another one, EPS among them,
+would be handed to programs of the system (Ghostscript), whatever its name ends in."""
+
 STEP = 16
 """Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
+
+LONGEST_SIDE = 1 << 14
+"""Pixels of the longest side that may be asked for. A typing error beyond it would compute for hours."""
 
 _ORIENTATION = ExifTags.Base.Orientation
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
@@ -83,11 +90,18 @@ def check_image(path: str | Path, what: str) -> tuple[int, int]:
     """(width, height) of the upright picture, from the file's header. Raises ConfigError like `open_image`."""
     path = require_file(path, what)
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             sideways = _orientation(image) in _SIDEWAYS
             return image.size[::-1] if sideways else image.size
     except Exception as error:  # as above
         raise _unreadable(path, what, error) from None
+
+
+def png_text(path: Path, key: str) -> str | None:
+    """The text of that key in a PNG file, None when it has none. Raises whatever Pillow does for other files."""
+    with Image.open(path, formats=("PNG",)) as image:
+        text = image.info.get(key)
+    return text if isinstance(text, str) else None
 
 
 @dataclass(frozen=True)
@@ -210,10 +224,16 @@ def _turn_upright(image: Image.Image, orientation: int) -> None:
     ImageOps.exif_transpose(image, in_place=True)
 
 
+def _opened(path: Path) -> Image.Image:
+    """The file, by its header. Raises UnidentifiedImageError when it has none of the formats that are read."""
+    Image.init()  # knows the formats of all plugins, optional packages among them
+    return Image.open(path, formats=sorted(_DECODED & set(Image.OPEN)))
+
+
 def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
     """Upright RGB image and, when it has transparent pixels, its alpha channel."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             orientation, alpha = _orientation(image), None
             if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
                 rgb = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
@@ -230,7 +250,9 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
         raise _unreadable(path, what, error) from None
 
 
-def _unreadable(path: Path, what: str, error: Exception) -> ConfigError:
+def _unreadable(path: Path, what: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:
+        return error
     unknown = isinstance(error, UnidentifiedImageError)  # its own message repeats the path
     reason = (
         "not an image, or of an unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__

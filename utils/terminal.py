@@ -25,6 +25,8 @@ def typed_lines(prompt: str, history: Path) -> Iterator[str]:
     its file `<history>.prompt_toolkit`, else by readline, which Python has on Linux and macOS, from its file `history`.
     A file that can't be read or written is none. Bytes that are no text come as lone surrogates.
     """
+    if sys.stdin is None:  # closed by `<&-`
+        return
     if not sys.stdin.isatty():
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
@@ -55,10 +57,16 @@ def _asker(history: Path) -> Callable[[str], str]:
     class History(FileHistory):
         def store_string(self, string: str) -> None:
             with suppress(OSError):
-                path.touch(mode=0o600)
+                _make_private(path)
                 super().store_string(string)
 
     return PromptSession(history=History(str(path))).prompt
+
+
+def _make_private(path: Path) -> None:
+    """Have the file, from an earlier run or new, be readable by its owner alone."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
 
 
 def _readline_asker(history: Path) -> Callable[[str], str]:
@@ -73,6 +81,7 @@ def _readline_asker(history: Path) -> Callable[[str], str]:
     def ask(prompt: str) -> str:
         line = input(prompt)
         with suppress(OSError):
+            _make_private(history)
             readline.write_history_file(history)
         return line
 

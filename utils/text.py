@@ -4,14 +4,18 @@ import re
 from collections.abc import Iterable, Sequence
 
 
+def printable(text: str) -> str:
+    """The text with spaces for what steers a terminal; line breaks, tabs and lone surrogates stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" or "\ud800" <= c <= "\udfff" else " " for c in text)
+
+
 def one_line(text: object, limit: int = 150, *, keep_end: bool = False) -> str:
     """Foreign text for a message: one line without what steers a terminal, of at most `limit` characters.
 
     Runs of white space become one space; lone surrogates, which stand for odd bytes in file names, stay. What is too
     long loses its end, or with `keep_end` its middle.
     """
-    shown = (c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in str(text))
-    line = re.sub(" +", " ", "".join(shown)).rstrip()
+    line = re.sub("[ \n\t]+", " ", printable(str(text))).rstrip()
     if len(line) <= limit:
         return line
     return f"{line[: limit // 2 - 3]} [...] {line[-limit // 2 + 4 :]}" if keep_end else line[: limit - 3] + "..."

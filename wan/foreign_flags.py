@@ -55,6 +55,14 @@ GENERATION_REFUSED = {
     "--trim_tail_frames": _VIDEO,
     "--compile_args": "is an old form; use --compile_backend, --compile_mode, --compile_dynamic, --compile_fullgraph",
 }
+GENERATION_HINTS = {
+    "--one_frame_auto_resize": "belongs to FramePack; here the picture has the shape of the start image anyway, see"
+    " --exact_size",
+    **dict.fromkeys(
+        ("--video_sections", "--video_seconds", "--latent_window_size"),
+        "belongs to FramePack; one-frame use makes one image, so leave it out",
+    ),
+}
 GENERATION_IGNORED = {
     **_SHARED_IGNORED,
     "--lycoris": "LoHa and LoKr files are merged without the package",

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def test_a_mask_is_shown_as_the_latents_see_it(folder):
     mask = np.asarray(tiles[1].image.convert("L"))
     assert mask[:, : mask.shape[1] // 2].min() == 255 and mask[:, mask.shape[1] // 2 :].max() == 0
     assert tiles[1].name == "a_1_mask.png"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_that_is_no_text_is_shown_with_question_marks(folder):
+    for path in [*Path("target").glob("a*"), *Path("start").glob("a*")]:
+        path.rename(path.with_name("\udcff" + path.name))
+    wan_dataset.main(["sheet", "--dataset_config", "data.toml", "--output", "sheet.html"])
+    assert "?a.png" in Path("sheet.html").read_text(encoding="utf-8") and Path("sheet.png").is_file()
 
 
 class Page(HTMLParser):

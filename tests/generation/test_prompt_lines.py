@@ -6,6 +6,7 @@ import pytest
 
 from utils import cli
 from utils.errors import ConfigError
+from wan.generation import options
 from wan.generation.options import PromptConfig
 from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.prompt_lines import GENERATION, TRAINING, Dialect, parse_line, read_file
@@ -45,6 +46,13 @@ def test_control_images_collect_and_paths_keep_their_blanks():
 @pytest.mark.parametrize("text", ["I see a cat", "n a cat", "w 512", "a cat -- sitting", "well-known --w 512"])
 def test_the_prompt_text_is_never_read_as_an_option(text):
     assert line(text).prompt == text.split(" --w")[0]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c"])
+def test_lines_of_a_file_end_at_line_breaks_alone(tmp_path, sign):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a{sign}cat --w 64\r\nb\rc\n".encode())
+    assert [prompt.prompt for prompt in read_file(path, "--from_file", GENERATION)] == [f"a{sign}cat", "b", "c"]
 
 
 def test_a_line_may_hold_options_only_and_an_empty_negative_prompt():
@@ -151,3 +159,12 @@ def test_a_missing_or_undecodable_file_is_refused(tmp_path):
     for name, word in (("none.txt", "does not exist"), ("latin.txt", "UTF-8")):
         with pytest.raises(ConfigError, match=word):
             read_file(tmp_path / name, "--from_file", GENERATION)
+
+
+def test_comments_among_typed_lines_are_no_prompts(monkeypatch):
+    monkeypatch.setattr(options, "typed_lines", lambda *_: iter(["# a cat", "  #", "a dog"]))
+    seen = []
+    monkeypatch.setattr(options, "parse_line", lambda text, *_: seen.append(text) or Prompt(prompt=text))
+    monkeypatch.setattr(options.SweepConfig, "cells", lambda *_: [])
+    list(PromptConfig(interactive=True).typed(None, None, None, None))
+    assert seen == ["a dog"]

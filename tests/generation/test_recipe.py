@@ -238,3 +238,11 @@ def test_every_option_is_in_recipes_or_makes_no_difference_to_a_picture():
     actions = wan_generate_video.build_parser()._actions
     options = {action.dest for action in actions if action.help != argparse.SUPPRESS and action.dest != "help"}
     assert options - elsewhere == recipe._OPTIONS
+
+
+def test_versions_of_a_recipe_are_told_on_one_line_without_escape_codes(caplog):
+    made_by = {"wan-one-frame": "1\x1b[2J\nx", "torch": torch.__version__, "device": "cpu"}
+    with pytest.raises(ConfigError):  # it names no models
+        repeated(png_with(json.dumps({"options": {"prompt": "a"}, "files": {}, "made_by": made_by})))
+    (line,) = [text for text in caplog.messages if "made with" in text]
+    assert "made with wan-one-frame 1 [2J x, this is" in line and line.isprintable()

@@ -131,6 +131,7 @@ def test_keys_tokens_and_folders_stay_private():
         "huggingface_token": "b",
         "db_password": "c",
         "dit": Path("home") / "me" / "dit.safetensors",
+        "resume": str(Path("home") / "me" / "x-000002-state"),
         "base_weights": (Path("home") / "x.safetensors",),
         "betas": (0.9, 0.99),
         "seed": 7,
@@ -141,6 +142,7 @@ def test_keys_tokens_and_folders_stay_private():
     }
     assert public_settings(settings) == {
         "dit": "dit.safetensors",
+        "resume": "x-000002-state",
         "base_weights": ["x.safetensors"],
         "betas": [0.9, 0.99],
         "seed": 7,
@@ -149,6 +151,11 @@ def test_keys_tokens_and_folders_stay_private():
         "sdpa": True,
         "dtype": "(1+0j)",
     }
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_resume_that_names_no_folder_is_told_as_it_is(resume):
+    assert public_settings({"resume": resume}) == {"resume": resume}
 
 
 def test_tensorboard_gets_scalars_pictures_and_settings_in_a_folder_of_the_run(tmp_path, packages):

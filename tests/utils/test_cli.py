@@ -1,5 +1,6 @@
 """Dataclasses as flags: what is declared is what is parsed, and every mistake is one line and exit code 1."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -185,6 +186,53 @@ def test_a_file_that_the_system_refuses_is_one_line(capsys):
     with pytest.raises(SystemExit):
         cli.run(main)
     assert capsys.readouterr().err.startswith("error: some/file: Permission denied; check")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files"),
+        (RuntimeError("unable to open shared memory object: Too many open files (24)"), "ulimit -n"),
+        (MemoryError(), "memory of the computer"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory of the computer"),
+    ],
+)
+def test_want_of_files_and_memory_is_one_line(capsys, error, words):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 1 and shown.startswith("error: ") and words in shown and shown.count("\n") == 1
+
+
+def test_what_is_logged_can_not_steer_a_terminal():
+    code = (
+        "import logging; from utils import cli; cli.run(lambda: logging.warning('%s', 'a\\x1b]0;b\\x07\\x9b2Jc\\nd'))"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "a ]0;b  2Jc\nd\n")
+
+
+def test_other_errors_keep_their_traceback():
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.run(main)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from utils import cli\ncli.run(lambda: print('line\\n' * 100_000))"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert program.stdout.readline() == b"line\n"
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == 0
 
 
 def test_options_of_a_file_are_typed_and_checked_like_flags():

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from utils.cli import Once
 from utils.errors import ConfigError
@@ -46,6 +46,27 @@ UPRIGHT = {  # EXIF orientation -> the picture as it is to be seen, [height, wid
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: stored.swapaxes(0, 1)[::-1],
 }
+
+
+@pytest.mark.parametrize("read", [open_image, open_masked, check_image])
+def test_an_eps_under_another_name_is_refused_and_ghostscript_never_starts(tmp_path, monkeypatch, read):
+    path = tmp_path / "photo.png"
+    Image.fromarray(noise(8, 8)).save(path, "EPS")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *how, **more: started.append(how))
+    with pytest.raises(ConfigError, match=r"photo.png: cannot be read as an image \(not an image, or of an unknown"):
+        read(path, "--image_path")
+    assert not started
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", "TIFF", "PPM", "MPO"])
+def test_formats_of_photographs_are_read_whatever_the_name(tmp_path, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    path = tmp_path / "photo.png"
+    Image.fromarray(noise(8, 6)).save(path, kind)
+    assert check_image(path, "--image_path") == open_image(path, "--image_path").size == (8, 6)
 
 
 def turned(orientation):

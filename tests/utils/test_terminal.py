@@ -76,6 +76,16 @@ def test_lines_are_kept_for_the_next_run_and_ctrl_c_drops_one_and_ctrl_d_ends(tm
     assert [path.name for path in history.parent.iterdir()] == ["history"] and history.stat().st_mode & 0o077 == 0
 
 
+def test_a_history_that_others_could_read_becomes_private(tmp_path, monkeypatch):
+    pytest.importorskip("pty")
+    for name in ("history", "history.prompt_toolkit"):
+        (tmp_path / name).touch(mode=0o644)
+        (tmp_path / name).chmod(0o644)
+    at_a_terminal(tmp_path / "history", ("a\n", "got 'a'\r\n> "), (CTRL_D, "end"))
+    typed_with_prompt_toolkit(f"a\r{CTRL_D}", tmp_path / "history", monkeypatch)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o600, 0o600]
+
+
 def test_a_history_that_cannot_be_written_is_none(tmp_path):
     pytest.importorskip("readline")
     (tmp_path / "file").write_text("")
@@ -135,3 +145,8 @@ def test_the_history_lies_where_the_user_keeps_state(monkeypatch, tmp_path):
     assert history_file("x") == tmp_path / "x/history"
     monkeypatch.delenv("XDG_STATE_HOME")
     assert history_file("x") == Path.home() / ".local/state/x/history"
+
+
+def test_a_closed_standard_input_has_no_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(typed_lines("> ", tmp_path / "history")) == []

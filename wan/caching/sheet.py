@@ -90,7 +90,8 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
     rows = [make_row(item, decode) for item in shown]
     note = f"{len(shown)} of {len(items)} items. Time runs to the right; sizes are those of the buckets."
     with written_whole(run.output) as temporary:
-        temporary.write_text(to_html(run.dataset_config.name, note, rows), encoding="utf-8")
+        text = to_html(run.dataset_config.name, note, rows)
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # names of files may be no text
     with written_whole(run.output.with_suffix(".png")) as temporary:
         to_png(rows).save(temporary)
     log.info("saved %s and %s", run.output, run.output.with_suffix(".png").name)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 KEYS = ("control_index", "target_index", "layout", *SIZE_KEYS)
 INDEX_KEYS = ("fp_1f_clean_indices", "fp_1f_target_index")  # of datasets
+LAST_INDEX = (1 << 31) - 1
+"""The largest time index, which fits in 32 bits; Wan2.1 was trained on 0 to 20."""
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 
 
@@ -54,6 +56,8 @@ class OneFrameLayout:
             for index in indices:
                 if index < 0:
                     raise ConfigError(f"{name}={index} is negative; time indices start at 0")
+                if index > LAST_INDEX:
+                    raise ConfigError(f"{name}={index} is too large; time indices end at {LAST_INDEX}")
         if self.target_index in self.control_indices:
             free = max(self.control_indices) + 1
             raise ConfigError(

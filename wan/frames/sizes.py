@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.images import STEP, Resize, floor16
+from utils.images import LONGEST_SIDE, STEP, Resize, floor16
 from wan.nets.tokens import FrameSizes
 
 SIZE_KEYS = ("control_resolution", "no_resize_control")
@@ -56,9 +56,10 @@ def parse_resolution(text: str) -> Size:
     """`512` or `512x768` (width, height) -> size. ConfigError for other texts."""
     match = re.fullmatch(r"(\d{2,5})(?:x(\d{2,5}))?", text)
     size = match and (int(match[1]), int(match[2] or match[1]))
-    if not size or min(size) < STEP:
+    if not size or min(size) < STEP or max(size) > LONGEST_SIDE:
         raise ConfigError(
-            f"control_resolution={text} is not a size of at least {STEP} a side; give e.g. 512 or 512x768"
+            f"control_resolution={text} is not a size of at least {STEP} a side and at most "
+            f"{LONGEST_SIDE}; give e.g. 512 or 512x768"
         )
     return size
 

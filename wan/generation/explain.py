@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from utils.text import table
+from utils.text import printable, table
 from wan.frames.clip import Role
 from wan.frames.table import SHOWN, TableFrame, control_frames, frame_table, left_out, tokens_line
 from wan.generation.guidance import GuidanceConfig
@@ -49,7 +49,7 @@ def explain_generation(
         forwards += in_step * request.steps
         flops += cost
         if number <= SHOWN:
-            lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {request.prompt}"]
+            lines += [f"picture {number} of {len(requests)}, seed {request.seed}: {printable(request.prompt)}"]
             lines += [*_request_lines(request, in_step, together, cost), ""]
     lines += left_out(len(requests))
     most = max((forward_tokens(request, guidance) for request in requests), default=0)

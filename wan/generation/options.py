@@ -9,11 +9,11 @@ import torch
 
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
-from utils.images import STEP
+from utils.images import LONGEST_SIDE, STEP
 from utils.options import Section, option
 from utils.terminal import history_file, typed_lines
 from wan.files.load import save_dit
-from wan.generation.prompt import OPTIONS, Prompt
+from wan.generation.prompt import COMMAND_LINE, OPTIONS, Prompt
 from wan.generation.prompt_lines import GENERATION, parse_line, read_file
 from wan.generation.request import SamplingConfig
 from wan.generation.sweep import SweepConfig, SweepImage
@@ -42,7 +42,8 @@ class PromptConfig(Section, Prompt):
         None,
         help="height and width, see --exact_size; default 256 256, or with auto that of the LoRA",
         minimum=STEP,
-        rule=f"each side needs {STEP} pixels",
+        maximum=LONGEST_SIDE,
+        rule=f"each side must have {STEP} to {LONGEST_SIDE} pixels",
         nargs=2,
     )
 
@@ -61,7 +62,7 @@ class PromptConfig(Section, Prompt):
         """The flags as a prompt, which prompt lines override."""
         height, width = self.video_size or (None, None)
         values = {key: getattr(self, key) for key in OPTIONS} | {"width": width, "height": height}
-        return Prompt(**values, place="command line")
+        return Prompt(**values, place=COMMAND_LINE)
 
     def prompts(self) -> list[Prompt]:
         """All prompts that are known beforehand."""
@@ -74,7 +75,7 @@ class PromptConfig(Section, Prompt):
     ) -> Iterator[list[SweepImage]]:
         """One picture per line typed at the terminal, until the end of input. A wrong line is reported and skipped."""
         for line in typed_lines("> ", history_file("wan-one-frame")):
-            if line.strip():
+            if line.strip() and not line.strip().startswith("#"):
                 try:
                     prompt = parse_line(line, "line", GENERATION).over(self.base)
                     yield SweepConfig().cells(prompt, task, sampling, trained, lora)

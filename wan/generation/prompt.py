@@ -12,9 +12,12 @@ from typing import Any
 
 from utils import cli
 from utils.errors import ConfigError
-from utils.images import STEP
+from utils.images import LONGEST_SIDE, STEP
 from utils.options import option
 from wan.nets.spec import TRAINING_TIMESTEPS
+
+COMMAND_LINE = "command line"
+"""`Prompt.place` of the flags."""
 
 _DECLARATION = "prompt option"  # key in the metadata of a field
 
@@ -61,7 +64,7 @@ def _option(
     return dataclasses.field(default=None, metadata={**field.metadata, **declaration})
 
 
-_SIDES = (STEP, 1 << 14)  # pixels
+_SIDES = (STEP, LONGEST_SIDE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,3 +168,10 @@ LETTERS: Mapping[str, PromptOption] = {option.letters: option for option in OPTI
 
 FLAGS: Mapping[str, PromptOption] = {option.flag: option for option in OPTIONS.values() if option.flag}
 """The options that the command line has too, by flag."""
+
+PROMPT_LINE_HINTS: Mapping[str, str] = {
+    f"--{letters}": f"is an option of prompt lines; on the command line it is --{option.flag or 'video_size'}"
+    for letters, option in LETTERS.items()
+    if option.flag or option.key in ("width", "height")
+}
+"""What to say of the options of prompt lines where they are no flags."""

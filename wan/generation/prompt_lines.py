@@ -93,7 +93,7 @@ def read_file(path: Path, flag: str, dialect: Dialect) -> list[Prompt]:
     elif suffix == ".toml":
         prompts = list(_from_toml(path, flag, dialect))
     elif suffix == ".txt" or not dialect.needs_suffix:
-        prompts = list(_from_lines(text.splitlines(), path, dialect))
+        prompts = list(_from_lines(text.split("\n"), path, dialect))
     else:
         raise ConfigError(f"{flag} {path}: unknown kind of prompt file '{suffix}'; use .txt, .toml or .json")
     if not prompts:

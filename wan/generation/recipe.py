@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from PIL import Image
 from safetensors import safe_open
 
 from utils import cli
 from utils.errors import ConfigError, suggest
 from utils.files import fingerprint, require_file
+from utils.images import png_text
 from utils.options import declared_options, flag_name
+from utils.text import one_line
 from wan import __version__
 from wan.generation.guidance import GuidanceConfig
 from wan.generation.options import WAYS
@@ -103,7 +104,9 @@ def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
     for name, now in _made_by(cli.build(DeviceConfig, args).resolve()).items():
         then = recipe.made_by.get(name)
         if now != then:
-            log.warning("%s: made with %s %s, this is %s; the picture may differ a little", place, name, then, now)
+            log.warning(
+                "%s: made with %s %s, this is %s; the picture may differ a little", place, name, one_line(then), now
+            )
     return args
 
 
@@ -115,8 +118,7 @@ def read(path: Path) -> Recipe:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(KEY)
         else:
-            with Image.open(path) as image:
-                text = image.info.get(KEY)
+            text = png_text(path, KEY)
     except Exception:  # as for all damaged files, of nearly any type
         raise ConfigError(f"{place}: cannot be read; give a PNG or latent file of wan_generate_video.py") from None
     if not isinstance(text, str):

@@ -16,7 +16,7 @@ from wan.frames.clip import Clip
 from wan.frames.encoding import encoding_named
 from wan.frames.layout import LayoutConfig, OneFrameLayout, parse
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
-from wan.generation.prompt import FLAGS, Prompt
+from wan.generation.prompt import COMMAND_LINE, FLAGS, Prompt
 from wan.generation.sampling import SOLVERS, schedule
 from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
@@ -230,7 +230,9 @@ def _controls(
     prompt: Prompt, sampling: SamplingConfig, trained: OneFrameLayout | None
 ) -> tuple[OneFrameLayout, tuple[Path, ...]]:
     if not prompt.one_frame:
-        raise ConfigError("one_frame (--of) is missing; give e.g. --of control_index=0,target_index=1")
+        raise ConfigError(
+            "one_frame is missing; give --one_frame_inference control_index=0,target_index=1, in a prompt line --of ..."
+        )
     try:
         name, sizes = sampling.one_frame_layout, sampling.control_sizes
         if prompt.wants_trained_layout:
@@ -245,10 +247,24 @@ def _controls(
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
         layout.check_controls(len(controls))
     except ConfigError as error:
-        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}") from None
+        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}{_likely_cause(prompt)}") from None
     for path in controls:
         check_image(path, "control image")
     return layout, controls
+
+
+def _likely_cause(prompt: Prompt) -> str:
+    """A hint for a text of indices that can't be used: what the shell left of it, or words of another model."""
+    text = prompt.one_frame or ""
+    incomplete = "target_index" not in text or len(prompt.control_image_path or ()) > 1
+    if prompt.place == COMMAND_LINE and "control_index" in text and ";" not in text and incomplete:
+        return (
+            ". A shell ends the command at ';': put quotes around it, as in --one_frame_inference "
+            '"control_index=0;2,target_index=1"'
+        )
+    if text and "=" not in text:
+        return ". Wan needs time indices, e.g. control_index=0,target_index=1"
+    return ""
 
 
 def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Resize:

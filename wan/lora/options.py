@@ -23,6 +23,7 @@ _MODULES = {
     "networks.lokr": "lokr",
     "lycoris.kohya": None,
 }
+_LARGEST_RANK = 1 << 14  # more than the widest layer of Wan2.1 14B (13824) has, which no rank above adds to
 _KINDS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
 
 
@@ -61,8 +62,8 @@ def _alpha(text: str) -> float:
 
 
 def _rank(text: str) -> int:
-    if (value := _number(text)) < 1 or value % 1:
-        raise ValueError("must be a whole number of at least 1")
+    if not 1 <= (value := _number(text)) <= _LARGEST_RANK or value % 1:
+        raise ValueError(f"must be a whole number of at least 1 and at most {_LARGEST_RANK}")
     return int(value)
 
 
@@ -153,7 +154,13 @@ class NetworkConfig(Section):
         "networks.lora_wan",
         help="networks.lora_wan; with the lycoris extra networks.loha, networks.lokr, lycoris.kohya",
     )
-    network_dim: int | None = option(None, minimum=1, rule="must be at least 1; try 16", help="rank; default 4")
+    network_dim: int | None = option(
+        None,
+        minimum=1,
+        maximum=_LARGEST_RANK,
+        rule=f"must be at least 1 and at most {_LARGEST_RANK}; try 16",
+        help="rank; default 4",
+    )
     network_alpha: float = option(
         1.0,
         minimum=0,

@@ -59,6 +59,11 @@ class DeviceConfig(Section):
 
     device: str | None = option(None, help="torch device; default cuda if there is one, else cpu")
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the models run on the CPU; touches no device."""
+        return (self.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
+
     def resolve(self) -> torch.device:
         """The device that the models run on, after a first tensor on it. Raises ConfigError when it can't be used.
 

@@ -107,7 +107,7 @@ class DiTConfig(Section):
         if self.task in UNSUPPORTED_TASKS:
             raise ConfigError(f"--task {self.task}: {UNSUPPORTED_TASKS[self.task]}")
         if self.task is not None and self.task not in TASKS:
-            raise ConfigError(f"--task {self.task}: unknown; use one of {', '.join(TASKS)}")
+            raise ConfigError(f"--task {self.task}: unknown; use i2v-14B or flf2v-14B")
         dtype = _dtype(self.dit_dtype, "--dit_dtype")
         if dtype is not None and dtype.itemsize == 1:
             raise ConfigError(f"--dit_dtype {self.dit_dtype}: nothing can be computed in fp8; see --fp8_scaled")

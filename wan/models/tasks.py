@@ -56,7 +56,7 @@ TASKS: dict[str, TaskSpec] = {
 
 
 UNSUPPORTED_TASKS: dict[str, str] = {
-    "t2i-14B": "text-to-image is not supported; use --task t2v-14B",
+    "t2i-14B": "text-to-image is not supported; use --task i2v-14B or flf2v-14B, which take images",
     **dict.fromkeys(("t2v-1.3B-FC", "t2v-14B-FC", "i2v-14B-FC"), "Fun-Control is not supported; use --task i2v-14B"),
     **dict.fromkeys(("i2v-A14B", "t2v-A14B"), "Wan2.2 is not supported; use --task i2v-14B with Wan2.1 weights"),
 }

@@ -4,7 +4,7 @@ import ast
 import importlib
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
+from utils.text import one_line
 
 _SCHEDULES = (
     "constant",
@@ -58,9 +59,21 @@ class OptimizerConfig(Section):
             )
         _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
 
-    def check(self) -> None:
-        """Raise ConfigError unless the optimizer is there and takes its arguments. Cheap: before anything loads."""
-        build_optimizer(self, [{"params": [torch.zeros(1, requires_grad=True)]}])
+    def check(self, on_cpu: bool) -> None:
+        """Raise ConfigError unless the optimizer is there, takes its arguments, and can take a step with them.
+
+        Cheap: for before anything loads. The step is a small one on the CPU, which optimizers of torch and transformers
+        take anywhere; those of other packages may need their GPU, and are asked only where training runs `on_cpu`.
+        """
+        known = optimizer_class(self.optimizer_type).__module__.partition(".")[0] in ("torch", "transformers")
+        weight = torch.nn.Parameter(torch.zeros(2, 2))
+        trial = self
+        if not on_cpu:  # capturable works nowhere else
+            given = tuple(text for text in self.optimizer_args if text.partition("=")[0] != "capturable")
+            trial = replace(self, optimizer_args=given)
+        build_optimizer(self, [{"params": [weight]}])
+        if known or on_cpu:
+            _try_step(trial, weight)
 
 
 def parse_arguments(arguments: tuple[str, ...], flag: str) -> dict[str, Any]:
@@ -112,9 +125,28 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
         arguments["fused"] = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
     try:
         return kind(groups, **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # nearly any type: betas=(0.9,) is an IndexError
         known = ", ".join(inspect.signature(kind).parameters)
         raise ConfigError(f"--optimizer_args: {kind.__name__}: {error}; it takes {known}") from None
+
+
+def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> None:
+    """Raise ConfigError unless a step from a gradient of ones leaves `weight` finite."""
+    optimizer = build_optimizer(config, [{"params": [weight]}])
+    weight.grad = torch.ones_like(weight)
+    if callable(start := getattr(optimizer, "train", None)):
+        start()  # schedule-free optimizers take no step without it
+    try:
+        optimizer.step()
+        reason = "" if weight.isfinite().all() else "it makes the weights infinite"
+    except Exception as error:  # each optimizer has its own way
+        reason = one_line(error) or type(error).__name__
+    if reason:
+        arguments = f" --optimizer_args {' '.join(config.optimizer_args)}" if config.optimizer_args else ""
+        raise ConfigError(
+            f"--optimizer_type {config.optimizer_type}{arguments} --learning_rate {config.learning_rate:g}: cannot take"
+            f" a step ({reason}); use AdamW and e.g. 1e-4"
+        )
 
 
 def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:

@@ -24,6 +24,7 @@ from wan.training.timesteps import NoiseConfig
 from wan.training.tracking import TrackingConfig
 from wan.training.validation import ValidationConfig
 
+_WIDEST_RANGE = 10_000  # indices; all are looked at for each item
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
@@ -70,6 +71,10 @@ class RunConfig(Section):
         low, _, high = self.one_frame_target_range.partition("-")
         if not (low.strip().isdecimal() and high.strip().isdecimal() and int(low) <= int(high)):
             raise ConfigError(f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, e.g. 1-8")
+        if int(high) - int(low) >= _WIDEST_RANGE:
+            raise ConfigError(
+                f"--one_frame_target_range {self.one_frame_target_range}: has over {_WIDEST_RANGE} indices; try 1-8"
+            )
         return range(int(low), int(high) + 1)
 
     def batches_per_step(self, num_processes: int) -> int:

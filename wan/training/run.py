@@ -136,7 +136,7 @@ def _check(
     dit = models.dit.resolve()
     options.run.compute_dtype(dit)
     options.network.check()
-    options.optimizer.check()
+    options.optimizer.check(models.device.is_cpu)
     options.noise.check()
     options.tracking.check()
     sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)

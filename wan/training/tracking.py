@@ -12,16 +12,17 @@ from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from utils.errors import ConfigError
 from utils.files import read_toml, require_writable_dir, written_whole
+from utils.images import open_image
 from utils.options import Section, option
 
 log = logging.getLogger(__name__)
 
 _TRACKERS = ("tensorboard", "wandb")
 _DEFAULT_NAME = "network_train"  # musubi-tuner's
+_PATHS_AS_TEXT = ("resume",)  # options that may be a word instead, such as auto
 _SECRET = re.compile(r"token(?!izer)|api_?key|password|secret", re.IGNORECASE)
 
 
@@ -94,7 +95,8 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             return value.name
         return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
-    return {key: plain(value) for key, value in settings.items() if not _SECRET.search(key)}
+    shown = {key: plain(value) for key, value in settings.items() if not _SECRET.search(key)}
+    return shown | {key: PurePath(shown[key]).name for key in _PATHS_AS_TEXT if shown.get(key)}
 
 
 class _Log(Protocol):
@@ -245,8 +247,7 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def image(self, step: int, name: str, path: Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.add_image(name, np.asarray(open_image(path, name)), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
