@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ _HASH_WHOLE_BELOW = 64 << 20
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
+    After a power cut the old content or the new is there: both content and name are on disk when this returns.
     Raises OSError when the disk refuses, also where safetensors has its own exception for that.
     """
     path = Path(path)
@@ -31,8 +32,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        sync(temporary)
         temporary.chmod(0o666 & ~umask())  # mkstemp makes files private; results get the user's usual rights
         temporary.replace(path)
+        sync(path.parent)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -43,6 +46,26 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on disk. Raises OSError when a file can't be.
+
+    Folders that can't be synced, as on Windows and some network file systems, are left to the file system.
+    """
+    if path.is_dir():
+        with suppress(OSError):
+            _sync(path, os.O_RDONLY)
+    else:
+        _sync(path, os.O_RDWR)  # Windows syncs only what may be written
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def temporary_prefix(path: Path) -> str:

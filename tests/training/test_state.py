@@ -1,6 +1,8 @@
 """State folders: whole or not at all, and refused when damaged."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +34,6 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("failing", ["model.safetensors", "optimizer.bin", "progress.json"])
 def test_a_write_that_fails_leaves_the_state_that_was_there(tmp_path, monkeypatch, failing):
-    from pathlib import Path
-
     path = write(tmp_path, step=4)
 
     def full(self, *_args, _writer, **_more):
@@ -84,11 +84,64 @@ def test_the_newest_state_is_the_one_that_has_come_furthest(tmp_path):
     write(tmp_path, "run-other-state", step=99)
     write(tmp_path, "other-step00000099-state", step=99)
     (tmp_path / "run-step00000099-state").mkdir()
-    assert newest_state(tmp_path, "run").name == "run-step00000012-state"
+    assert newest_state(tmp_path, "run").path.name == "run-step00000012-state"
     write(tmp_path, "run-state", step=16)
-    assert newest_state(tmp_path, "run").name == "run-state"
+    assert newest_state(tmp_path, "run").path.name == "run-state"
     (tmp_path / "run-state" / "progress.json").write_text("{")
-    assert newest_state(tmp_path, "run").name == "run-step00000012-state"
+    assert newest_state(tmp_path, "run").path.name == "run-step00000012-state"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_the_newest_state_that_is_whole_is_taken_and_when_none_is_that_is_an_error(tmp_path, file, caplog):
+    write(tmp_path, "run-step00000008-state", step=8)
+    (write(tmp_path, "run-step00000012-state", step=12) / file).write_bytes(b"")  # as a power cut leaves it
+    assert newest_state(tmp_path, "run").progress.step == 8
+    assert len(caplog.messages) == (file != "progress.json") and all("step00000012" in line for line in caplog.messages)
+    (tmp_path / "run-step00000008-state" / file).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"--resume auto: no state .*run-step.*; delete them to start anew"):
+        newest_state(tmp_path, "run")
+
+
+class Disk:
+    """What a power cut would leave: only what was synced, under the names of folders that were synced."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.events: list[tuple[str, str]] = []
+        fsync, replace, rmtree = os.fsync, Path.replace, state.shutil.rmtree
+        self._add(
+            monkeypatch, os, "fsync", lambda handle: ("sync", str(Path(f"/proc/self/fd/{handle}").readlink())), fsync
+        )
+        self._add(monkeypatch, Path, "replace", lambda old, new: ("rename", f"{old} {new}"), replace)
+        self._add(monkeypatch, state.shutil, "rmtree", lambda path, **_: ("delete", str(path)), rmtree)
+
+    def _add(self, monkeypatch, owner, name, event, original) -> None:
+        def call(*positional, **keywords):
+            self.events.append(event(*positional, **keywords))
+            return original(*positional, **keywords)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def first(self, kind: str, end: str) -> int:
+        return next(i for i, (found, text) in enumerate(self.events) if found == kind and text.endswith(end))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
+def test_a_state_is_on_disk_before_it_gets_its_name_and_its_name_before_the_old_one_is_deleted(tmp_path, monkeypatch):
+    path = write(tmp_path, step=4)
+    disk = Disk(monkeypatch)
+    write(tmp_path, step=8)
+    named = disk.first("rename", f" {path}")
+    files = {Path(text).name for kind, text in disk.events[:named] if kind == "sync"}
+    assert files >= {"model.safetensors", "optimizer.bin", "progress.json"}
+    assert named < disk.first("sync", str(tmp_path)) < disk.first("delete", "-old")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files come from /proc")
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    disk, path = Disk(monkeypatch), tmp_path / "a.txt"
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
+    assert disk.first("sync", ".txt") < disk.first("rename", f" {path}") < disk.first("sync", str(tmp_path))
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path, monkeypatch):

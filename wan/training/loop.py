@@ -43,9 +43,11 @@ class Trainer:
     def __init__(self, accelerator: Accelerator, job: TrainingJob, state: State | None = None) -> None:
         self.accelerator, self.job = accelerator, job
         options, processes = job.options, accelerator.num_processes
-        self.length = RunLength.of(options.run, job.training_set, processes)
+        self.progress = state.progress if state is not None else Progress(started=time.time())
+        self.length = RunLength.of(options.run, job.training_set, processes, self.progress)
         self.summary = RunSummary(job, self.length, processes)
         self.loader = StepLoader(job.training_set, options.run, accelerator.process_index, processes)
+        self.progress.items = self.loader.place(self.progress.epoch + 1, self.progress.items)
         self.training_step = start.build_step(accelerator, job, self.length.total_steps)
         self.validator = start.build_validator(accelerator, job, self.training_step)
         self.saver = Saver(options.save, self._write_lora, self._write_state, deletes=accelerator.is_main_process)
@@ -61,7 +63,6 @@ class Trainer:
                 self.saver.state_action,  # last, so that a resumed run repeats nothing of the above
             ]
         )
-        self.progress = Progress(started=time.time())
         if job.sampler is not None and accelerator.is_fsdp2:
             job.sampler.draw_together(gather_object, accelerator.is_main_process)
         if state is not None:
@@ -162,7 +163,6 @@ class Trainer:
         write_on_main(lambda: save_state(state))
 
     def _restore(self, state: State) -> None:
-        self.progress = state.progress
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
         for name, value in self.summary.facts().items():

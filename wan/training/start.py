@@ -118,15 +118,18 @@ def base_merger(dit_file: DiTCheckpoint, settings: NetworkConfig) -> Merger | No
 
 
 def find_state(save: SaveConfig) -> State | None:
-    """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet."""
+    """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
+
+    Raises ConfigError when it can't be read, or for `auto` when none can.
+    """
     if save.resume is None:
         return None
     if save.resume != "auto":
         return load_state(Path(save.resume))
-    path = newest_state(save.output_dir, save.output_name)
-    if path is None:
+    state = newest_state(save.output_dir, save.output_name)
+    if state is None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
-    return None if path is None else load_state(path)
+    return state
 
 
 def build_accelerator(config: DeviceConfig) -> Accelerator:

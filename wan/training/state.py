@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import temporary_prefix, umask
+from utils.files import sync, temporary_prefix, umask
+from utils.text import some
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,10 @@ class State:
 
 
 def save_state(state: State) -> None:
-    """Write the folder, whole or not at all; one of that name is replaced. Raises OSError when it can't be written."""
+    """Write the folder, whole or not at all; one of that name is replaced. Raises OSError when it can't be written.
+
+    The new state is on disk before the old one is deleted, so that a power cut costs none.
+    """
     path = state.path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
@@ -90,9 +94,12 @@ def save_state(state: State) -> None:
             json.dumps({"progress": asdict(state.progress), "facts": state.facts}, indent=1)
         )
         temporary.chmod(0o777 & ~umask())
+        for written in (*temporary.iterdir(), temporary):
+            sync(written)
         if path.exists():
             path.replace(replaced)
         temporary.replace(path)
+        sync(path.parent)
     finally:
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -116,18 +123,36 @@ def load_state(path: Path) -> State:
     return State(path, progress, facts, weights, optimizer)
 
 
-def newest_state(folder: Path, name: str) -> Path | None:
-    """The complete state of the run `name` in `folder` that has come furthest, or None."""
-    found = []
+def newest_state(folder: Path, name: str) -> State | None:
+    """The whole state of the run `name` in `folder` that has come furthest; None where there is none at all.
+
+    Damaged ones are skipped with a warning. Raises ConfigError when there are only such.
+    """
     pattern = re.compile(re.escape(name) + _SUFFIXES)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if pattern.fullmatch(path.name) and (path / _PROGRESS).is_file():
-            try:
-                progress = json.loads((path / _PROGRESS).read_text())["progress"]
-                found.append((int(progress["step"]), int(progress["epoch"]), path))
-            except (ValueError, KeyError, TypeError):
-                log.warning("%s is damaged and is skipped", path)
-    return max(found)[2] if found else None
+    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.is_dir() else []
+    states = [path for path in found if path.is_dir() and (path.name.endswith("-state") or (path / _PROGRESS).exists())]
+    damaged = []
+    for path in sorted(states, key=_place, reverse=True):
+        try:
+            return load_state(path)
+        except ConfigError as error:
+            log.warning("%s", error)
+            damaged.append(path.name)
+    if damaged:
+        raise ConfigError(
+            f"--resume auto: no state of {name} in {folder} can be read ({some(damaged)}); "
+            "delete them to start anew, or go on from a LoRA file with --network_weights"
+        )
+    return None
+
+
+def _place(state: Path) -> tuple[int, int, str]:
+    """Step, epoch and name, by which states sort; unreadable ones come first."""
+    try:
+        progress = json.loads((state / _PROGRESS).read_text())["progress"]
+        return int(progress["step"]), int(progress["epoch"]), state.name
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return -1, -1, state.name
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
