@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.project import model_flags
+from wan.training.cadence import StopRequest
 from wan.training.state import load_state
 
 ROOT = Path(__file__).parents[2]
@@ -42,13 +43,27 @@ def started(output: Path) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_to_the_process_group_saves_a_state_and_leaves_no_process(number, tmp_path):
-    process = started(tmp_path)
+    number, process = getattr(signal, number), started(tmp_path)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 128 + number, errors
+    assert f"{number.name}: stops when the step" in errors
     (state,) = tmp_path.glob("run-*-state")
     assert load_state(state).progress.step and f"go on with --resume {state}" in errors
     assert workers and not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_only_a_third_ctrl_c_interrupts_and_never_while_saving(capfd):
+    with StopRequest() as stop:
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGINT"):
+            signal.raise_signal(getattr(signal, name))
+        stop.saving = True
+        signal.raise_signal(signal.SIGINT)
+        stop.saving = False
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+    assert capfd.readouterr().err.count("SIGTERM: stops when the step") == 1
