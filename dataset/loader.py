@@ -3,16 +3,21 @@
 Items come from the cache folders, not from the images (docs/formats.md#reading-caches). Some are kept for validation.
 """
 
+import atexit
+import ctypes
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -344,6 +349,9 @@ class BatchLoader:
 
     def __init__(self, workers: int = 0, persistent: bool = False, context: str | None = None) -> None:
         workers = min(workers, os.cpu_count() or 1)
+        leaving = multiprocessing.get_context(context).RawValue("b", 0)  # no lock, which a handler could wait for
+        if workers:
+            atexit.register(setattr, leaving, "value", 1)
         self._plans: list[BatchItems] = []
         self._loader = DataLoader(
             _Files(),
@@ -352,7 +360,7 @@ class BatchLoader:
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             multiprocessing_context=context if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_trainer,
+            worker_init_fn=partial(_leave_signals_to_the_trainer, leaving),
             generator=torch.Generator(),
         )
 
@@ -365,9 +373,20 @@ class BatchLoader:
             yield batch
 
 
-def _leave_interrupts_to_the_trainer(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the step under way still needs its data."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(leaving: "ctypes.c_byte", _worker: int) -> None:
+    """A terminal or a batch system signals every process of a group; the step under way still needs its data.
+
+    leaving: is 1 when the trainer ends, which then ends by SIGTERM whatever workers are left.
+    """
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        if leaving.value:
+            os._exit(0)
+
+    for name in ("SIGINT", "SIGHUP"):  # there is no SIGHUP on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class _Files(Dataset[TrainingBatch | ConfigError]):

@@ -3,8 +3,11 @@
 Steps and epochs count from 1.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -63,14 +66,23 @@ class Cadence:
 
 
 class StopRequest:
-    """While active, the first Ctrl-C or SIGTERM only sets `signal`; a second Ctrl-C interrupts at once."""
+    """While active, Ctrl-C, SIGTERM and SIGHUP only set `signal`; a third Ctrl-C interrupts at once.
+
+    Nothing interrupts while `saving` is set. A SIGHUP that nohup has ignored stays so.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.saving = False
+        self._interrupts = 0
+        self._process = os.getpid()
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -79,6 +91,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal is None and self._process == os.getpid():  # not in a loader that was forked just now
+            name = signal.Signals(number).name
+            line = f"\n{name}: stops when the step under way and its files are done; a third Ctrl-C loses that step\n"
+            with suppress(OSError):  # past sys.stderr, which may be in the middle of a write
+                os.write(2, line.encode())
+        self.signal = self.signal or number
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 2 and not self.saving:
             raise KeyboardInterrupt
-        self.signal = number

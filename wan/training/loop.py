@@ -71,8 +71,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end and return the path of the final LoRA file.
 
-        Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, or too many steps in a row without a finite loss, and
-        MemoryRanOut.
+        Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, SIGHUP, or too many steps in a row without a finite
+        loss, and MemoryRanOut.
         """
         log.info("%s", self.summary.table())
         self.job.dit.train()
@@ -89,6 +89,7 @@ class Trainer:
                     self.cadence.after_step(self.progress.step)
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     if result.stop:
+                        stop.saving = True
                         self._stop(signal.Signals(stop.signal or signal.SIGTERM).name, 128 + (stop.signal or 15))
                     if skipped_in_a_row == self.job.options.run.stop_after_skipped_steps:
                         self._stop(f"{skipped_in_a_row} steps in a row without a finite loss or gradient", 1)
@@ -97,8 +98,9 @@ class Trainer:
                 epoch = self.progress.epoch + 1
                 self.progress.end_epoch(self.loader.items(epoch))
                 self.cadence.after_epoch(epoch, self.progress.step, last=self._finished)
-        self.accelerator.wait_for_everyone()
-        path = self.saver.save_final()
+            stop.saving = True
+            self.accelerator.wait_for_everyone()
+            path = self.saver.save_final()
         self.job.tracker.close()
         return path
 
