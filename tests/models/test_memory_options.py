@@ -48,14 +48,19 @@ SWITCHES = [
 GLOBAL = [*SWITCHES, (torch._dynamo.config, "cache_size_limit")]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def global_state():
-    """What the options switch for the whole process is as before afterwards."""
+    """Restores what the options switch for the whole process: with TF32 left on, later tests would round otherwise."""
     before = [getattr(*place) for place in GLOBAL]
-    torch._dynamo.reset()
     yield
     for place, value in zip(GLOBAL, before, strict=True):
         setattr(*place, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
     torch._dynamo.reset()
 
 
