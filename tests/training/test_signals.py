@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 
+def heed_signals() -> None:
+    """Signals end the process again, also where whoever started the tests ignores them, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(output: Path) -> subprocess.Popen:
     """A run of many steps that has done some of them."""
     flags = [
@@ -36,6 +42,7 @@ def started(output: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     log, end = output / "run-metrics.jsonl", time.monotonic() + SECONDS
     while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < end:
