@@ -13,10 +13,21 @@ from dataset.cache import latent_cache_path, latent_source_reason, list_latent_c
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source, read_config
 from dataset.pictures import look
 from dataset.problems import ERROR, BucketRow, Problem, Report
-from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
+from dataset.sources import (
+    Item,
+    Source,
+    caption_file,
+    list_images,
+    list_other_pictures,
+    masks_beside,
+    match_controls,
+    parse_line,
+    read_text,
+)
 from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
 from utils.files import fingerprint, written_whole
+from utils.images import IMAGE_SUFFIXES
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.sizes import Size
@@ -128,16 +139,24 @@ def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
                 target_masks[mask.stem] = mask
             else:
                 found.append(Problem("D10", str(mask), "belongs to no target", "name it like its target"))
+    for path in filter(None, (folder.targets, folder.controls)):
+        for other in list_other_pictures(path):
+            fix = f"save it as one that ends in {', '.join(IMAGE_SUFFIXES)}"
+            found.append(Problem("D37", str(other), "is left out, because of the end of its name", fix))
     sources = []
     for target in targets:
-        caption_file = target.with_name(target.stem + folder.caption_extension)
-        if not caption_file.is_file():
-            found.append(Problem("D11", str(target), "is left out, because it has no caption", f"write {caption_file}"))
+        captions = caption_file(target, folder.caption_extension)
+        if captions is None:
+            fix = f"write {target.with_name(target.stem + folder.caption_extension)}"
+            found.append(Problem("D11", str(target), "is left out, because it has no caption", fix))
             continue
         try:
-            caption = read_text(caption_file, "").strip()
+            caption = read_text(captions, "").strip()
         except ConfigError as error:
-            found.append(Problem.of_error("D14", caption_file, ConfigError(str(error).lstrip())))
+            found.append(Problem.of_error("D14", captions, ConfigError(str(error).lstrip())))
+            continue
+        except OSError as error:
+            found.append(Problem("D14", str(captions), f"cannot be read ({error.strerror})", "check the file"))
             continue
         own = controls.get(target.stem, ())
         sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(target.stem)))

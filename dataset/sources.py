@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source
-from utils.errors import ConfigError
+from utils.errors import ConfigError, suggest
 from utils.files import parse_json
-from utils.images import IMAGE_SUFFIXES, Resize, check_image, check_mask_size
+from utils.images import (
+    IMAGE_SUFFIXES,
+    Resize,
+    check_image,
+    check_mask_size,
+    named_like_image,
+    named_like_other_image,
+)
 from utils.text import some
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size
@@ -24,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]+))?")
 _SECOND_TARGET = re.compile(r"image_path_0*[1-9][0-9]*")
+_OWN_INDICES = ("control_index", "target_index")
+_FIELDS = ("image_path", "caption", "control_path", "control_mask", "target_mask", *_OWN_INDICES)
 
 
 @dataclass(frozen=True)
@@ -208,11 +217,16 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
             )
     if folder.target_masks is not None:
         target_masks = _target_masks(targets, folder.target_masks, place)
+    for name, path in (("image_directory", folder.targets), ("control_directory", folder.controls)):
+        if path is not None and (others := list_other_pictures(path)):
+            suffixes = f"{', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]}"
+            what = f"{_images_are(others)} ignored, because the name doesn't end in {suffixes}"
+            log.warning("%s.%s: %s: %s", place, name, what, some(other.name for other in others))
     sources, uncaptioned = [], []
     for target in targets:
-        caption_file = target.with_name(target.stem + folder.caption_extension)
-        if caption_file.is_file():
-            caption = read_text(caption_file, f"{place}.caption_extension").strip()
+        captions = caption_file(target, folder.caption_extension)
+        if captions is not None:
+            caption = read_text(captions, f"{place}.caption_extension").strip()
             own = controls.get(target.stem, ())
             masks = tuple(control_masks.get(control) for control in own)
             sources.append(Source(target, caption, own, masks, target_masks.get(target)))
@@ -232,8 +246,23 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images of a dataset's folder by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES and path.is_file())
+    """The images of a dataset's folder by name, with links to files that are not there, which opening them tells."""
+    return sorted(path for path in folder.iterdir() if named_like_image(path) and _file_or_link(path))
+
+
+def list_other_pictures(folder: Path) -> list[Path]:
+    """The files of a dataset's folder that are named like pictures of kinds that it does not take."""
+    return sorted(path for path in folder.iterdir() if named_like_other_image(path) and path.is_file())
+
+
+def caption_file(target: Path, suffix: str) -> Path | None:
+    """The file beside a target that holds its caption; a link to a file that is not there counts as one."""
+    path = target.with_name(target.stem + suffix)
+    return path if _file_or_link(path) else None
+
+
+def _file_or_link(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
@@ -306,16 +335,19 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
     if not isinstance(fields, dict):
         raise ConfigError('is not a JSON object; write {"image_path": ..., "caption": ..., "control_path": ...}')
     files: dict[str, dict[int, Path]] = {"path": {}, "mask": {}}
+    if "video_path" in fields:
+        raise ConfigError("video_path: video datasets are not supported yet; give image_path")
     for key in fields:
         if _SECOND_TARGET.fullmatch(key):
             raise ConfigError(f"{key}: several targets per item are not supported; write one line for each")
-        if match := _CONTROL_KEY.fullmatch(key):
+        match = _CONTROL_KEY.fullmatch(key)
+        if match is None and key not in (*_FIELDS, "image_path_0"):
+            raise ConfigError(f"unknown key '{key}'{suggest(key, _FIELDS) or '; known are ' + ', '.join(_FIELDS)}")
+        if match:
             number, numbered = int(match[2] or 0), files[match[1]]
             if number in numbered:
                 raise ConfigError(f"{key}: there is a control image {number} already; number them 0, 1, 2, ...")
             numbered[number] = Path(_text_field(fields, key))
-    if "video_path" in fields:
-        raise ConfigError("video_path: video datasets are not supported yet; give image_path")
     target = Path(_text_field(fields, "image_path_0" if "image_path_0" in fields else "image_path"))
     controls, masks = files["path"], files["mask"]
     if lonely := sorted(masks.keys() - controls.keys()):
@@ -333,10 +365,9 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
 
 def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfig) -> OneFrameLayout | None:
     """The layout that a line asks for by `control_index` and `target_index`; a missing one is the dataset's."""
-    keys = ("control_index", "target_index")
-    if not fields.keys() & {*keys}:
+    if not fields.keys() & {*_OWN_INDICES}:
         return None
-    indices, target = (fields.get(key) for key in keys)
+    indices, target = (fields.get(key) for key in _OWN_INDICES)
     if type(indices) is int:
         indices = [indices]
     if indices is not None and not (isinstance(indices, list) and all(type(index) is int for index in indices)):
@@ -347,7 +378,7 @@ def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfi
         raise ConfigError(f"target_index = {json.dumps(target)}: is not a whole number; write for example 1")
     indices = config.clean_indices if indices is None else indices
     target = config.target_index if target is None else target
-    return config.layout_of(indices, target, controls, keys)
+    return config.layout_of(indices, target, controls, _OWN_INDICES)
 
 
 def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:

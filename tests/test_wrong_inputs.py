@@ -296,6 +296,8 @@ def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
         mistake()
     elif "--latent_path" in mistake or "--interactive" in mistake:
         argv = [part for part in argv if part not in ("--prompt", "a cat")]
+    elif "--control_image_path" in mistake:  # a list, which may be given once
+        argv = [part for i, part in enumerate(argv) if "--control_image_path" not in argv[max(i - 1, 0) : i + 1]]
     before = {path: path.stat().st_mtime_ns for path in copied_workspace.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as exit_, monkeypatch.context() as patch:
         patch.setattr("sys.argv", ["script", *argv, *(mistake if isinstance(mistake, list) else [])])

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 _LONGEST = 2000  # characters of an error message
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES_WORDS = ("Too many open files", "os error 24")  # of torch's workers; of safetensors
+_NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
 Built = TypeVar("Built")
 
 
@@ -43,8 +45,10 @@ class Parser(argparse.ArgumentParser):
         self._known: dict[str, argparse.Action] = {}
         self._config_flag: str | None = None
         self._hints: dict[str, str] = {}
+        self._from_file = 0  # the first words of the arguments, which the option file has given
         # A name cut short would mean another flag, even a refused one, as soon as one is added.
         super().__init__(*positional, **{"allow_abbrev": False} | keywords)
+        self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own knows no exponents
 
     def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
         """Add a flag or a positional argument, as argparse does."""
@@ -64,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         """The values of all flags: those of the command line over those of the option file and of `namespace`."""
         args = sys.argv[1:] if args is None else list(args)
         if self._config_flag:
-            args = [*self._config_arguments(self._config_flag, args), *args]
+            from_file = self._config_arguments(self._config_flag, args)
+            self._from_file, args = len(from_file), [*from_file, *args]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -74,6 +79,30 @@ class Parser(argparse.ArgumentParser):
                 f"unknown argument '{unknown[0]}'{suggest(flag, self._known) or '; --help lists the flags'}"
             )
         return parsed
+
+    def parse_known_args(  # type: ignore[override] # as above
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The values, and the words that mean nothing. Raises ConfigError for a list that is given twice.
+
+        argparse calls it for the commands of subparsers too.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        self._check_repeated(args[self._from_file :])
+        return super().parse_known_args(args, namespace)
+
+    def _check_repeated(self, args: list[str]) -> None:
+        """Raise ConfigError for a second list of values, and warn of a second value, where only the last counts."""
+        found: dict[str, list[str]] = {}
+        for flag, words in _flags_with_words(args, self._known):
+            action, before = self._known[flag], found.get(flag)
+            counts_last = isinstance(action, (_Tuple, argparse._StoreAction))
+            if counts_last and before is not None and before != words:
+                if action.nargs in ("*", "+"):
+                    values = " ".join([*before, *words])
+                    raise ConfigError(f"{flag} is given twice; write all values after one: {flag} {values}")
+                log.warning("%s is given twice: %s counts, %s does not", flag, " ".join(words), " ".join(before))
+            found[flag] = words
 
     def hint(self, flags: Mapping[str, str]) -> None:
         """Say this of flags that do not exist, in place of the nearest known one."""
@@ -265,7 +294,7 @@ def file_named(flag: str, args: Sequence[str]) -> Path | None:
     """The file that `flag` names in a command line, before the rest of it is read."""
     finder = Parser(add_help=False)
     finder.add_argument(flag, type=Path, dest="path")
-    found: Path | None = finder.parse_known_args(args)[0].path
+    found: Path | None = argparse.ArgumentParser.parse_known_args(finder, args)[0].path
     return found
 
 
@@ -288,6 +317,16 @@ def to_toml(*groups: object) -> str:
 
 def _plain(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
+
+
+def _flags_with_words(args: list[str], known: Mapping[str, argparse.Action]) -> Iterator[tuple[str, list[str]]]:
+    """Each known flag of a command line, with the words that stand between it and the next one."""
+    if "--" in args:
+        args = args[: args.index("--")]
+    starts = [i for i, word in enumerate(args) if word.split("=")[0] in known]
+    for start, end in zip(starts, [*starts[1:], len(args)], strict=False):
+        flag, equals, value = args[start].partition("=")
+        yield flag, [*([value] if equals else []), *args[start + 1 : end]]
 
 
 def _flattened(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

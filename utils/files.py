@@ -86,6 +86,8 @@ def require_file(path: str | Path, flag: str) -> Path:
     try:
         if not path.is_file():
             kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+            if path.is_symlink() and not path.exists():
+                kind = f"is a link to {path.readlink()}, which does not exist"
             raise ConfigError(f"{flag} {path}: {kind}; check the path")
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise ConfigError(f"{flag} {path}: cannot be opened ({error.strerror}); check the path") from None

@@ -24,9 +24,10 @@ for _plugin in ("pillow_avif", "pillow_jxl"):  # optional packages that teach Pi
         importlib.import_module(_plugin)
 
 _JPEG_XL = (".jxl",) if ".jxl" in Image.registered_extensions() else ()
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
-IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
-"""File name endings of a dataset's images, all lower or all upper case (docs/formats.md#dataset-file)."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
+"""File name endings of a dataset's images, in small letters or capitals (docs/formats.md#dataset-file)."""
+
+_OTHER_SUFFIXES = frozenset([*Image.registered_extensions(), ".heic", ".heif", ".jxl"]) - {*IMAGE_SUFFIXES, ".pdf"}
 
 _DECODED = frozenset(["PNG", "JPEG", "WEBP", "BMP", "AVIF", "JXL", "GIF", "TIFF", "PPM"])
 """Pillow's names of the formats that are read, by decoders within the process. A file of another one, EPS among them,
@@ -40,6 +41,16 @@ LONGEST_SIDE = 1 << 14
 
 _ORIENTATION = ExifTags.Base.Orientation
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
+
+
+def named_like_image(path: Path) -> bool:
+    """Whether a dataset takes the file of a folder for an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def named_like_other_image(path: Path) -> bool:
+    """Whether the name is that of a picture that datasets do not take out of folders, such as a GIF."""
+    return path.suffix.lower() in _OTHER_SUFFIXES
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:

@@ -218,6 +218,15 @@ FAULTS = {  # what is done to the clean dataset, and the codes that it must have
     "a caption that is empty": (lambda: Path("target/cow.txt").write_text(" \n"), {"D12", "D33"}),
     "a caption that is too long": (lambda: Path("target/cow.txt").write_text("ox " * 900), {"D13", "D33"}),
     "a caption in another encoding": (lambda: Path("target/cow.txt").write_bytes(b"caf\xe9"), {"D14", "D35"}),
+    "a caption that is a link to nothing": (
+        lambda: (Path("target/cow.txt").unlink(), Path("target/cow.txt").symlink_to("gone")),
+        {"D14", "D35"},
+    ),
+    "a picture that is a link to nothing": (
+        lambda: (Path("start/cow.png").unlink(), Path("start/cow.png").symlink_to("gone")),
+        {"D15"},
+    ),
+    "a picture of a kind that is not taken": (lambda: picture(7).save("target/elk.gif"), {"D37"}),
     "a picture cut short": (
         lambda: Path("start/cow.png").write_bytes(Path("start/cow.png").read_bytes()[:900]),
         {"D15"},

@@ -122,14 +122,27 @@ def test_items_are_in_the_order_of_their_names(folder):
     assert list(matched(dataset())) == ["a.webp", "a_1.png", "b.png", "c.jpg"]
 
 
-def test_suffixes_count_in_all_lower_or_all_upper_case_only(folder):
+def test_suffixes_count_in_small_letters_and_capitals_and_other_pictures_are_named(folder, caplog):
     for name in ("a.PNG", "b.jpg", "c.JPEG", "d.Png", "e.gif", "f.bmp"):
         target(name)
         controls(name)
     (folder / "targets" / "g.png").mkdir()
     (folder / "targets" / "sub").mkdir()
     picture("targets/sub/h.png")
-    assert list(matched(dataset())) == ["a.PNG", "b.jpg", "c.JPEG", "f.bmp"]
+    assert list(matched(dataset())) == ["a.PNG", "b.jpg", "c.JPEG", "d.Png", "f.bmp"]
+    for key in ("image_directory", "control_directory"):
+        assert f"datasets[0].{key}: 1 image is ignored, because the name doesn't end in .png, .jpg" in caplog.text
+    assert caplog.text.count("e.gif") == 2
+
+
+@pytest.mark.parametrize("link", ["targets/a.png", "controls/a.png", "targets/a.txt"])
+def test_a_link_to_nothing_is_named(folder, link):
+    for name in ("a.png", "b.png"):
+        target(name)
+        controls(name)
+    (folder / link).unlink()
+    (folder / link).symlink_to("gone")
+    assert link in message(dataset())
 
 
 def test_controls_are_ordered_with_the_plain_name_first_and_then_by_number(folder):
@@ -255,7 +268,7 @@ def test_a_list_keeps_its_order_and_the_caption_as_written(folder):
         {"image_path": str(target("b.png")), **line},
         "",
         "   ",
-        {"image_path_0": str(target("a.png").resolve()), **line, "note": 1},
+        {"image_path_0": str(target("a.png").resolve()), **line},
     )
     items = find_items(config, 0)
     assert [(item.stem, item.caption) for item in items] == [("b", " b "), ("a", " b ")]
@@ -303,6 +316,9 @@ GOOD = {"image_path": "targets/a.png", "caption": "c", "control_path": "controls
             ":2: control_path_0: there is a control image 0 already",
             "number",
         ),
+        ({**GOOD, "target_indx": 1}, ":2: unknown key 'target_indx'", "did you mean 'target_index'?"),
+        ({**GOOD, "control_indices": [0]}, ":2: unknown key 'control_indices'", "did you mean 'control_index'?"),
+        ({**GOOD, "note": 1}, ":2: unknown key 'note'", "known are image_path, caption, control_path"),
         ({**GOOD, "image_path_1": "targets/a.png"}, ":2: image_path_1: several targets", "one line for each"),
         ({"video_path": "v.mp4", "caption": "c"}, ":2: video_path: video datasets are not supported yet", "image_path"),
     ],

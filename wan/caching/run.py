@@ -40,11 +40,12 @@ from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
 from wan.models.device import Processes
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
-from wan.nets.t5 import encode_text
+from wan.nets.spec import TEXT_LENGTH
+from wan.nets.t5 import encode_text, token_counts
 from wan.nets.vae import WanVAE
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 ALONE = Processes()
@@ -148,9 +149,23 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
         model, tokenizer = t5_file.load(device)
+        _warn_of_long_captions(todo, tokenizer)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
     _clean(run, config, items, list_text_caches, text_path, processes)
+
+
+def _warn_of_long_captions(items: Sequence[Item], tokenizer: "PreTrainedTokenizerBase") -> None:
+    captions = [*{item.caption: None for item in items}]
+    counts = dict(zip(captions, token_counts(tokenizer, captions), strict=True))
+    for item in items:
+        if (count := counts[item.caption]) > TEXT_LENGTH:
+            log.warning(
+                "%s: its caption has %d tokens; the model reads the first %d, shorten it",
+                item.target,
+                count,
+                TEXT_LENGTH,
+            )
 
 
 def latent_path(config: DatasetsConfig, item: Item) -> Path:
