@@ -26,7 +26,7 @@ from dataset.sources import (
 )
 from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
-from utils.files import fingerprint, written_whole
+from utils.files import fingerprint, unusable_name, written_whole
 from utils.images import IMAGE_SUFFIXES
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
@@ -73,6 +73,7 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
         sources = _sources(found, dataset, place)
         shared = _layout(found, dataset, sources, place) if sources else None
         usable = _items(found, sources, dataset, i, shared, alignment) if shared else []
+        usable = [item for item in usable if _can_be_cached(found, dataset, item)]
         if not usable:
             found.append(Problem("D28", place, "has no usable item", "fix the problems of its files"))
         _check_caches(found, dataset, usable, {source.target.stem for source in sources})
@@ -200,6 +201,17 @@ def _items(
         looked = list(pool.map(partial(look, dataset, index, shared, alignment), sources))
     found += [problem for _, problems in looked for problem in problems]
     return [item for item, _ in looked if item is not None]
+
+
+def _can_be_cached(found: list[Problem], dataset: ImageDatasetConfig, item: Item) -> bool:
+    """Whether its caches can have the names that they must have."""
+    folder = dataset.cache_directory
+    names = latent_cache_path(folder, item.stem, item.size), text_cache_path(folder, item.stem)
+    reason = next(filter(None, map(unusable_name, names)), None)
+    if reason is not None:
+        message, _, fix = reason.partition("; ")
+        found.append(Problem("D38", str(item.target), f"can't be cached: {message}", fix))
+    return reason is None
 
 
 def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[Item]) -> None:

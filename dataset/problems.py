@@ -59,6 +59,7 @@ KINDS = {
     "D35": Kind(WARNING, "cache without an item"),
     "D36": Kind(ERROR, "control image too small"),
     "D37": Kind(WARNING, "picture of a kind that is not taken"),
+    "D38": Kind(ERROR, "name that no cache can have"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ import wan_generate_video
 import wan_train_network
 from tests.helpers import RECORDINGS
 from utils import cli
+from utils.errors import ConfigError
 
 SCRIPTS = {
     "wan_cache_latents": wan_cache_latents,
@@ -122,3 +124,24 @@ def test_help_is_grouped_and_explains_every_option(script):
     assert ungrouped <= {"help", "config_file"}
     groups = [group for group in parser._action_groups if group._group_actions]
     assert all(f"\n{group.title}:\n" in parser.format_help() for group in groups)
+
+
+BASE = {
+    "wan_cache_latents": "--dataset_config x.toml --one_frame",
+    "wan_cache_text_encoder_outputs": "--dataset_config x.toml",
+    "wan_train_network": "--dataset_config x.toml --output_dir out --output_name x",
+    "wan_generate_video": "--save_path out --from_file x.txt",
+}
+# Files that are opened by Python alone, and named in no other file but as ASCII.
+ANY_BYTES = {"config_file", "recipe", "save_path", "from_file"}
+ANY_BYTES |= {"image_path", "end_image_path", "control_image_path", "control_image_mask_path"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_text_that_is_no_utf8_is_refused_by_every_flag_that_can_not_take_it(script):
+    for name, action in visible(script).items():
+        if action.nargs == 0 or action.choices or action.type not in (str, Path) or name in ANY_BYTES:
+            continue
+        with pytest.raises(ConfigError) as caught:
+            SCRIPTS[script].main([*BASE[script].split(), f"--{name}", "a\udcff"])
+        assert str(caught.value).startswith(f"--{name} a\udcff: holds bytes that are not UTF-8 text; "), caught.value

@@ -99,6 +99,16 @@ def flags(*argv: str):
     return list(argv)
 
 
+def renamed(name: str):
+    """The pair of the cat under another name."""
+
+    def apply() -> None:
+        for path in ("data/target/cat.png", "data/target/cat.txt", "data/start/cat.png"):
+            Path(path).rename(Path(path).with_stem(name))
+
+    return apply
+
+
 def small_image():
     Image.new("RGB", (8, 8)).save("data/target/tiny.png")
     Image.new("RGB", (8, 8)).save("data/start/tiny.png")
@@ -139,6 +149,10 @@ CASES = [
     ("cache", remove("data/start/cat.png"), ["control", "cat.png"]),
     ("cache", write("data/start/cat.png", b"\x89PNG\r\n\x1a\nnonsense"), ["cat.png"]),
     ("cache", write("data/target/cat.jpg", b""), ["cat"]),
+    ("cache", renamed("\udcff"), ["data.toml: data/target/\\udcff.png", "can't be cached", "not UTF-8", "rename it"]),
+    ("text", renamed("\udcff"), ["data/target/\\udcff.png", "not UTF-8", "rename it"]),
+    ("cache", renamed("猫" * 75), ["can't be cached as 猫", "bytes, and 229 are possible", "shorten it"]),
+    ("text", renamed("m" * 211), ["the name has 230 bytes, and 229 are possible", "shorten it"]),
     ("cache", small_image, ["tiny.png", "16"]),
     ("cache", lambda: [path.unlink() for path in Path("data/target").iterdir()], ["data/target", "no"]),
     ("text", flags("--t5", "models/none.pth"), ["--t5", "does not exist"]),
@@ -235,7 +249,7 @@ CASES = [
     ("generate", flags("--recipe", MODELS["i2v"]), ["--recipe", "holds no recipe"]),
     ("generate", flags("--seed", "99999999999999999999"), ["seed 99999999999999999999", "digits"]),
     ("generate", flags("--guidance_scale", "nan"), ["guidance scale nan"]),
-    ("generate", flags("--prompt", "a \udcff"), ["character 2 of the prompt"]),
+    ("generate", flags("--prompt", "a \udcff"), ["--prompt a \\udcff", "not UTF-8", "write it as UTF-8"]),
     ("generate", flags("--control_image_path", "x" * 5000), ["cannot be opened", "[...]"]),
     (
         "generate",

@@ -1,6 +1,7 @@
 """Command lines and option files to sections of settings and back; how a script ends."""
 
 import argparse
+import codecs
 import dataclasses
 import errno
 import logging
@@ -214,6 +215,7 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
+    _leave_ascii()
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
     handler.setFormatter(_Printable("%(message)s"))
@@ -245,6 +247,17 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _leave_ascii() -> None:
+    """Start the script again in Python's UTF-8 mode where the locale is ASCII and Python was told to obey it.
+
+    Prompts and names of files have other letters too.
+    """
+    ascii_names = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if ascii_names and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def _refused_by_the_system(error: Exception) -> str | None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from utils.errors import ConfigError
 
 _CHUNK = 1 << 20
+_RANDOM_LETTERS = 8  # that the tempfile module puts into a name
 _HASH_WHOLE_BELOW = 64 << 20
 
 
@@ -71,6 +72,30 @@ def _sync(path: Path, flags: int) -> None:
 def temporary_prefix(path: Path) -> str:
     """How the temporary names of what will be `path` begin; after a kill they tell whose leftovers they are."""
     return f".tmp-{path.name}-"
+
+
+def unusable_name(path: Path) -> str | None:
+    """Why no file of this name can be written by `written_whole` and read again, and the fix; None when it can be.
+
+    safetensors reads no name that is not UTF-8, and writing takes a longer name for a while.
+    """
+    try:
+        length = len(path.name.encode())
+    except UnicodeEncodeError:
+        return "the name is not UTF-8 text; rename it"
+    longest = _longest_name(path.parent)
+    extra = len(temporary_prefix(path)) - len(path.name) + _RANDOM_LETTERS + len(path.suffix)
+    if length + extra > longest:
+        return f"the name has {length} bytes, and {longest - extra} are possible; shorten it"
+    return None
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes of the longest name in a folder; of one that is not there yet, what nearly all file systems take."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has no such call
+        return 255
 
 
 def umask() -> int:

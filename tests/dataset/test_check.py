@@ -192,6 +192,12 @@ def rename(old: str, new: str) -> None:
     Path(old).rename(new)
 
 
+def long_name() -> None:
+    for suffix in ("png", "txt"):
+        Path("target/cow." + suffix).rename(f"target/{'m' * 230}.{suffix}")
+    Path("start/cow.png").rename(f"start/{'m' * 230}.png")
+
+
 FAULTS = {  # what is done to the clean dataset, and the codes that it must have then, and no others
     "a key that does not exist": (lambda: in_toml("batch_size", "batchsize"), {"D01"}),
     "indices that clash": (lambda: in_toml("[0]", "[1]"), {"D01"}),
@@ -227,6 +233,7 @@ FAULTS = {  # what is done to the clean dataset, and the codes that it must have
         {"D15"},
     ),
     "a picture of a kind that is not taken": (lambda: picture(7).save("target/elk.gif"), {"D37"}),
+    "a name that leaves no room for those of the caches": (long_name, {"D35", "D38"}),
     "a picture cut short": (
         lambda: Path("start/cow.png").write_bytes(Path("start/cow.png").read_bytes()[:900]),
         {"D15"},

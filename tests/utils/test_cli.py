@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -234,6 +235,25 @@ def test_what_is_logged_can_not_steer_a_terminal():
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "a ]0;b  2Jc\nd\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are Unicode there")
+def test_an_ascii_locale_does_not_keep_other_letters_out(tmp_path):
+    (tmp_path / "猫.txt").write_text("here")
+    code = (
+        "import sys; from pathlib import Path; from utils import cli\n"
+        "cli.run(lambda: print(ascii(sys.argv[1]), Path(sys.argv[2]).read_text()))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "夕方の猫", str(tmp_path / "猫.txt")],
+        cwd=Path(__file__).parents[2],
+        env=ascii_only,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, ascii("夕方の猫") + " here\n"), result.stderr
 
 
 def test_other_errors_keep_their_traceback():
