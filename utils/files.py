@@ -4,18 +4,28 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import toml
 from safetensors import SafetensorError
 
 from utils.errors import ConfigError
+from utils.text import one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _CHUNK = 1 << 20
+_STRANGE_BLANK = re.compile(
+    r"(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\#[^\n]*)|[^\S \t\r\n]", re.DOTALL
+)
+"""A string or comment of TOML, as group 1, or a blank outside of them that TOML does not have."""
 _RANDOM_LETTERS = 8  # that the tempfile module puts into a name
 _HASH_WHOLE_BELOW = 64 << 20
 
@@ -158,18 +168,21 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         raise ConfigError(f"{flag} {path}: {error}") from None
 
 
-def parse_toml(text: str, suspects: str = "brackets and quotes") -> dict[str, Any]:
-    """The tables of a TOML text. Raises ConfigError when it is none, with the line if the toml package knows it.
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Blanks of other kinds than TOML's, such as full-width ones, count as blanks too.
 
-    suspects: what to check where it does not.
+    Raises ConfigError, with the line where it is known, when the text is no TOML.
     """
     try:
-        return toml.loads(text)
-    except toml.TomlDecodeError as error:
-        message = f"line {error.lineno}: {' '.join(error.msg.split()).rstrip('.')}"
-        raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
-        raise ConfigError(f"is not valid TOML ({error}); check {suspects}") from None
+        tables: dict[str, Any] = tomllib.loads(_STRANGE_BLANK.sub(lambda found: found[1] or " ", text))
+    except tomllib.TOMLDecodeError as error:
+        reason, _, place = str(error).rpartition(" (at ")
+        place = place.partition(",")[0] if place.startswith("line") else f"line {len(text.splitlines())}"
+        fix = r"correct the TOML there (brackets, quotes, [[datasets]], a \ in double quotes)"
+        raise ConfigError(f"{place}: {one_line(reason)}; {fix}") from None
+    except (RecursionError, ValueError) as error:  # too many brackets, too many digits
+        raise ConfigError(f"is not valid TOML ({one_line(error)}); check brackets and numbers") from None
+    return tables
 
 
 def parse_json(text: str) -> Any:
