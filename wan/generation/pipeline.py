@@ -337,9 +337,7 @@ def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
         image, coverage = encoding.open_control(path, mask)
         if image.size != fit.size:
             then, now = ("{}x{}".format(*size) for size in (fit.size, image.size))
-            raise ConfigError(
-                f"control image {path}: has {now} pixels, it had {then} when the run began; start it anew"
-            )
+            raise ConfigError(f"control image {path}: has {now} pixels, it had {then} at the start; run again")
         images.append(frame_levels(image, fit.bucket, fit.crop_only))
         masks.append(None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only))
     conditioning = encoding.condition(vae, Pictures(request.clip, images, masks, _size(request)), blanks)

@@ -31,7 +31,7 @@ class AdaptedLinear(StochasticLayer):
 
     @property
     def scale(self) -> float:
-        """What the product of the trained matrices is multiplied by."""
+        """The factor of the product of the trained matrices."""
         return self.alpha / self.rank
 
     @property
