@@ -175,6 +175,7 @@ class Trainer:
         bar.update()
         scalars = {"loss/current": result.loss, "loss/average": average, "gradient_norm": result.gradient_norm}
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
+        scalars |= {f"lr/d*lr/{name}": rate for name, rate in self.training_step.adapted_rates().items()}
         if result.max_norm is not None:
             scalars |= dict(zip(("max_norm/scaled", "max_norm/average", "max_norm/max"), result.max_norm, strict=True))
         self.job.tracker.scalars(self.progress.step, scalars)
@@ -182,20 +183,24 @@ class Trainer:
     def _sample(self, suffix: str) -> None:
         if self.job.sampler is not None:
             self.training_step.release_memory()
-            for path in sorted(gather_object(self.job.sampler.draw(self.job.dit, suffix))):
+            with self.training_step.as_saved():
+                paths = self.job.sampler.draw(self.job.dit, suffix)
+            for path in sorted(gather_object(paths)):
                 if path.is_file():  # not when another machine has drawn it into a folder of its own
                     self.job.tracker.image(self.progress.step, path.stem, path)
 
     def _validate(self, _: int) -> None:
         if self.validator is not None:
             self.training_step.release_memory()
-            self.job.tracker.scalars(self.progress.step, self.validator.scalars())
+            with self.training_step.as_saved():
+                scalars = self.validator.scalars()
+            self.job.tracker.scalars(self.progress.step, scalars)
 
     # --- files
 
     def _write_lora(self, path: Path) -> None:
-        tensors = self.job.network.state_dict(self.job.options.save.dtype)
-        with self.stop.writing():
+        with self.training_step.as_saved(), self.stop.writing():  # the tensors are those of the network, not copies
+            tensors = self.job.network.state_dict(self.job.options.save.dtype)
             write_on_main(lambda: write_lora(path, tensors, self.summary.metadata(self.progress)))
 
     def _state(self, path: Path = Path("the last step")) -> State:
