@@ -1,7 +1,6 @@
 """Command lines and option files to sections of settings and back; how a script ends."""
 
 import argparse
-import codecs
 import dataclasses
 import errno
 import logging
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import tomli_w
 from safetensors import SafetensorError
 
+from utils import process
 from utils.errors import TOO_MANY_FILES, ConfigError, suggest
 from utils.files import read_toml
 from utils.options import Option, built_sections, declared_options, flag_name, is_section
@@ -225,7 +225,8 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
-    _leave_ascii()
+    process.leave_ascii()
+    process.keep_messages_harmless()
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
     handler.setFormatter(_Printable("%(message)s"))
@@ -234,9 +235,9 @@ def run(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console
     try:
-        main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with process.ended_by_signals():
+            main()
+        sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
@@ -251,23 +252,15 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped; everything finished so far is kept", file=sys.stderr)
         sys.exit(130)
+    except process.Ended as end:
+        print(f"stopped by {end.name}; everything finished so far is kept", file=sys.stderr)
+        sys.exit(128 + end.number)
     except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
         line = _refused_by_the_system(error)
         if line is None:
             raise
         print(f"error: {one_line(line, _LONGEST, keep_end=True)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _leave_ascii() -> None:
-    """Start the script again in Python's UTF-8 mode where the locale is ASCII and Python was told to obey it.
-
-    Prompts and names of files have other letters too.
-    """
-    ascii_names = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
-    if ascii_names and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def _refused_by_the_system(error: Exception) -> str | None:
