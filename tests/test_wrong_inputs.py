@@ -174,7 +174,7 @@ CASES = [
     ("train", flags("--optimizer_type", "AdamV"), ["--optimizer_type AdamV", "did you mean 'Adam"]),
     ("train", flags("--optimizer_type", "AdamW8bit"), ["AdamW8bit", "bitsandbytes"]),
     ("train", flags("--optimizer_args", "speed=3"), ["--optimizer_args", "speed"]),
-    ("train", flags("--lr_warmup_steps", "10"), ["--lr_warmup_steps 10", "constant_with_warmup"]),
+    ("train", flags("--lr_warmup_steps", "ten"), ["--lr_warmup_steps ten", "whole steps"]),
     ("train", flags("--lr_scheduler", "cosin"), ["--lr_scheduler", "cosin"]),
     ("train", flags("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900", "100"]),
     ("train", flags("--mixed_precision", "bf16", "--dit_dtype", "float32"), ["--dit_dtype float32", "bf16"]),
