@@ -1,7 +1,6 @@
 """All problems of a dataset at once. Caching stops at the first one, and does not look at the pictures themselves."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +15,18 @@ from dataset.problems import ERROR, BucketRow, Problem, Report
 from dataset.sources import (
     Item,
     Source,
-    caption_file,
+    caption_files,
     list_images,
     list_other_pictures,
     masks_beside,
     match_controls,
     parse_line,
     read_text,
+    stem_key,
 )
 from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
-from utils.files import fingerprint, unusable_name, written_whole
+from utils.files import fingerprint, name_key, unusable_name, written_whole
 from utils.images import IMAGE_SUFFIXES
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
@@ -102,10 +102,11 @@ def _sources(found: list[Problem], dataset: ImageDatasetConfig, place: str) -> l
         return []
     first: dict[str, Path] = {}
     for source in sources:
-        same = first.setdefault(os.path.normcase(source.target.stem), source.target)
+        same = first.setdefault(stem_key(source.target), source.target)
         if same is not source.target:
             message = f"would share its cache files with {same}"
-            found.append(Problem("D04", str(source.target), message, "rename one of them"))
+            fix = "copy or link it under another name" if same == source.target else "rename one of them"
+            found.append(Problem("D04", str(source.target), message, fix))
     for source in sources:
         _check_caption(found, source)
     return sources
@@ -122,7 +123,7 @@ def _check_caption(found: list[Problem], source: Source) -> None:
 
 def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
     targets = list_images(folder.targets)
-    stems = {target.stem for target in targets}
+    stems = {stem_key(target) for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     masks: dict[Path, Path] = {}
     target_masks: dict[str, Path] = {}
@@ -136,17 +137,18 @@ def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
                 found.append(Problem("D07", str(path), "belongs to no target", fix))
     if folder.target_masks is not None:
         for mask in list_images(folder.target_masks):
-            if mask.stem in stems:
-                target_masks[mask.stem] = mask
+            if stem_key(mask) in stems:
+                target_masks[stem_key(mask)] = mask
             else:
                 found.append(Problem("D10", str(mask), "belongs to no target", "name it like its target"))
     for path in filter(None, (folder.targets, folder.controls)):
         for other in list_other_pictures(path):
             fix = f"save it as one that ends in {', '.join(IMAGE_SUFFIXES)}"
             found.append(Problem("D37", str(other), "is left out, because of the end of its name", fix))
+    caption_paths = caption_files(folder)
     sources = []
     for target in targets:
-        captions = caption_file(target, folder.caption_extension)
+        captions = caption_paths.get(stem_key(target))
         if captions is None:
             fix = f"write {target.with_name(target.stem + folder.caption_extension)}"
             found.append(Problem("D11", str(target), "is left out, because it has no caption", fix))
@@ -159,8 +161,8 @@ def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
         except OSError as error:
             found.append(Problem("D14", str(captions), f"cannot be read ({error.strerror})", "check the file"))
             continue
-        own = controls.get(target.stem, ())
-        sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(target.stem)))
+        own = controls.get(stem_key(target), ())
+        sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(stem_key(target))))
     return sources
 
 
@@ -288,8 +290,8 @@ def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequ
 
 
 def _strangers(paths: Iterable[Path], known: Iterable[Path]) -> list[Path]:
-    names = {os.path.normcase(path) for path in known}
-    return [path for path in paths if os.path.normcase(path) not in names]
+    names = set(map(name_key, known))
+    return [path for path in paths if name_key(path) not in names]
 
 
 def _check_texts(found: list[Problem], dataset: ImageDatasetConfig, items: Iterable[Item]) -> None:

@@ -5,7 +5,6 @@ Rules: docs/formats.md#lists and docs/formats.md#control-matching.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source
 from utils.errors import ConfigError, suggest
-from utils.files import parse_json
+from utils.files import name_key, parse_json
 from utils.images import (
     IMAGE_SUFFIXES,
     Resize,
@@ -201,7 +200,7 @@ def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> Non
 
 def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
     targets = list_images(folder.targets)
-    stems = {target.stem for target in targets}
+    stems = {stem_key(target) for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     control_masks: dict[Path, Path] = {}
     target_masks: dict[Path, Path] = {}
@@ -222,12 +221,12 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
             suffixes = f"{', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]}"
             what = f"{_images_are(others)} ignored, because the name doesn't end in {suffixes}"
             log.warning("%s.%s: %s: %s", place, name, what, some(other.name for other in others))
+    captions = caption_files(folder)
     sources, uncaptioned = [], []
     for target in targets:
-        captions = caption_file(target, folder.caption_extension)
-        if captions is not None:
-            caption = read_text(captions, f"{place}.caption_extension").strip()
-            own = controls.get(target.stem, ())
+        if stem_key(target) in captions:
+            caption = read_text(captions[stem_key(target)], f"{place}.caption_extension").strip()
+            own = controls.get(stem_key(target), ())
             masks = tuple(control_masks.get(control) for control in own)
             sources.append(Source(target, caption, own, masks, target_masks.get(target)))
         else:
@@ -255,10 +254,16 @@ def list_other_pictures(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if named_like_other_image(path) and path.is_file())
 
 
-def caption_file(target: Path, suffix: str) -> Path | None:
-    """The file beside a target that holds its caption; a link to a file that is not there counts as one."""
-    path = target.with_name(target.stem + suffix)
-    return path if _file_or_link(path) else None
+def caption_files(folder: ImageFolder) -> dict[str, Path]:
+    """Key of a target's stem -> the file that holds its caption, or a link to one that is not there."""
+    end = name_key(folder.caption_extension)
+    names = {name_key(path.name): path for path in folder.targets.iterdir() if _file_or_link(path)}
+    return {name.removesuffix(end): path for name, path in names.items() if name.endswith(end)}
+
+
+def stem_key(path: Path) -> str:
+    """Equal for files whose names without suffix are the same, see `name_key`."""
+    return name_key(path.stem)
 
 
 def _file_or_link(path: Path) -> bool:
@@ -266,16 +271,17 @@ def _file_or_link(path: Path) -> bool:
 
 
 def masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
-    """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: of the targets."""
-    masked = {f"{path.stem}_mask": path for path in images}
-    found = {masked[path.stem]: path for path in images if path.stem in masked and path.stem not in stems}
+    """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: keys of targets."""
+    masked = {f"{stem_key(path)}_mask": path for path in images}
+    names = {path: stem_key(path) for path in images}
+    found = {masked[name]: path for path, name in names.items() if name in masked and name not in stems}
     return found, [path for path in images if path not in found.values()]
 
 
 def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, Path]:
     """Target -> the image of the same name in the folder; ConfigError when no target has one."""
-    by_stem = {path.stem: path for path in list_images(folder)}
-    found = {target: by_stem[target.stem] for target in targets if target.stem in by_stem}
+    by_stem = {stem_key(path): path for path in list_images(folder)}
+    found = {target: by_stem[stem_key(target)] for target in targets if stem_key(target) in by_stem}
     if not found:
         raise ConfigError(f"{place}.target_mask_directory {folder}: holds no image named like a target; check the path")
     if bare := [target for target in targets if target not in found]:
@@ -289,7 +295,7 @@ def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, P
 
 
 def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Stem of a target -> its control images in order: `S`, then `S_0`, `S_1`, ... by number, then by file name.
+    """Key of a target's stem -> its control images in order: `S`, then `S_0`, `S_1`, ... by number, then by file name.
 
     Also returns the images that begin like a target but don't end in a number.
 
@@ -299,12 +305,13 @@ def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, t
     found: dict[str, list[tuple[int, str, Path]]] = {}
     strangers = []
     for path in candidates:
-        ends = [i for i, letter in enumerate(path.name) if letter in "._"]
-        stem = next((path.name[:end] for end in reversed(ends) if path.name[:end] in stems), None)
-        number = path.stem.rpartition("_")[2]
+        name, own = name_key(path.name), stem_key(path)
+        ends = [i for i, letter in enumerate(name) if letter in "._"]
+        stem = next((name[:end] for end in reversed(ends) if name[:end] in stems), None)
+        number = own.rpartition("_")[2]
         if stem is None:
             continue
-        if path.stem == stem:
+        if own == stem:
             found.setdefault(stem, []).append((0, path.name, path))
         elif number.isdecimal():
             found.setdefault(stem, []).append((int(number) + 1, path.name, path))
@@ -393,7 +400,12 @@ def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
 def _refuse_same_stems(sources: list[Source], place: str) -> None:
     first: dict[str, Path] = {}
     for source in sources:
-        same = first.setdefault(os.path.normcase(source.target.stem), source.target)
+        same = first.setdefault(stem_key(source.target), source.target)
+        if same == source.target and same is not source.target:
+            raise ConfigError(
+                f"{place}: {same} is the target of two items, which would share their cache files; for the second one, "
+                "copy or link it under another name"
+            )
         if same is not source.target:
             raise ConfigError(f"{place}: {same} and {source.target} would share their cache files; rename one of them")
 

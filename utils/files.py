@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -112,6 +113,11 @@ def temporary_prefix(path: Path) -> str:
     return f".tmp-{path.name}-"
 
 
+def name_key(name: str | Path) -> str:
+    """Equal for spellings of one name or path: composed or decomposed letters, and on Windows capitals."""
+    return os.path.normcase(unicodedata.normalize("NFC", str(name)))
+
+
 def unusable_name(path: Path) -> str | None:
     """Why no file of this name can be written by `written_whole` and read again, and the fix; None when it can be.
 
@@ -151,12 +157,24 @@ def require_file(path: str | Path, flag: str) -> Path:
             kind = "is a folder, not a file" if path.is_dir() else "does not exist"
             if path.is_symlink() and not path.exists():
                 kind = f"is a link to {path.readlink()}, which does not exist"
+            elif not path.exists() and (twin := _twin(path)):
+                kind = (
+                    f"does not exist, but '{twin}' in another Unicode form does; rename it, or copy its name from there"
+                )
+                raise ConfigError(f"{flag} {path}: {kind}")
             raise ConfigError(f"{flag} {path}: {kind}; check the path")
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise ConfigError(f"{flag} {path}: cannot be opened ({error.strerror}); check the path") from None
     if not os.access(path, os.R_OK):
         raise ConfigError(f"{flag} {path}: is not readable; check its permissions")
     return path
+
+
+def _twin(path: Path) -> str | None:
+    """A name beside `path` that is the same in another Unicode form."""
+    with suppress(OSError):
+        return next((one.name for one in path.parent.iterdir() if name_key(one.name) == name_key(path.name)), None)
+    return None
 
 
 def not_downloaded(path: Path) -> str | None:

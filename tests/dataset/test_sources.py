@@ -1,6 +1,7 @@
 """Files -> items: matching of control images, JSONL lists, captions, sizes, and messages for what is wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,34 @@ def test_all_datasets_of_a_file_are_read_and_its_name_is_put_before_errors(folde
     assert find_all_items(DatasetsConfig(config.datasets[:1], config.path))[0].controls
 
 
+NFC, NFD = "が", "か\u3099"  # one letter, and the same in two parts as macOS writes it
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="such names are one file there")
+@pytest.mark.parametrize("forms", [(NFC, NFD, NFC, NFD, NFC), (NFD, NFC, NFD, NFC, NFD), (NFC, NFC, NFD, NFD, NFD)])
+def test_composed_and_decomposed_letters_are_one_name(folder, forms):
+    name, caption, control, control_mask, mask = forms
+    target(f"{name}.png", caption=None)
+    Path(f"targets/{caption}.txt").write_text("hello", encoding="utf-8")
+    controls(f"{control}_1.png", f"{control_mask}_0.png", f"{control}_0_mask.png")
+    picture(f"masks/{mask}.png")
+    (item,) = find_items(dataset(clean_indices=(0, 2), target_index=1, target_mask_directory=Path("masks")), 0)
+    assert (item.stem, item.caption) == (name, "hello")
+    assert [path.name for path in item.controls] == [f"{control_mask}_0.png", f"{control}_1.png"]
+    assert [mask and mask.name for mask in item.control_masks] == [f"{control}_0_mask.png", None]
+    assert item.target_mask == Path(f"masks/{mask}.png")
+    target(f"{NFC if name == NFD else NFD}.jpg")
+    assert "would share their cache files" in message(dataset())
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="such names are one file there")
+def test_a_listed_file_whose_name_has_another_form_is_pointed_out(folder):
+    controls("a.png")
+    target(f"{NFD}.png")
+    text = message(listed({"image_path": f"targets/{NFC}.png", "caption": "", "control_path": "controls/a.png"}))
+    assert f"does not exist, but '{NFD}.png' in another Unicode form does" in text
+
+
 # JSONL files
 
 
@@ -389,7 +418,10 @@ def test_two_targets_of_one_stem_are_refused_by_name(folder):
     picture("else/a.png")
     text = message(listed(GOOD, {**GOOD, "image_path": "else/a.png"}))
     assert "targets" in text and "else" in text
-    assert "share" in message(listed(GOOD, GOOD))
+    text = message(listed(GOOD, {**GOOD, "control_path": "controls/b.png"}))
+    assert (
+        f"{Path('targets/a.png')} is the target of two items" in text and "copy or link it under another name" in text
+    )
 
 
 def test_an_empty_folder_and_one_without_captions_are_refused(folder):

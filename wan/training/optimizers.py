@@ -88,7 +88,9 @@ class OptimizerConfig(Section):
         optimizer = build_optimizer(self, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
         schedule = build_scheduler(self, optimizer, total_steps)
         if self._warms_up_to_constant:
-            log.info("--lr_scheduler constant with --lr_warmup_steps %s: runs constant_with_warmup", self.lr_warmup_steps)
+            log.info(
+                "--lr_scheduler constant with --lr_warmup_steps %s: runs constant_with_warmup", self.lr_warmup_steps
+            )
         if self.lr_scheduler_type and not is_schedule_free(optimizer):
             _try_schedule(self.lr_scheduler_type, schedule, total_steps)
         if is_schedule_free(optimizer) and self.schedule != "constant":
