@@ -289,6 +289,18 @@ def test_a_planted_fault_is_found_and_nothing_else(folder, fault):
     assert codes() == expected
 
 
+@pytest.mark.parametrize("bucket", ["true", "false"])
+def test_no_fix_is_what_is_set_already(folder, bucket):
+    in_toml("enable_bucket = true", f"enable_bucket = {bucket}")
+    for path in ("target/cow.png", "start/cow.png"):
+        replace(path, picture(8, (16, 240)))
+    fixes = {problem.code: problem.fix for problem in check(Path("data.toml")).problems}
+    enlarged = "use a larger picture or a lower resolution, or set bucket_no_upscale"
+    on = bucket == "true"
+    assert fixes["D19"] == ("crop it yourself" if on else "crop it yourself, or set enable_bucket = true")
+    assert fixes["D17"] == f"{enlarged} = true" if on else f"{enlarged} and enable_bucket = true"
+
+
 def test_every_kind_of_problem_is_planted_somewhere():
     assert set().union(*(expected for _, expected in FAULTS.values())) | {"D22"} == set(KINDS)
 

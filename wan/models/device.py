@@ -13,6 +13,7 @@ import torch
 
 from utils.errors import ConfigError
 from utils.options import Section, option
+from utils.text import one_line
 
 Item = TypeVar("Item")
 
@@ -101,11 +102,16 @@ class DeviceConfig(Section):
         Prepares PyTorch's allocator, so that it has to come before anything else that uses a GPU.
         """
         _let_reserves_grow()
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            device = torch.device(name)
+        except RuntimeError:
+            raise ConfigError(f"--device {name}: is no device that PyTorch knows; use cuda, cuda:1 or cpu") from None
+        try:
             torch.zeros(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = f" ({one_line(str(error).splitlines()[0])})" if device.type == "cuda" else ""
+            raise ConfigError(f"--device {name}: can't be used on this computer{reason}; use cuda or cpu") from None
         return device
 
 
