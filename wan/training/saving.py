@@ -1,12 +1,12 @@
 """LoRA files and states of a run: written, named, and deleted when old (docs/formats.md#files-of-a-run)."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from utils.files import delete
 from wan.training.cadence import Action, Every
 from wan.training.options import SaveConfig
 
@@ -97,11 +97,13 @@ class Saver:
     def _delete(self, path: Path) -> None:
         if not self._deletes or not path.exists():
             return
-        if path.is_dir():
-            shutil.rmtree(path)
+        try:
+            delete(path)
+        except OSError as error:
+            once = {"once": "old files that stay"}
+            log.warning("%s could not be deleted (%s) and stays; training goes on", path, error.strerror, extra=once)
         else:
-            path.unlink()
-        log.info("deleted %s", path)
+            log.info("deleted %s", path)
 
 
 def _step(step: int) -> str:
