@@ -165,7 +165,11 @@ CASES = [
     ("train", flags("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900", "100"]),
     ("train", flags("--mixed_precision", "bf16", "--dit_dtype", "float32"), ["--dit_dtype float32", "bf16"]),
     ("train", flags("--save_precision", "fp8"), ["--save_precision fp8"]),
-    ("train", flags("--blocks_to_swap", "1"), ["--blocks_to_swap", "--gradient_checkpointing"]),
+    (
+        "train",
+        flags("--blocks_to_swap", "1", "--gradient_checkpointing", "auto"),
+        ["--blocks_to_swap", "--gradient_checkpointing auto"],
+    ),
     ("train", flags("--fp8_scaled"), ["--fp8_scaled", "--fp8_base"]),
     ("train", flags("--flash_attn"), ["--flash_attn needs", "flash-attn"]),
     ("train", flags("--output_name", "a/b"), ["--output_name a/b"]),
