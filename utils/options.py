@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses: what is declared once as a field is a flag, a key of option files and a rule."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ class Option:
     rule: str | None
     needs: str | None
     any_bytes: bool
+    finite: bool
     argparse_keywords: dict[str, Any]
 
     KEY: ClassVar[str] = "option"  # of the metadata of a dataclass field
 
     def admits(self, value: Any) -> bool:
-        """Whether a value, or each of a tuple, is within the bounds. None, the unset option, always is; NaN is not."""
+        """Whether a value, or each of a tuple, is within the bounds. None, the unset option, always is."""
         if value is None or isinstance(value, tuple):
             return all(map(self.admits, value or ()))
         return (
@@ -64,6 +66,7 @@ def option(
     rule: str | None = None,
     needs: str | None = None,
     any_bytes: bool = False,
+    finite: bool = True,
     **argparse_keywords: Any,
 ) -> Any:
     """A field of a `Section` that is also a flag `--<field name>`, or `--<flag>` where that is given.
@@ -79,9 +82,11 @@ def option(
     gives `--log_with wandb needs --logging_dir FOLDER`. An option is unset when it is None, False, 0, empty or "none".
     any_bytes: text and paths may hold bytes that are not UTF-8, which Python has as lone surrogates: for files that are
     opened by Python alone and are named in no file. Others are refused; safetensors opens no such file.
+    finite: False leaves NaN and infinity to a rule of the section, which says more; else they are refused.
     Further keywords (`nargs`, `metavar`) go to argparse.
     """
-    declared = Option(help, flag, choices, minimum, maximum, above, below, rule, needs, any_bytes, argparse_keywords)
+    bounds = (minimum, maximum, above, below)
+    declared = Option(help, flag, choices, *bounds, rule, needs, any_bytes, finite, argparse_keywords)
     return dataclasses.field(default=default, metadata={Option.KEY: declared})
 
 
@@ -94,14 +99,19 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value that is no text or beyond its bounds, or an option without what it needs."""
+        """Raise ConfigError for a value that is no text or beyond its bounds, or an option without what it needs.
+
+        No number may be NaN or infinite.
+        """
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             if not declared.any_bytes:
                 _check_utf8(f"--{flag_name(field)}", value)
             if not declared.admits(value):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ConfigError(f"--{flag_name(field)} {shown}: {declared.bounds}")
+            if declared.finite and not all(map(math.isfinite, _floats(value))):
+                raise ConfigError(f"--{flag_name(field)} {shown}: must be a finite number")
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
             if declared.needs is not None and value not in _OFF:
@@ -120,6 +130,10 @@ def _check_utf8(flag: str, value: Any) -> None:
             except UnicodeEncodeError:
                 fix = "rename it" if isinstance(part, Path) else "write it as UTF-8"
                 raise ConfigError(f"{flag} {part}: holds bytes that are not UTF-8 text; {fix}") from None
+
+
+def _floats(value: Any) -> list[float]:
+    return [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
 
 
 def declared_options(section: type) -> Iterator[tuple["dataclasses.Field[Any]", Option]]:
