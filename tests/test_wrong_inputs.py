@@ -284,6 +284,13 @@ CASES = [
     ("train", flags("--network_dim", "1000000000000"), ["--network_dim 1000000000000", "at most 16384"]),
     ("train", flags("--one_frame_target_range", "1-99999999999"), ["--one_frame_target_range 1-99999999999"]),
     ("train", flags("--optimizer_type", "SparseAdam"), ["SparseAdam", "cannot take a step"]),
+    ("train", flags("--learning_rate", "inf"), ["--learning_rate inf: must be a finite number"]),
+    ("train", flags("--lr_scheduler_power", "nan"), ["--lr_scheduler_power nan: must be a finite number"]),
+    ("train", flags("--base_weights_multiplier", "inf"), ["--base_weights_multiplier inf"]),
+    ("train", flags("--optimizer_args", "weight_decay=1e999"), ["weight_decay=1e999"]),
+    ("generate", flags("--guidance_scale", "inf"), ["guidance scale inf"]),
+    ("generate", flags("--flow_shift", "inf"), ["flow_shift", "inf"]),
+    ("generate", flags("--lora_multiplier", "nan"), ["--lora_multiplier nan"]),
     ("generate", flags("--blocks_to_swap", "2"), ["--blocks_to_swap 2", "at most 1"]),
     ("generate", flags("--dit_dtype", "fp8"), ["--dit_dtype fp8", "--fp8_scaled"]),
 ]
