@@ -106,7 +106,10 @@ class Trainer:
 
     @property
     def _finished(self) -> bool:
-        return self.progress.step >= self.length.total_steps
+        """Whether all steps are taken, and what follows the epoch if the last one ended it, also before a resume."""
+        if self.progress.step < self.length.total_steps:
+            return False
+        return self.progress.items != self.loader.items(self.progress.epoch + 1)
 
     def _train(self, data: StepBatches, stop: StopRequest) -> StepResult:
         epoch, step = self.progress.epoch + 1, self.progress.step + 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import sync, temporary_prefix, umask
+from utils.files import make_folder, sync, temporary_prefix, umask
 from utils.text import some
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def save_state(state: State) -> None:
     The new state is on disk before the old one is deleted, so that a power cut costs none.
     """
     path = state.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     replaced = temporary.with_name(temporary.name + "-old")
     try:
