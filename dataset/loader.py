@@ -14,6 +14,7 @@ import random
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -365,12 +366,39 @@ class BatchLoader:
         )
 
     def load(self, plans: Iterable[BatchItems]) -> Iterator[TrainingBatch]:
-        """The batches of the plans, in their order. Raises ConfigError naming a file that can't be read."""
+        """The batches of the plans, in their order.
+
+        Raises ConfigError naming a file that can't be read, or saying that a loader process was killed, and OSError
+        when the system lets no loader process start.
+        """
         self._plans = list(plans)
-        for batch in self._loader:
-            if isinstance(batch, ConfigError):
-                raise batch
-            yield batch
+        try:
+            with _children_die_quietly():
+                batches = iter(self._loader)
+            for batch in batches:
+                if isinstance(batch, ConfigError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ConfigError(
+                "a loader process was killed, as systems do that run out of memory; "
+                "use a smaller --max_data_loader_n_workers"
+            ) from None
+
+
+@contextmanager
+def _children_die_quietly() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD out: it raises wherever the trainer happens to be, even inside an update.
+
+    Without it the loader notices within seconds, when it waits for the next batch, that a process of its own is gone.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # not on Windows
+    before = number and signal.getsignal(number)
+    yield
+    if number and signal.getsignal(number) != before:
+        signal.signal(number, before)
 
 
 def _leave_signals_to_the_trainer(leaving: "ctypes.c_byte", _worker: int) -> None:

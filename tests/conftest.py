@@ -5,6 +5,7 @@ Small tensors gain nothing from more threads, and busy machines lose a factor of
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -19,6 +20,17 @@ from tests.tiny_checkpoints import draws_as_recorded, write_tiny_checkpoints
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Ctrl-C and SIGHUP end this process and those that it starts, also where nohup or a shell has them ignored."""
+    ways = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): way for name, way in ways.items() if hasattr(signal, name)}
+    previous = {number: signal.signal(number, way) for number, way in numbers.items()}
+    yield
+    for number, way in previous.items():
+        signal.signal(number, way)
 
 
 @pytest.fixture(scope="session")

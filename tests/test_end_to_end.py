@@ -82,12 +82,22 @@ def test_swapped_controls_with_swapped_indices_change_no_bit_of_cache_training_a
     assert one == other
 
 
-@pytest.mark.parametrize(("model", "config", "line"), [("i2v", "pairs", I2V), ("flf2v", "middle", FLF2V)])
-def test_a_training_sample_has_the_bytes_of_generation_with_the_saved_lora(model, config, line):
+@pytest.mark.parametrize(
+    ("model", "config", "line", "saving"),
+    [
+        ("i2v", "pairs", I2V, ()),
+        ("flf2v", "middle", FLF2V, ()),
+        ("i2v", "pairs", I2V, ("--save_precision", "bf16", "--network_alpha", "1.3")),
+        ("i2v", "pairs", I2V, ("--save_precision", "fp16", "--network_alpha", "1.3")),
+    ],
+    ids=["i2v", "flf2v", "bf16", "fp16"],
+)
+def test_a_training_sample_has_the_bytes_of_generation_with_the_saved_lora(model, config, line, saving):
     Path("prompts.txt").write_text(line, encoding="utf-8")
-    flags = ("--sample_prompts", "prompts.txt", "--sample_at_first", "--sample_every_n_steps", "2")
-    lora = train(model, f"{config}.toml", f"sampled-{model}", *flags)
-    samples = {path.name.split("_")[1]: path.read_bytes() for path in Path("output/sample").glob(f"sampled-{model}_*")}
+    flags = ("--sample_prompts", "prompts.txt", "--sample_at_first", "--sample_every_n_steps", "2", *saving)
+    name = f"sampled-{model}{''.join(saving[1:2])}"
+    lora = train(model, f"{config}.toml", name, *flags)
+    samples = {path.name.split("_")[1]: path.read_bytes() for path in Path("output/sample").glob(f"{name}_*")}
     assert samples.keys() == {"e000000", "000002"}
     assert from_lines(model, "out", line, flags=("--lora_weight", str(lora))) == [samples["000002"]]
     assert from_lines(model, "out", line) == [samples["e000000"]] != [samples["000002"]]

@@ -98,6 +98,8 @@ CASES = {
         "learning_rate": ("", "1e-3", "weights"),
         "max_grad_norm": ("--optimizer_type SGD", "1e-6", "weights"),
         "lr_scheduler": ("", "cosine", "rates"),
+        "lr_scheduler_type": ("", "StepLR --lr_scheduler_args step_size=3", "rates"),
+        "lr_scheduler_args": ("--lr_scheduler rex", "rex_alpha=0.5", "rates"),
         "lr_warmup_steps": ("--lr_scheduler constant_with_warmup", "4", "rates"),
         "lr_decay_steps": ("--lr_scheduler warmup_stable_decay", "4", "rates"),
         "lr_scheduler_num_cycles": ("--lr_scheduler cosine_with_restarts", "2", "rates"),

@@ -42,6 +42,7 @@ FLAGS = {
         "gradient_checkpointing_cpu_offload gradient_accumulation_steps max_data_loader_n_workers "
         "persistent_data_loader_workers save_precision blocks_to_swap use_pinned_memory_for_block_swap optimizer_type "
         "optimizer_args learning_rate max_grad_norm lr_scheduler lr_warmup_steps lr_decay_steps "
+        "lr_scheduler_type lr_scheduler_args "
         "lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_timescale lr_scheduler_min_lr_ratio "
         "timestep_sampling discrete_flow_shift sigmoid_scale weighting_scheme logit_mean logit_std mode_scale "
         "min_timestep max_timestep preserve_distribution_shape num_timestep_buckets show_timesteps network_module "
@@ -59,7 +60,7 @@ FLAGS = {
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
         "dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic ddp_timeout "
-        "ddp_gradient_as_bucket_view ddp_static_graph lr_scheduler_type lr_scheduler_args huggingface_repo_id "
+        "ddp_gradient_as_bucket_view ddp_static_graph huggingface_repo_id "
         "huggingface_repo_type huggingface_path_in_repo huggingface_token huggingface_repo_visibility "
         "save_state_to_huggingface resume_from_huggingface async_upload",
         "ignored": "vae_cache_cpu split_attn block_swap_h2d_only block_swap_ring_size disable_numpy_memmap "

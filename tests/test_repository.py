@@ -20,7 +20,7 @@ IN_THE_ROOT = {
     *(".ci", ".github", ".gitignore", ".pre-commit-config.yaml"),
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.ja.md", "README.md", "SECURITY.md"),
     *("constraints.txt", "pyproject.toml", "run.py"),
-    *("benchmarks", "dataset", "demo", "docs", "tests", "utils", "wan"),
+    *("benchmarks", "comfyui", "dataset", "demo", "docs", "tests", "utils", "wan"),
     *("wan_cache_latents.py", "wan_cache_text_encoder_outputs.py", "wan_dataset.py"),
     *("wan_generate_video.py", "wan_lora.py", "wan_train_network.py"),
 }
@@ -29,6 +29,10 @@ IN_THE_ROOT = {
 PACKAGES = {
     "PIL": "pillow",
     "_typeshed": None,  # type checkers bring it
+    "comfy": None,  # ComfyUI brings it, and the three below
+    "folder_paths": None,
+    "node_helpers": None,
+    "nodes": None,
     "cv2": "opencv-python-headless",
     "flash_attn_interface": None,  # FlashAttention 3, built from its sources
     "lycoris": "lycoris-lora",

@@ -206,6 +206,7 @@ def test_other_requirements_are_installed_and_other_settings_change_nothing(inst
     assert any("-m pip install" in command for command in commands) == installs
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @on_posix
 def test_ctrl_c_lets_the_child_finish_and_ends_with_130(installed):
     (installed / "pytest.py").write_text(

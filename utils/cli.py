@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import tomli_w
 from safetensors import SafetensorError
 
+from utils import process
 from utils.errors import TOO_MANY_FILES, ConfigError, suggest
 from utils.files import read_toml
 from utils.options import Option, built_sections, declared_options, flag_name, is_section
@@ -185,6 +186,7 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
+    process.keep_messages_harmless()
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
     handler.setFormatter(_Printable("%(message)s"))
@@ -193,9 +195,9 @@ def run(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt or path must never end a run on a narrow console
     try:
-        main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        with process.ended_by_signals():
+            main()
+        sys.stdout.flush()
     except BrokenPipeError as error:
         if error.filename is not None:
             raise
@@ -210,6 +212,9 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped; everything finished so far is kept", file=sys.stderr)
         sys.exit(130)
+    except process.Ended as end:
+        print(f"stopped by {end.name}; everything finished so far is kept", file=sys.stderr)
+        sys.exit(128 + end.number)
     except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
         line = _refused_by_the_system(error)
         if line is None:

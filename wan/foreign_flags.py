@@ -29,13 +29,7 @@ TRAINING_REFUSED = {
         _HUB,
     ),
     "--resume_from_huggingface": "downloading states is not supported; fetch the folder and give it to --resume",
-    **dict.fromkeys(
-        (
-            *("--lr_scheduler_type", "--lr_scheduler_args"),
-            *("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"),
-        ),
-        _NOT_YET,
-    ),
+    **dict.fromkeys(("--ddp_timeout", "--ddp_gradient_as_bucket_view", "--ddp_static_graph"), _NOT_YET),
 }
 TRAINING_IGNORED = {
     **_SHARED_IGNORED,

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import wan.files.load
+import wan.generation.pipeline
 import wan_generate_video
 from tests.project import I2V_KINDS, MODELS, model_flags, pixels
 from utils.errors import ConfigError
@@ -129,6 +130,67 @@ def test_a_recipe_holds_no_time_and_no_place_of_the_result():
     assert found["made_by"] == {"wan-one-frame": __version__, "torch": torch.__version__, "device": "cpu"}
     assert found["files"].keys() == {*(MODELS[kind] for kind in I2V_KINDS), f"{ODD}/cat.png"}
     assert all(len(value) == 16 for value in found["files"].values())
+
+
+def edit_when(monkeypatch, function, content: bytes):
+    """Put `content` into the control image at the first call of a function of the pipeline."""
+    module, original, calls = wan.generation.pipeline, getattr(wan.generation.pipeline, function), []
+
+    def edits(*arguments, **more):
+        if not calls:
+            Path(f"{ODD}/cat.png").write_bytes(content)
+        calls.append(function)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, function, edits)
+
+
+@pytest.fixture
+def flipped():
+    """The control image upside down, as bytes of a file; the file is put back afterwards."""
+    path, buffer = Path(f"{ODD}/cat.png"), io.BytesIO()
+    before = path.read_bytes()
+    Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(buffer, "PNG")
+    yield buffer.getvalue()
+    path.write_bytes(before)
+
+
+def test_a_recipe_names_the_image_that_was_read_if_it_is_edited_later(monkeypatch, flipped):
+    before = Path(f"{ODD}/cat.png").read_bytes()
+    Path("lines.txt").write_text("a cat --d 1\na dog --d 2")
+    with monkeypatch.context() as patched:
+        edit_when(patched, "initial_noise", flipped)
+        paths = generate("out", *COMMON, *BASE, "--from_file", "lines.txt")
+    for path in paths:
+        assert "cat.png is not the file that it was; give" in one_line(path)
+    Path(f"{ODD}/cat.png").write_bytes(before)
+    for path in paths:
+        assert repeated(path).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("function", ["encode_text", "encode_clip"])
+def test_a_picture_is_of_one_version_of_an_image_that_is_edited_while_it_is_read(monkeypatch, flipped, function):
+    """CLIP and the VAE read it one after the other."""
+    with monkeypatch.context() as patched:
+        edit_when(patched, function, flipped)
+        (path,) = generate("out", *COMMON, *SINGLE)
+    assert Path(f"{ODD}/cat.png").read_bytes() == flipped
+    assert repeated(path).read_bytes() == path.read_bytes()
+
+
+def test_an_image_that_gets_another_size_meanwhile_is_named(monkeypatch, flipped):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(flipped)).resize((64, 32)).save(buffer, "PNG")
+    edit_when(monkeypatch, "encode_text", buffer.getvalue())
+    with pytest.raises(ConfigError, match=r"cat.png: has 64x32 pixels, it had \d+x\d+ at the start; run again"):
+        generate("out", *COMMON, *SINGLE)
+
+
+def test_an_image_that_never_stays_the_same_is_named(monkeypatch, flipped):
+    versions = iter(range(100))
+    monkeypatch.setattr(wan.generation.pipeline, "_version", lambda path: (str(path), next(versions), 0))
+    with pytest.raises(ConfigError, match=r"cat.png: changes whenever it is read"):
+        generate("out", *COMMON, *SINGLE)
 
 
 def one_line(path: Path, *flags: str) -> str:

@@ -25,7 +25,7 @@ from wan.training.state import load_state
 from wan.training.step import TrainingStep
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("workspace")
+pytestmark = pytest.mark.usefixtures("workspace", "heeded_signals")
 
 
 @pytest.fixture(scope="module")

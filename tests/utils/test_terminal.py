@@ -59,6 +59,7 @@ def at_a_terminal(history: Path, *steps: tuple[str, str]) -> str:
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_lines_are_kept_for_the_next_run_and_ctrl_c_drops_one_and_ctrl_d_ends(tmp_path):
     pytest.importorskip("readline")
     history = tmp_path / "state" / "history"

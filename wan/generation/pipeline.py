@@ -2,8 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.errors import ConfigError
+from utils.files import fingerprint
 from utils.images import from_pixels, open_image, to_levels
 from utils.randomness import address_seed
 from utils.stopwatch import Stopwatch
@@ -41,7 +43,9 @@ if TYPE_CHECKING:  # importing transformers takes seconds, too long for --help
 
 log = logging.getLogger(__name__)
 FileVersion = tuple[str, int, int]  # see `_version`
+_Files = Mapping[Path, FileVersion]
 
+_TRIES = 5  # to read images that are being edited
 _PREVIEW_CONTROLS = 4  # control images that a preview is fitted on; more would change next to nothing
 
 
@@ -53,6 +57,7 @@ class Encoded:
     text: Tensor  # [L, D]
     negative: Tensor | None  # [L, D]; None when guidance is 1
     conditioning: Conditioning  # of all frames of the request's clip
+    files: Mapping[Path, str] = field(default_factory=dict)  # fingerprints of the images as they were read
 
 
 class Pipeline:
@@ -87,14 +92,24 @@ class Pipeline:
         return model
 
     def encode(self, requests: Sequence[Request]) -> list[Encoded]:
-        """Run T5, then CLIP, then the VAE over all requests, each model alone on the device."""
+        """Run T5, then CLIP, then the VAE over all requests, each model alone on the device.
+
+        Images may be edited meanwhile or later: what is made, and `Encoded.files`, are of one version of each. Raises
+        ConfigError for one that is never the same from the beginning to the end, or that has another size by now.
+        """
         with self.stopwatch.stage("texts"):
             self._encode_texts({text for request in requests for text in _texts(request)})
-        with self.stopwatch.stage("image features"):
-            self._encode_features({path for request in requests for path in request.clip_images})
-        with self.stopwatch.stage("control images"):
-            self._encode_conditions(requests)
-        return [self._assemble(request) for request in requests]
+        for _ in range(_TRIES):
+            files = {path: _version(path) for request in requests for path in request.images}
+            with self.stopwatch.stage("image features"):
+                self._encode_features({path for request in requests for path in request.clip_images}, files)
+            with self.stopwatch.stage("control images"):
+                self._encode_conditions(requests, files)
+            fingerprints = {path: fingerprint(path) for path in files}
+            changed = [path for path, version in files.items() if _version(path) != version]
+            if not changed:
+                return [self._assemble(request, files, fingerprints) for request in requests]
+        raise ConfigError(f"{changed[0]}: changes whenever it is read; copy it to a file that does not")
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Image.Image:
@@ -122,8 +137,8 @@ class Pipeline:
                     self._texts[text] = encode_text(t5, self._tokenizer, [text], self.device)[0].float().cpu()
 
     @torch.inference_mode()
-    def _encode_features(self, paths: set[Path]) -> None:
-        missing = {_version(path): path for path in paths}
+    def _encode_features(self, paths: set[Path], files: _Files) -> None:
+        missing = {files[path]: path for path in paths}
         missing = {key: path for key, path in missing.items() if key not in self._features}
         if missing:
             with self._clip.on_device() as clip:
@@ -132,22 +147,23 @@ class Pipeline:
                     self._features[key] = encode_clip(clip, [levels])[0].float().cpu()
 
     @torch.inference_mode()
-    def _encode_conditions(self, requests: Sequence[Request]) -> None:
-        missing = {_condition_key(request): request for request in requests}
+    def _encode_conditions(self, requests: Sequence[Request], files: _Files) -> None:
+        missing = {_condition_key(request, files): request for request in requests}
         missing = {key: request for key, request in missing.items() if key not in self._conditions}
         if missing:
             with self._vae.on_device() as vae:
                 for key, request in missing.items():
                     self._conditions[key] = request.clip, _condition(vae, request, self._blanks)
 
-    def _assemble(self, request: Request) -> Encoded:
-        clip, conditioning = self._conditions[_condition_key(request)]
-        features = torch.stack([self._features[_version(path)] for path in request.clip_images])
+    def _assemble(self, request: Request, files: _Files, fingerprints: Mapping[Path, str]) -> Encoded:
+        clip, conditioning = self._conditions[_condition_key(request, files)]
+        features = torch.stack([self._features[files[path]] for path in request.clip_images])
         return Encoded(
             request=request,
             text=self._texts[request.prompt],
             negative=None if request.guidance == 1 else self._texts[request.negative_prompt],
             conditioning=conditioning.select(request.clip.slots_in(clip))._replace(clip=features),
+            files={path: fingerprints[path] for path in request.images},
         )
 
 
@@ -319,18 +335,21 @@ def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
     images, masks, encoding = [], [], request.layout.encoding
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
         image, coverage = encoding.open_control(path, mask)
+        if image.size != fit.size:
+            then, now = ("{}x{}".format(*size) for size in (fit.size, image.size))
+            raise ConfigError(f"control image {path}: has {now} pixels, it had {then} at the start; run again")
         images.append(frame_levels(image, fit.bucket, fit.crop_only))
         masks.append(None if coverage is None else latent_mask(coverage, fit.bucket, fit.crop_only))
     conditioning = encoding.condition(vae, Pictures(request.clip, images, masks, _size(request)), blanks)
     return conditioning.map(lambda tensor: tensor.float().cpu())
 
 
-def _condition_key(request: Request) -> Hashable:
+def _condition_key(request: Request, files: _Files) -> Hashable:
     """Everything that the condition depends on; time indices count only where they decide on `Encoding.cache_key`."""
     layout, clip = request.layout, request.clip
-    masks = tuple(mask and _version(mask) for mask in request.control_masks)
-    files = tuple(map(_version, request.controls)), masks, request.control_fits, _size(request)
-    return layout.encoding, layout.encoding.cache_key(clip), layout.control_sizes, len(clip.slots), *files
+    masks = tuple(mask and files[mask] for mask in request.control_masks)
+    images = tuple(files[path] for path in request.controls), masks, request.control_fits, _size(request)
+    return layout.encoding, layout.encoding.cache_key(clip), layout.control_sizes, len(clip.slots), *images
 
 
 def _size(request: Request) -> tuple[int, int]:

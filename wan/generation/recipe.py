@@ -70,9 +70,13 @@ class Recipe:
         options = {name: value for name, value in cli.settings(*sections).items() if name in _OPTIONS}
         return cls({}, {}, _made_by(device)).adding(options)
 
-    def adding(self, options: Mapping[str, Any]) -> "Recipe":
-        """This recipe with more options, such as `Request.options`, and fingerprints of the files that they name."""
-        found = {_key(path): _fingerprint(Path(path)) for name in _FILES for path in _listed(options.get(name))}
+    def adding(self, options: Mapping[str, Any], read: Mapping[Path, str] | None = None) -> "Recipe":
+        """This recipe with more options, such as `Request.options`, and fingerprints of the files that they name.
+
+        read: fingerprints of files as they were read, which may have been edited since.
+        """
+        paths = {Path(path) for name in _FILES for path in _listed(options.get(name))}
+        found = {_key(path): (read or {}).get(path) or _fingerprint(path) for path in paths}
         return replace(self, options={**self.options, **options}, files={**self.files, **found})
 
     def __str__(self) -> str:

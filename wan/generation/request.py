@@ -180,6 +180,11 @@ class Request:
         )
 
     @property
+    def images(self) -> tuple[Path, ...]:
+        """All image files, some perhaps twice."""
+        return *self.controls, *filter(None, self.control_masks), *self.clip_images
+
+    @property
     def options(self) -> dict[str, Any]:
         """The flags of wan_generate_video.py that ask for this image, beside the other ones of `SamplingConfig`.
 

@@ -100,14 +100,14 @@ class Generation:
             latents = denoise(self._experts(picture), encoded, self.pipeline.device, label, self.guidance, watch)
         if not latents.isfinite().all():
             raise _NotANumberError
-        image = self._save(picture, stem, latents)
+        image = self._save(picture, encoded, stem, latents)
         rough.unlink(missing_ok=True)
         return image if self.sweep.axes else None  # a long run shall not pile up pictures
 
-    def _save(self, picture: SweepImage, stem: str, latents: Tensor) -> Image.Image | None:
+    def _save(self, picture: SweepImage, encoded: Encoded, stem: str, latents: Tensor) -> Image.Image | None:
         output = self.output
         chosen = {name: getattr(self.plan.memory, name) for name in self.plan.memory.chosen_by_plan}
-        recipe = None if output.no_metadata else self.recipe.adding(picture.options | chosen)
+        recipe = None if output.no_metadata else self.recipe.adding(picture.options | chosen, encoded.files)
         if output.wants_latent:
             metadata = None if recipe is None else latent_metadata(picture.request, self.task, self.loras, recipe)
             save_latent(output.save_path, stem, latents, metadata)

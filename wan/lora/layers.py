@@ -24,10 +24,15 @@ class AdaptedLinear(StochasticLayer):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, config: NetworkConfig):
         super().__init__()
         self.base = base
-        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.rank, self.alpha = rank, alpha
         self.rank_dropout, self.module_dropout = config.extra.rank_dropout, config.extra.module_dropout
         self.is_stochastic = bool(self.rank_dropout or self.module_dropout)  # random numbers, in train mode
         self.enabled = True
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product of the trained matrices."""
+        return self.alpha / self.rank
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:

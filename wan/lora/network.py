@@ -99,6 +99,28 @@ class LoRANetwork:
             for layer in self.layers.values():
                 layer.enabled = True
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Context after which the trained numbers and alphas are what they were before, to the bit."""
+        before = [(parameter, parameter.detach().clone()) for parameter in self.parameters()]
+        alphas = [layer.alpha for layer in self.layers.values()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, values in before:
+                    parameter.copy_(values)
+            for layer, alpha in zip(self.layers.values(), alphas, strict=True):
+                layer.alpha = alpha
+
+    @torch.no_grad()
+    def round_(self, dtype: torch.dtype) -> None:
+        """Make the trained numbers and alphas what a file in `dtype` holds; they stay float32."""
+        for layer in self.layers.values():
+            for parameter in layer.trained.values():
+                parameter.copy_(parameter.to(dtype))
+            layer.alpha = torch.tensor(layer.alpha, dtype=dtype).item()
+
     @torch.no_grad()
     def apply_max_norm(self, limit: float) -> tuple[int, float, float]:
         """Scale every delta of a weight whose norm is above `limit` down to it; to be called after each step.

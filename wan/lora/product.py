@@ -17,7 +17,9 @@ class LowRankLayer(Protocol):
     base: nn.Linear
     lora_down: nn.Linear  # weight [rank, in] float32
     lora_up: nn.Linear  # weight [out, rank] float32
-    scale: float
+
+    @property
+    def scale(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import PurePath
 from typing import TypeVar
 
+import psutil
 import torch
 
 from utils.errors import ConfigError
@@ -14,6 +16,7 @@ from utils.options import Section, option
 
 Item = TypeVar("Item")
 
+_LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate-script", "torchrun", "torchrun-script")  # also .exe
 _PATIENCE = timedelta(days=1)  # shares take differently long; a process that died is noticed by the launcher
 
 
@@ -41,6 +44,12 @@ class Processes:
 
         found: list[Item] = gather_object(items)
         return found
+
+    def raise_anywhere(self, failure: Exception | None) -> None:
+        """Raise the failure of any process in all of them, which so stay in step; all have to call it."""
+        for found in self.gathered([failure]):
+            if found is not None:
+                raise found
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -102,6 +111,33 @@ def init_processes(config: DeviceConfig) -> tuple[Processes, torch.device]:
 
     state = PartialState(cpu=device.type == "cpu", timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes), state.device
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The `accelerate launch` or torchrun that has started this process.
+
+    A signal to the launcher alone ends it, and its process would go on unseen.
+    """
+
+    process: psutil.Process
+
+    @classmethod
+    def find(cls) -> "Launcher | None":
+        """The launcher of this process; None when a user, a shell or a batch system has started it."""
+        try:
+            parent = psutil.Process().parent()
+            words = parent.cmdline()[:3] if parent is not None else []
+        except psutil.Error:
+            return None
+        by_name = any(PurePath(word).stem in _LAUNCHERS for word in words)
+        by_module = any(word.startswith(("accelerate.", "torch.distributed.")) for word in words)
+        return cls(parent) if parent is not None and (by_name or by_module) else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this process has lost its parent."""
+        return os.getppid() != self.process.pid or not self.process.is_running()
 
 
 def write_on_main(write: Callable[[], None]) -> None:

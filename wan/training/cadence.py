@@ -3,14 +3,20 @@
 Steps and epochs count from 1.
 """
 
+import logging
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
+
+from utils.process import stop_signals
+from wan.models.device import Launcher
+
+log = logging.getLogger(__name__)
 
 _Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None  # of signal.signal
 
@@ -66,37 +72,86 @@ class Cadence:
 
 
 class StopRequest:
-    """While active, Ctrl-C, SIGTERM and SIGHUP only set `signal`; a third Ctrl-C interrupts at once.
+    """While active, Ctrl-C, SIGTERM and SIGHUP only ask for a stop, and so does the end of the launcher.
 
-    Nothing interrupts while `saving` is set. A SIGHUP that nohup has ignored stays so.
+    A third Ctrl-C interrupts at once, or after the file that is being written; not at all while `ending` is set. A
+    signal that whoever started the run has had ignored, as nohup does, stays so, and the log says what to do instead.
+    step_seconds, save_seconds: how long the latest ones took, for the message to the user; None before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher | None = None) -> None:
         self.signal: int | None = None
-        self.saving = False
-        self._interrupts = 0
-        self._process = os.getpid()
+        self.ending = False
+        self.step_seconds: float | None = None
+        self.save_seconds: float | None = None
+        self._launcher, self._process = launcher, os.getpid()
+        self._interrupts, self._writing = 0, 0
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> "StopRequest":
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        for number in numbers:
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._note)
+        if signal.SIGINT not in self._previous:
+            log.info(
+                "Ctrl-C is ignored here (started in the background?); `kill %d` saves a state and stops", os.getpid()
+            )
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @property
+    def is_made(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None or self._is_orphan
+
+    @property
+    def reason(self) -> str:
+        """The cause of the stop in words; SIGTERM when it reached another process."""
+        if self.signal is None and self._is_orphan:
+            return "its launcher has ended"
+        return signal.Signals(self.signal or signal.SIGTERM).name
+
+    @property
+    def exit_code(self) -> int:
+        """128 plus the number of the signal, which is how shells count."""
+        return 128 + (self.signal or signal.SIGTERM)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A file is written in the block: a third Ctrl-C waits for its end."""
+        self._writing += 1
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._writing -= 1
+            self.save_seconds = time.perf_counter() - start
+        self._interrupt_if_insisted()
+
+    @property
+    def _is_orphan(self) -> bool:
+        return self._launcher is not None and self._launcher.has_ended
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None and self._process == os.getpid():  # not in a loader that was forked just now
-            name = signal.Signals(number).name
-            line = f"\n{name}: stops when the step under way and its files are done; a third Ctrl-C loses that step\n"
             with suppress(OSError):  # past sys.stderr, which may be in the middle of a write
-                os.write(2, line.encode())
+                os.write(2, f"\n{signal.Signals(number).name}: {self._what_happens()}\n".encode())
         self.signal = self.signal or number
         self._interrupts += number == signal.SIGINT
-        if self._interrupts > 2 and not self.saving:
+        self._interrupt_if_insisted()
+
+    def _interrupt_if_insisted(self) -> None:
+        if self._interrupts > 2 and not self._writing and not self.ending:
             raise KeyboardInterrupt
+
+    def _what_happens(self) -> str:
+        save = f" (the last save took {self.save_seconds:.1f} s)" if self.save_seconds is not None else ""
+        if self.ending:
+            return f"the last files are being written{save}, then it ends"
+        step = f" (a step takes {self.step_seconds:.1f} s)" if self.step_seconds is not None else ""
+        return (
+            f"finishes the step under way{step} and what is due after it, saves a state{save} and stops; "
+            "a third Ctrl-C loses that step"
+        )

@@ -1,8 +1,9 @@
 """The loop of LoRA training."""
 
 import logging
-import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.cli import Stopped
+from utils.errors import ConfigError
 from wan.lora.files import write_lora
 from wan.memory.sharding import mapped
-from wan.models.device import write_on_main
+from wan.models.device import Launcher, Processes, write_on_main
 from wan.training import start
 from wan.training.cadence import Action, Cadence, StopRequest
 from wan.training.job import RunLength, StepBatches, StepLoader, TrainingJob
@@ -44,11 +46,13 @@ class Trainer:
         self.accelerator, self.job = accelerator, job
         options, processes = job.options, accelerator.num_processes
         self.progress = state.progress if state is not None else Progress(started=time.time())
+        self._first_step, self._processes = self.progress.step, Processes(accelerator.process_index, processes)
         self.length = RunLength.of(options.run, job.training_set, processes, self.progress)
         self.summary = RunSummary(job, self.length, processes)
         self.loader = StepLoader(job.training_set, options.run, accelerator.process_index, processes)
         self.progress.items = self.loader.place(self.progress.epoch + 1, self.progress.items)
         self.training_step = start.build_step(accelerator, job, self.length.total_steps)
+        self.stop = StopRequest(Launcher.find())
         self.validator = start.build_validator(accelerator, job, self.training_step)
         self.saver = Saver(options.save, self._write_lora, self._write_state, deletes=accelerator.is_main_process)
         self.cadence = Cadence(
@@ -80,29 +84,37 @@ class Trainer:
             if self.job.options.samples.sample_at_first:
                 self._sample("e000000")
             self._validate(0)
-        with self._progress_bar() as bar, StopRequest() as stop:
+        with self._progress_bar() as bar, self.stop:
             skipped_in_a_row = 0
             while not self._finished:
-                for data in self.loader.remaining(self.progress.epoch + 1, self.progress.items):
-                    result = self._train(data, stop)
+                for data in self._data():
+                    result = self._train(data)
                     self._report(result, bar)
-                    self.cadence.after_step(self.progress.step)
+                    with self._stopping_without_data():
+                        self.cadence.after_step(self.progress.step)
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     if result.stop:
-                        stop.saving = True
-                        self._stop(signal.Signals(stop.signal or signal.SIGTERM).name, 128 + (stop.signal or 15))
+                        self._stop(self.stop.reason, self.stop.exit_code)
                     if skipped_in_a_row == self.job.options.run.stop_after_skipped_steps:
                         self._stop(f"{skipped_in_a_row} steps in a row without a finite loss or gradient", 1)
                     if self._finished:
                         break
                 epoch = self.progress.epoch + 1
                 self.progress.end_epoch(self.loader.items(epoch))
-                self.cadence.after_epoch(epoch, self.progress.step, last=self._finished)
-            stop.saving = True
+                with self._stopping_without_data():
+                    self.cadence.after_epoch(epoch, self.progress.step, last=self._finished)
+            self.stop.ending = True
             self.accelerator.wait_for_everyone()
-            path = self.saver.save_final()
+            path = self._save_final()
         self.job.tracker.close()
         return path
+
+    def _save_final(self) -> Path:
+        try:
+            return self.saver.save_final()
+        except OSError:
+            self.saver.save_interrupted(self.progress.step)  # from which a run goes on to the final file alone
+            raise
 
     @property
     def _finished(self) -> bool:
@@ -111,16 +123,46 @@ class Trainer:
             return False
         return self.progress.items != self.loader.items(self.progress.epoch + 1)
 
-    def _train(self, data: StepBatches, stop: StopRequest) -> StepResult:
+    def _data(self) -> Iterator[StepBatches]:
+        """The data of the steps left in the epoch. Where a process can't read its own, the run stops with a state."""
+        steps = self.loader.remaining(self.progress.epoch + 1, self.progress.items)
+        data: StepBatches | None = None
+        while True:
+            with self._stopping_without_data():
+                failure = None
+                try:
+                    data = next(steps, None)
+                except (ConfigError, OSError) as error:
+                    failure = error
+                self._processes.raise_anywhere(failure)
+            if data is None:
+                return
+            yield data
+
+    def _train(self, data: StepBatches) -> StepResult:
         epoch, step = self.progress.epoch + 1, self.progress.step + 1
+        start = time.perf_counter()
         try:
-            result = self.training_step.run(data.batches, data.items, epoch, step, stop.signal is not None)
+            result = self.training_step.run(data.batches, data.items, epoch, step, self.stop.is_made)
         except torch.OutOfMemoryError as error:
+            if self.stop.is_made and self.progress.step:
+                self._stop(self.stop.reason, self.stop.exit_code)
             raise MemoryRanOut(error, self._state()) from error
+        self.stop.step_seconds = time.perf_counter() - start
         self.progress.add_step(data.new_items, None if result.skipped else result.loss)
         if result.skipped:
             log.warning("step %d: no finite loss or gradient; nothing was updated", step)
         return result
+
+    @contextmanager
+    def _stopping_without_data(self) -> Iterator[None]:
+        """Caches that are gone, or a loader process that was killed, stop the run with a state of the steps so far."""
+        try:
+            yield
+        except (ConfigError, OSError) as error:
+            if self.progress.step == self._first_step:
+                raise
+            self._stop(str(error), 1)
 
     # --- what is seen of the run
 
@@ -136,6 +178,7 @@ class Trainer:
         bar.update()
         scalars = {"loss/current": result.loss, "loss/average": average, "gradient_norm": result.gradient_norm}
         scalars |= {f"lr/{name}": rate for name, rate in rates.items()}
+        scalars |= {f"lr/d*lr/{name}": rate for name, rate in self.training_step.adapted_rates().items()}
         if result.max_norm is not None:
             scalars |= dict(zip(("max_norm/scaled", "max_norm/average", "max_norm/max"), result.max_norm, strict=True))
         self.job.tracker.scalars(self.progress.step, scalars)
@@ -143,20 +186,25 @@ class Trainer:
     def _sample(self, suffix: str) -> None:
         if self.job.sampler is not None:
             self.training_step.release_memory()
-            for path in sorted(gather_object(self.job.sampler.draw(self.job.dit, suffix))):
+            with self.training_step.as_saved():
+                paths = self.job.sampler.draw(self.job.dit, suffix)
+            for path in sorted(gather_object(paths)):
                 if path.is_file():  # not when another machine has drawn it into a folder of its own
                     self.job.tracker.image(self.progress.step, path.stem, path)
 
     def _validate(self, _: int) -> None:
         if self.validator is not None:
             self.training_step.release_memory()
-            self.job.tracker.scalars(self.progress.step, self.validator.scalars())
+            with self.training_step.as_saved():
+                scalars = self.validator.scalars()
+            self.job.tracker.scalars(self.progress.step, scalars)
 
     # --- files
 
     def _write_lora(self, path: Path) -> None:
-        tensors = self.job.network.state_dict(self.job.options.save.dtype)
-        write_on_main(lambda: write_lora(path, tensors, self.summary.metadata(self.progress)))
+        with self.training_step.as_saved(), self.stop.writing():  # the tensors are those of the network, not copies
+            tensors = self.job.network.state_dict(self.job.options.save.dtype)
+            write_on_main(lambda: write_lora(path, tensors, self.summary.metadata(self.progress)))
 
     def _state(self, path: Path = Path("the last step")) -> State:
         """All that the run needs to go on from here. path: where the state will be."""
@@ -165,7 +213,8 @@ class Trainer:
 
     def _write_state(self, path: Path) -> None:
         state = self._state(path)
-        write_on_main(lambda: save_state(state))
+        with self.stop.writing():
+            write_on_main(lambda: save_state(state))
 
     def _restore(self, state: State) -> None:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
@@ -176,6 +225,7 @@ class Trainer:
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _stop(self, reason: str, exit_code: int) -> NoReturn:
+        self.stop.ending = True
         path = self.saver.save_interrupted(self.progress.step)
         self.job.tracker.close()
         self.accelerator.wait_for_everyone()  # as soon as one has ended, the launcher kills the others

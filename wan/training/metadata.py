@@ -80,7 +80,7 @@ def _settings(options: TrainingOptions) -> dict[str, Any]:
         "gradient_checkpointing_cpu_offload": memory.gradient_checkpointing_cpu_offload,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "lr_warmup_steps": optimizer.lr_warmup_steps,
-        "lr_scheduler": optimizer.lr_scheduler,
+        "lr_scheduler": optimizer.schedule,
         "network_dropout": options.network.network_dropout,
         "mixed_precision": run.precision,
         "training_comment": options.metadata.training_comment,

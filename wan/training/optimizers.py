@@ -3,18 +3,27 @@
 import ast
 import importlib
 import inspect
+import io
+import logging
 import math
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from utils.errors import ConfigError, suggest
 from utils.options import Section, option
 from utils.text import one_line
 
+log = logging.getLogger(__name__)
+
+_REX = {"rex_alpha": 0.1, "rex_beta": 0.9}  # the parameters of REX, with its authors' values
+_GIVEN_TO_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # not by the user
 _SCHEDULES = (
     "constant",
     "constant_with_warmup",
@@ -25,6 +34,7 @@ _SCHEDULES = (
     "inverse_sqrt",
     "cosine_with_min_lr",
     "warmup_stable_decay",
+    "piecewise_constant",
     "adafactor",
     "rex",
 )
@@ -40,7 +50,13 @@ class OptimizerConfig(Section):
     max_grad_norm: float = option(
         1.0, minimum=0, rule="must be 0 (off) or above", help="clip the gradient norm to this; 0 does not clip"
     )
-    lr_scheduler: str = option("constant", help="learning-rate schedule", choices=_SCHEDULES)
+    lr_scheduler: str = option("constant", help="learning-rate schedule", choices=_SCHEDULES, type=str.lower)
+    lr_scheduler_type: str = option(
+        "", help="class to use instead of --lr_scheduler: of torch.optim.lr_scheduler or a dotted path"
+    )
+    lr_scheduler_args: tuple[str, ...] = option(
+        (), help='key=value for the schedule, e.g. rex_alpha=0.1, "step_rules=1:100,0.1:200,0.01", T_max=1000'
+    )
     lr_warmup_steps: str = option("0", help="steps; below 1 or with % a share of all steps")
     lr_decay_steps: str = option("0", help="like --lr_warmup_steps, for warmup_stable_decay")
     lr_scheduler_num_cycles: int = option(1, help="restarts of cosine_with_restarts")
@@ -58,6 +74,24 @@ class OptimizerConfig(Section):
                 "use --lr_scheduler constant_with_warmup"
             )
         _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
+
+    @property
+    def schedule(self) -> str:
+        """Name of the schedule."""
+        return self.lr_scheduler_type or self.lr_scheduler
+
+    def check_schedule(self, total_steps: int) -> None:
+        """Raise ConfigError unless the schedule takes its arguments, and lasts for `total_steps` optimizer steps."""
+        optimizer = build_optimizer(self, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
+        schedule = build_scheduler(self, optimizer, total_steps)
+        if self.lr_scheduler_type and not is_schedule_free(optimizer):
+            _try_schedule(self.lr_scheduler_type, schedule, total_steps)
+        if is_schedule_free(optimizer) and self.schedule != "constant":
+            log.warning(
+                "%s has no schedule: --lr_scheduler %s has no effect; for a warmup use --optimizer_args warmup_steps=N",
+                self.optimizer_type,
+                self.schedule,
+            )
 
     def check(self, on_cpu: bool) -> None:
         """Raise ConfigError unless the optimizer is there, takes its arguments, and can take a step with them.
@@ -149,20 +183,43 @@ def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> None:
         )
 
 
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether it trains other weights than it gives, as schedulefree's do (arXiv 2405.15682).
+
+    Such an optimizer has the methods `train`, which puts the trained weights into the parameters, and `eval`, which
+    puts those there that are to be used. It needs no schedule.
+    """
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """The schedule over `total_steps` optimizer steps."""
+    """The schedule over `total_steps` optimizer steps. ConfigError for arguments that it does not take."""
+    arguments = parse_arguments(config.lr_scheduler_args, "--lr_scheduler_args")
+    if is_schedule_free(optimizer):
+        return LambdaLR(optimizer, lambda step: 1.0)
+    if config.lr_scheduler_type:
+        return _schedule_of_class(config.lr_scheduler_type, optimizer, arguments)
     warmup = _steps_of(config.lr_warmup_steps, "--lr_warmup_steps", total_steps)
-    name = config.lr_scheduler
-    if optimizer.defaults.get("relative_step"):
-        name = "adafactor"
+    name = "adafactor" if optimizer.defaults.get("relative_step") else config.lr_scheduler
+    if name == "piecewise_constant":
+        _check_arguments(name, arguments, ["step_rules"])
+        return LambdaLR(optimizer, _piecewise(str(arguments.get("step_rules", ""))))
     if name == "rex":
-        return LambdaLR(
-            optimizer, lambda step: _rex(step, warmup, total_steps, config.lr_scheduler_min_lr_ratio or 0.01)
-        )
-    from transformers.optimization import get_adafactor_schedule, get_scheduler
+        _check_arguments(name, arguments, _REX)
+        low, shape = config.lr_scheduler_min_lr_ratio or 0.01, _REX | arguments
+        return LambdaLR(optimizer, lambda step: _rex(step, warmup, total_steps, low, *shape.values()))
+    return _schedule_of_transformers(name, config, optimizer, warmup, total_steps, arguments)
+
+
+def _schedule_of_transformers(
+    name: str, config: OptimizerConfig, optimizer: Optimizer, warmup: int, total_steps: int, arguments: dict[str, Any]
+) -> LRScheduler:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_adafactor_schedule, get_scheduler
+    from transformers.trainer_utils import SchedulerType
 
     schedule: LRScheduler
     if name == "adafactor":
+        _check_arguments(name, arguments, [])
         schedule = get_adafactor_schedule(optimizer, config.learning_rate)
         return schedule
     specific: dict[str, dict[str, Any]] = {
@@ -179,16 +236,86 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
             "min_lr_ratio": config.lr_scheduler_min_lr_ratio or 0.0,
         },
     }
-    schedule = get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=specific.get(name, {}))
+    functions: dict[Any, Any] = TYPE_TO_SCHEDULER_FUNCTION
+    known = inspect.signature(functions[SchedulerType(name)]).parameters
+    _check_arguments(name, arguments, [key for key in known if key not in _GIVEN_TO_SCHEDULES])
+    try:
+        more = specific.get(name, {}) | arguments
+        schedule = get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=more)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--lr_scheduler {name} --lr_scheduler_args: {one_line(error)}") from None
     return schedule
 
 
-def _rex(step: int, warmup: int, total: int, low: float) -> float:
-    """REX (Chen et al. 2021) with a linear warmup from `low`, as a factor of the rate."""
+def _schedule_of_class(name: str, optimizer: Optimizer, arguments: dict[str, Any]) -> LRScheduler:
+    """An LRScheduler of torch.optim.lr_scheduler, or of a dotted path."""
+    module, _, attribute = name.rpartition(".") if "." in name else ("torch.optim.lr_scheduler", "", name)
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"--lr_scheduler_type {name}: needs the package '{error.name}'; install it") from None
+    except AttributeError:
+        hint = suggest(attribute, dir(importlib.import_module(module))) or ""
+        raise ConfigError(f"--lr_scheduler_type {name}: there is no {module}.{attribute}{hint}") from None
+    if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is ReduceLROnPlateau:
+        raise ConfigError(f"--lr_scheduler_type {name}: is no schedule of steps; use e.g. CosineAnnealingLR")
+    try:
+        return kind(optimizer, **arguments)
+    except Exception as error:  # nearly any type
+        known = ", ".join(key for key in inspect.signature(kind).parameters if key not in _GIVEN_TO_SCHEDULES)
+        raise ConfigError(
+            f"--lr_scheduler_type {name} --lr_scheduler_args: {one_line(error)}; it takes {known}"
+        ) from None
+
+
+def _try_schedule(name: str, schedule: LRScheduler, total_steps: int) -> None:
+    """Raise ConfigError unless `schedule` takes all steps, and a training state can hold it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of schedules that go on without an optimizer
+            for _ in range(total_steps):
+                schedule.step()
+        state = io.BytesIO()
+        torch.save(schedule.state_dict(), state)
+        state.seek(0)
+        torch.load(state, weights_only=True)
+    except Exception as error:  # each has its own way
+        raise ConfigError(
+            f"--lr_scheduler_type {name}: does not work for {total_steps} steps ({one_line(error)}); see "
+            "--lr_scheduler_args"
+        ) from None
+
+
+def _check_arguments(name: str, arguments: Iterable[str], known: Collection[str]) -> None:
+    for key in arguments:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise ConfigError(f"--lr_scheduler_args {key}: is not an argument of {name}; {takes}")
+
+
+def _piecewise(rules: str) -> Callable[[int], float]:
+    """`1:10,0.1:20,0.01` -> the factor of the rate: 1 before step 10, 0.1 before step 20, 0.01 from then on."""
+    *parts, last = (part.split(":") for part in rules.split(","))
+    try:
+        pieces = sorted((int(end), float(factor)) for factor, end in parts)
+        factors = [factor for _, factor in pieces] + [float(*last)]
+        if not all(map(math.isfinite, factors)):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"--lr_scheduler piecewise_constant: step_rules '{rules}' must be factors with the steps where they end and"
+            ' a last factor; try --lr_scheduler_args "step_rules=1:100,0.1:200,0.01"'
+        ) from None
+    ends = [end for end, _ in pieces]
+    return lambda step: factors[bisect_right(ends, step)]
+
+
+def _rex(step: int, warmup: int, total: int, low: float, alpha: float, beta: float) -> float:
+    """REX (arXiv 2107.04197) with a linear warmup from `low`, as a factor of the rate."""
     if step < warmup:
         return low + (1 - low) * step / warmup
     left = max(0.0, 1 - (step - warmup) / max(1, total - warmup))
-    return low + (1 - low) * left / (0.1 + 0.9 * left)
+    return low + (1 - low) * left / (alpha + beta * left)
 
 
 def _steps_of(text: str, flag: str, total: int) -> int:

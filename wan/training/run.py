@@ -21,7 +21,7 @@ from wan.models.memory_options import TrainingMemoryConfig
 from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
 from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
-from wan.training.job import TrainingJob
+from wan.training.job import RunLength, TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.samples import Sampler
 from wan.training.state import State, remove_leftovers
@@ -54,6 +54,8 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     state = start.find_state(save)
     seed = start.shared_seed(options.run.seed, state)
     training_set = _training_set(datasets, options, seed, dit_file)
+    length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
+    options.optimizer.check_schedule(length.total_steps)
     merger = start.base_merger(dit_file, options.network)
     weights = start.network_start(dit_file, options.network, state)
     if accelerator.is_main_process:
@@ -108,6 +110,8 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
     state = start.find_state(options.save)
     training_set = _training_set(datasets, options, options.run.seed or 0, dit_file)
+    length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
+    options.optimizer.check_schedule(length.total_steps)
     start.base_merger(dit_file, options.network)
     weights = start.network_start(dit_file, options.network, state)
     options = replace(options, memory=_plan(dit_file, options, training_set, weights, accelerator.device).memory)

@@ -1,7 +1,8 @@
 """One optimizer step over the batches of all processes."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from wan.models.tasks import TaskSpec
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import pad_text
 from wan.training.loss import flow_matching_loss
+from wan.training.optimizers import is_schedule_free
 from wan.training.options import TrainingOptions
 from wan.training.timesteps import sample_noise_levels
 
@@ -66,6 +68,7 @@ class TrainingStep:
         if alone and options.memory.records(accelerator.device) and not network.is_stochastic:
             loss = partial(flow_matching_loss, model, weighting_scheme=options.noise.weighting_scheme)
             self.graphs = GraphedGradients(loss, list(network.parameters()))
+        optimizer.train()  # no effect on any but schedule-free optimizers
 
     def run(self, batches: list[TrainingBatch], items: int, epoch: int, step: int, stop: bool) -> StepResult:
         """Forward and backward over this process's batches, then one update, as over one batch of all `items`.
@@ -104,6 +107,29 @@ class TrainingStep:
         """Name of each group of parameters -> its current rate."""
         rates = self.scheduler.get_last_lr()
         return {group["name"]: float(rate) for group, rate in zip(self.optimizer.param_groups, rates, strict=True)}
+
+    def adapted_rates(self) -> dict[str, float]:
+        """Name of each group -> the rate that Prodigy and D-Adaptation use: their estimate `d` times the given one."""
+        groups = [group for group in self.optimizer.param_groups if "d" in group]
+        return {group["name"]: float(group["d"]) * float(group["lr"]) for group in groups}
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Context in which the LoRA is what a file saved now would be; afterwards it is as before, to the bit.
+
+        In it are the weights that a schedule-free optimizer wants to be used, rounded to the dtype of the file.
+        """
+        dtype = self.options.save.dtype
+        if dtype == torch.float32 and not is_schedule_free(self.optimizer.optimizer):
+            yield
+            return
+        with self.network.restored():
+            self.optimizer.eval()
+            self.network.round_(dtype)
+            try:
+                yield
+            finally:
+                self.optimizer.train()
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer, schedule and gradient scaler. With sharded weights all processes have to call it."""

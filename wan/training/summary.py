@@ -59,7 +59,7 @@ class RunSummary:
             "precision": run.precision,
             "optimizer_type": optimizer.optimizer_type,
             "learning_rate": optimizer.learning_rate,  # that of the state goes on
-            "lr_scheduler": optimizer.lr_scheduler,
+            "lr_scheduler": optimizer.schedule,
         }
 
     def metadata(self, progress: Progress) -> dict[str, str]:

@@ -93,12 +93,18 @@ def validate(
     An item's noise depends on (seed, item, level) alone. Items go through the model one by one, so neither does its
     loss depend on others. loss: gets tensors on `device`, apart from the batch. processes: each of
     them calls `loss` equally often, as distributed models demand. reduce: adds up a tensor over the processes.
+    Raises ConfigError, in all processes, when one of them can't read an item.
     """
     items, count = validation_set.items, processes.count
     sums = torch.zeros(len(levels) + 1, dtype=torch.float64, device=device)  # of losses by level, and of items
     for turn in range(processes.index, -(-len(items) // count) * count, count):
-        item = items[turn % len(items)]
-        batch = load_batch(BatchItems((item,)))
+        item, batch, failure = items[turn % len(items)], None, None
+        try:
+            batch = load_batch(BatchItems((item,)))
+        except (ConfigError, OSError) as error:
+            failure = error
+        processes.raise_anywhere(failure)
+        assert batch is not None
         losses = [
             loss(
                 batch,
