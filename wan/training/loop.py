@@ -22,7 +22,7 @@ from wan.training import start
 from wan.training.cadence import Action, Cadence, StopRequest
 from wan.training.job import RunLength, StepBatches, StepLoader, TrainingJob
 from wan.training.saving import Saver
-from wan.training.state import Progress, State, save_state
+from wan.training.state import Progress, State, changed_facts, save_state
 from wan.training.step import StepResult
 from wan.training.summary import RunSummary
 
@@ -219,9 +219,8 @@ class Trainer:
     def _restore(self, state: State) -> None:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
-        for name, value in self.summary.facts().items():
-            if state.facts.get(name) != value:
-                log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
+        for name, now, then in changed_facts(self.summary.facts(), state.facts):
+            log.warning("resuming with %s = %s; the state was made with %s", name, now, then)
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _stop(self, reason: str, exit_code: int) -> NoReturn:

@@ -123,6 +123,18 @@ def load_state(path: Path) -> State:
     return State(path, progress, facts, weights, optimizer)
 
 
+def changed_facts(now: Facts, then: Facts) -> list[tuple[str, Any, Any]]:
+    """Name, value now and value then of what differs, also in the tables within; older states lack some of it."""
+    changed = []
+    for name in now.keys() & then.keys():
+        if isinstance(now[name], dict) and isinstance(then[name], dict):
+            names = now[name].keys() | then[name].keys()
+            changed += [(key, now[name].get(key), then[name].get(key)) for key in sorted(names)]
+        else:
+            changed.append((name, now[name], then[name]))
+    return [(name, new, old) for name, new, old in changed if new != old]
+
+
 def newest_state(folder: Path, name: str) -> State | None:
     """The whole state of the run `name` in `folder` that has come furthest; None where there is none at all.
 
