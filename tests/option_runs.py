@@ -130,9 +130,9 @@ def recorded(calls: list):
         calls.append(("texts", len(captions)))
         return original(model, tokenizer, captions, **more)
 
-    def swap(original, dit, count, device, pinned):
+    def swap(original, dit, count, device, pinned, recomputed):
         calls.append(("swap", count, pinned))
-        original(dit, count, device, False)
+        original(dit, count, device, False, recomputed)
 
     def checkpoint(original, dit, cpu_offload, only_needed):
         calls.append(("checkpoint", cpu_offload, only_needed))

@@ -210,3 +210,21 @@ def test_metrics_wait_for_space_on_the_disk(monkeypatch, caplog):
     lines = Path("logs/run-metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert caplog.text.count("No space left on device") == 1
+
+
+def test_a_final_file_that_is_in_use_leaves_a_state_to_go_on_from(monkeypatch, capsys):
+    """As on Windows, where another program has the old one open."""
+    replace = Path.replace
+
+    def in_use(path, target):
+        if Path(target).name == "run.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", in_use)
+        assert run("wan_train_network", "", patch) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: output/run.safetensors: Permission denied".replace("/", os.sep))
+    assert run("wan_train_network", "--resume auto", monkeypatch) == 0
+    assert load_file("output/run.safetensors")

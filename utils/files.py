@@ -1,9 +1,11 @@
 """Files that appear whole or not at all, and fingerprints that tell whether a file is still the same."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from utils.errors import ConfigError
 
 _CHUNK = 1 << 20
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that can't sync
 _HASH_WHOLE_BELOW = 64 << 20
 
 
@@ -35,7 +38,7 @@ def written_whole(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             sync(temporary)
-        temporary.chmod(0o666 & ~umask())  # mkstemp makes files private; results get the user's usual rights
+        make_accessible(temporary, 0o666)  # mkstemp makes files private
         temporary.replace(path)
         if durable:
             sync(path.parent)
@@ -48,7 +51,29 @@ def written_whole(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         error.filename = str(path)  # writing names no file at all, or else the temporary one
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on Windows while another program looks at it; the next run tries again
+            temporary.unlink(missing_ok=True)
+
+
+def make_accessible(path: Path, mode: int) -> None:
+    """Give a file or folder the user's usual rights, `mode` without the umask, where the file system knows rights."""
+    with suppress(OSError):
+        path.chmod(mode & ~umask())
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, which first loses its name: what a kill leaves of it can't be taken for whole.
+
+    Raises OSError, with everything as it was, where it may not be deleted or, on Windows, is in use.
+    """
+    if not path.is_dir():
+        path.unlink()
+        return
+    doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
+    try:
+        path.replace(doomed / path.name)
+    finally:
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -82,6 +107,9 @@ def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(handle)
 

@@ -1,12 +1,15 @@
 """LoRA files and states of a run: their names, and how long they stay."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
+from utils.files import written_whole
 from wan.training.cadence import Cadence
 from wan.training.options import SaveConfig
 from wan.training.saving import Saver
+from wan.training.state import Progress, State, load_state, remove_leftovers, save_state
 
 
 def keeper(folder, write=None, **settings) -> Saver:
@@ -74,3 +77,48 @@ def test_a_full_disk_costs_the_new_file_and_no_older_one(tmp_path, caplog):
 def test_the_final_file_comes_with_a_state_when_asked(tmp_path):
     keeper(tmp_path, save_state_on_train_end=True).save_final()
     assert names(tmp_path) == ["run-state", "run.safetensors"]
+
+
+@pytest.mark.parametrize("refused", ["rename", "unlink"])
+def test_old_files_that_can_not_be_deleted_stay_and_end_nothing(refused, tmp_path, monkeypatch, caplog):
+    original = {"rename": Path.replace, "unlink": Path.unlink}[refused]
+
+    def refuse(path, *rest, **more):
+        if path.name.startswith("run-step"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *rest, **more)
+
+    settings = {"save_every_n_steps": 10, "save_last_n_steps": 0, "save_state": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, {"rename": "replace", "unlink": "unlink"}[refused], refuse)
+        run_steps(keeper(tmp_path, **settings), 30)
+    end = {"rename": "-state", "unlink": ".safetensors"}[refused]
+    assert [name for name in names(tmp_path) if name.endswith(end)] == [
+        f"run-step{step:08d}{end}" for step in (10, 20, 30)
+    ]
+    assert len(names(tmp_path)) == 4 and "could not be deleted (Permission denied) and stays" in caplog.text
+
+
+def test_an_old_state_whose_deletion_is_cut_short_is_no_state_any_more(tmp_path, monkeypatch):
+    settings = {"save_every_n_steps": 10, "save_last_n_steps": 0, "save_state": True}
+    monkeypatch.setattr("utils.files.shutil.rmtree", lambda *_, **__: None)
+    run_steps(keeper(tmp_path, **settings), 20)
+    assert [name for name in names(tmp_path) if not name.startswith(".tmp-")] == [
+        "run-step00000020-state",
+        "run-step00000020.safetensors",
+    ]
+    monkeypatch.undo()
+    remove_leftovers(tmp_path, "run")
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_file_system_that_knows_no_rights_and_no_syncing_saves_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
+    with written_whole(tmp_path / "a.txt") as path:
+        path.write_text("all")
+    save_state(State(tmp_path / "run-state", Progress(), {}, {}, {}))
+    assert (tmp_path / "a.txt").read_text() == "all" and load_state(tmp_path / "run-state").facts == {}

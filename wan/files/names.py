@@ -22,7 +22,7 @@ from wan.nets import clip, t5
 
 _DIT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # in repackaged DiT files
 
-# What a release holds, relative to its folder: the official file (docs/formats.md#tasks), then diffusers'.
+# What a folder of models holds, relative to it: the official file (docs/formats.md#tasks), then diffusers'.
 _RELEASE = {
     "dit": ("diffusion_pytorch_model*.safetensors", "transformer/diffusion_pytorch_model*.safetensors"),
     "vae": ("Wan2.1_VAE.pth", "vae/diffusion_pytorch_model*.safetensors"),
@@ -30,15 +30,31 @@ _RELEASE = {
     "clip": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder/model*.safetensors"),
     "t5_tokenizer": ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"),
 }
-
+# Single files as ComfyUI repackages them, in its folders or in one; several DiTs may lie together.
+_REPACKAGED = {
+    "dit": ("wan2.1_*.safetensors", "diffusion_models/wan2.1_*.safetensors"),
+    "vae": ("wan_2.1_vae.safetensors", "vae/wan_2.1_vae.safetensors"),
+    "t5": ("umt5[-_]xxl*.safetensors", "text_encoders/umt5[-_]xxl*.safetensors"),
+    "clip": ("clip_vision_h.safetensors", "clip_vision/clip_vision_h.safetensors"),
+}
 
 MODELS = tuple(name for name in _RELEASE if name != "t5_tokenizer")
 
 
-def release_files(folder: Path) -> dict[str, Path]:
-    """{option: path} of the models in a folder of an official or diffusers release; of a split model the first part."""
-    found = {name: path for name, patterns in _RELEASE.items() if (path := _first(folder, patterns))}
-    return {name: path.parent if name == "t5_tokenizer" else path for name, path in found.items()}
+def release_files(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """{option: paths to choose from} of the models in a folder: an official or diffusers release, or single files.
+
+    Of a split model it is the first part; of single files all that there are.
+    """
+    first = {name: _first(folder, patterns) for name, patterns in _RELEASE.items()}
+    found: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in first.items() if path}
+    for name, patterns in _REPACKAGED.items():
+        single = tuple(path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+        if single and name not in found:
+            found[name] = single
+    if "t5_tokenizer" in found:
+        found["t5_tokenizer"] = (found["t5_tokenizer"][0].parent,)
+    return found
 
 
 def model_in(folder: Path, name: str) -> Path | None:

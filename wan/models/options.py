@@ -19,7 +19,7 @@ from utils.dtypes import parse_dtype
 from utils.errors import ConfigError
 from utils.files import require_file
 from utils.options import Section, option
-from utils.text import counted
+from utils.text import counted, some
 from wan.files import load
 from wan.files.names import MODELS, model_in, release_files
 from wan.files.tokenizer import check_tokenizer
@@ -57,7 +57,8 @@ class ReleaseConfig(Section):
     """models"""
 
     ckpt_dir: Path | None = option(
-        None, help="folder of an official or diffusers release: its files serve for model options that are left out"
+        None,
+        help="folder of models, as a release or `run.py weights` has them: serves for model options that are left out",
     )
 
     def fill(self, group: Group) -> Group:
@@ -68,30 +69,42 @@ class ReleaseConfig(Section):
         """
         return _with_paths(group, {} if self.ckpt_dir is None else self._files(self.ckpt_dir))
 
-    def _files(self, folder: Path) -> dict[str, Path]:
+    def _files(self, folder: Path) -> dict[str, tuple[Path, ...]]:
         if not folder.is_dir():
             raise ConfigError(f"--ckpt_dir {folder}: is not a folder; check the path")
         files = release_files(folder)
         if not files:
             raise ConfigError(
-                f"--ckpt_dir {folder}: holds no file under its official name, nor folders as diffusers has "
-                "them; give --dit, --vae, --t5 and --clip"
+                f"--ckpt_dir {folder}: holds no file under its official name or ComfyUI's, nor folders as diffusers "
+                "has them; give --dit, --vae, --t5 and --clip"
             )
         return files
 
 
-def _with_paths(group: Group, files: Mapping[str, Path]) -> Group:
-    """`group` with `files`, by option name, in place of what is None, and files in place of their folders."""
+def _with_paths(group: Group, files: Mapping[str, tuple[Path, ...]]) -> Group:
+    """`group` with `files`, by option name, in place of what is None, and files in place of their folders.
+
+    Raises ConfigError where several files could be meant.
+    """
     changed: dict[str, Any] = {}
     for field in fields(group):
         part = getattr(group, field.name)
         if is_dataclass(part) and not isinstance(part, type):
             changed[field.name] = _with_paths(part, files)
         elif part is None and field.name in files:
-            changed[field.name] = files[field.name]
+            changed[field.name] = _the_one(files[field.name], field.name, getattr(group, "task", None))
         elif field.name in MODELS and part is not None and part.is_dir():
             changed[field.name] = model_in(part, field.name) or part
     return replace(group, **changed)
+
+
+def _the_one(paths: Sequence[Path], option: str, task: str | None) -> Path:
+    """The file that is meant, of several DiTs the one whose name has the kind of `task`."""
+    if task in TASKS:
+        paths = [path for path in paths if f"_{TASKS[task].model_type}_" in path.name] or paths
+    if len(paths) > 1:
+        raise ConfigError(f"--ckpt_dir: {some(path.name for path in paths)}: choose one with --{option}")
+    return paths[0]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """LoRA files and states of a run: written, named, and deleted when old (docs/formats.md#files-of-a-run)."""
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from utils.files import delete
 from wan.training.cadence import Action, Every
 from wan.training.options import SaveConfig
 
@@ -39,6 +39,7 @@ class Saver:
         deletes: bool = True,
     ) -> None:
         self._config, self._deletes = config, deletes
+        self.latest: Path | None = None  # of the files of this run
         self._loras = _Kind(".safetensors", write_lora, config.save_last_n_steps, config.save_last_n_epochs)
         self._states = _Kind("-state", write_state, config.keep_steps_of_states, config.keep_epochs_of_states)
 
@@ -91,17 +92,20 @@ class Saver:
         except OSError as error:
             log.error("%s could not be written (%s); earlier files are intact, training goes on", path, error.strerror)
             return False
+        self.latest = path
         log.info("saved %s", path)
         return True
 
     def _delete(self, path: Path) -> None:
         if not self._deletes or not path.exists():
             return
-        if path.is_dir():
-            shutil.rmtree(path)
+        try:
+            delete(path)
+        except OSError as error:
+            once = {"once": "old files that stay"}
+            log.warning("%s could not be deleted (%s) and stays; training goes on", path, error.strerror, extra=once)
         else:
-            path.unlink()
-        log.info("deleted %s", path)
+            log.info("deleted %s", path)
 
 
 def _step(step: int) -> str:

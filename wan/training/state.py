@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import make_folder, sync, temporary_prefix, umask
+from utils.files import make_accessible, make_folder, sync, temporary_prefix
 from utils.text import some
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def save_state(state: State) -> None:
         (temporary / _PROGRESS).write_text(
             json.dumps({"progress": asdict(state.progress), "facts": state.facts}, indent=1)
         )
-        temporary.chmod(0o777 & ~umask())
+        make_accessible(temporary, 0o777)
         for written in (*temporary.iterdir(), temporary):
             sync(written)
         if path.exists():
@@ -176,4 +177,5 @@ def remove_leftovers(folder: Path, name: str) -> None:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()

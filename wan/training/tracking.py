@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePath
@@ -200,7 +201,8 @@ class _Metrics:
                 log.warning("%s can't be written (%s); its lines wait, training goes on", self._path, error.strerror)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # network file systems may tell only here that a line did not fit
+            self._file.close()
 
 
 def _rewind(path: Path, step: int) -> None:
