@@ -157,11 +157,12 @@ class Operations:
             path = self._inner(facts[0], facts[2])
             if path and not os.path.lexists(path):
                 self.operation("mkdir", path)
-        elif event == "os.rename":
+        elif event in ("os.rename", "os.link"):
             path = self._inner(facts[0], facts[2])
             if path and os.path.lexists(path):
-                self.operation("rename", path, self._inner(facts[1], facts[3]).removeprefix(self._folder))
-        elif event in ("os.chmod", "os.truncate", "os.link", "os.symlink", "os.utime"):
+                other = self._inner(facts[1], facts[3]).removeprefix(self._folder)
+                self.operation(event.removeprefix("os."), path, other)
+        elif event in ("os.chmod", "os.truncate", "os.utime"):
             self.operation(event.removeprefix("os."), self._inner(facts[0]))
 
     def _inner(self, path: Any, folder: int = -1) -> str | None:

@@ -50,9 +50,12 @@ class Disk:
             parent.names[name] = _Folder()
         elif kind in ("remove", "rmdir"):
             del parent.names[name]
-        elif kind == "rename":
+        elif kind in ("rename", "link"):
             target, other = self._place(facts[0])
-            target.names[other] = parent.names.pop(name)
+            if kind == "rename" and target.names.get(other) is not node:
+                target.names[other] = parent.names.pop(name)
+            elif kind == "link" and other not in target.names:  # else it fails
+                target.names[other] = parent.names[name]
         elif kind == "sync" and isinstance(node, _Folder):
             node.synced = dict(node.names)
         elif kind == "sync" and isinstance(node, _File):
