@@ -1,9 +1,10 @@
-"""Convert, look into, join, extract and resize LoRA files. Worked examples: docs/interop.md"""
+"""Convert, look into, join, average, extract and resize LoRA files. Worked examples: docs/interop.md"""
 
 from pathlib import Path
 
 from utils import cli
 from wan.lora import tools
+from wan.lora.ema import EMAConfig, average
 from wan.lora.keys import DIALECTS
 from wan.models.device import DeviceConfig
 
@@ -25,6 +26,10 @@ def build_parser() -> cli.Parser:
     merge.add_argument("loras", type=Path, nargs="+", metavar="LORA", help="one or more files")
     merge.add_argument("out", type=Path, metavar="OUT")
     merge.add_argument("--multiplier", type=float, nargs="+", default=(), help="one per file; default 1")
+    ema = command("ema", "average several LoRAs of one training, later ones counting more (post-hoc EMA)")
+    ema.add_argument("loras", type=Path, nargs="+", metavar="LORA", help="two or more files")
+    ema.add_argument("--output_file", type=Path, required=True, metavar="OUT", help="the file to write")
+    cli.add_fields(ema, EMAConfig)
     extract = command("extract", "make a LoRA of the difference of two DiT checkpoints", "base", "tuned", "out")
     resize = command("resize", "approximate a LoRA, LoHa or LoKr by a LoRA of another rank", "source", "out")
     for ranked in (extract, resize):
@@ -42,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             print(*tools.inspect(args.file), sep="\n")
         case "merge":
             tools.merge(args.loras, args.multiplier, args.out)
+        case "ema":
+            average(args.loras, args.output_file, cli.build(EMAConfig, args))
         case "extract":
             device = cli.build(DeviceConfig, args).resolve()
             tools.extract(args.base, args.tuned, args.out, args.rank, device)

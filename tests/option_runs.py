@@ -89,7 +89,9 @@ def digest(path: Path) -> str:
 
 def metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        return {key: value for key, value in file.metadata().items() if not re.search("date|_at$|session_id", key)}
+        return {
+            key: value for key, value in (file.metadata() or {}).items() if not re.search("date|_at$|session_id", key)
+        }
 
 
 SWITCHES = (
@@ -128,9 +130,9 @@ def recorded(calls: list):
         calls.append(("texts", len(captions)))
         return original(model, tokenizer, captions, **more)
 
-    def swap(original, dit, count, device, pinned):
+    def swap(original, dit, count, device, pinned, recomputed):
         calls.append(("swap", count, pinned))
-        original(dit, count, device, False)
+        original(dit, count, device, False, recomputed)
 
     def checkpoint(original, dit, cpu_offload, only_needed):
         calls.append(("checkpoint", cpu_offload, only_needed))

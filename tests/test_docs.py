@@ -344,6 +344,7 @@ def test_the_commands_of_the_page_on_other_tools_run_as_they_stand(workplace):
     for name in ("my-lora", "other-lora"):
         if not (output / f"{name}.safetensors").is_file():
             write_lora(output / f"{name}.safetensors", dit, ["blocks.0.self_attn.q"])
+    shutil.copy(output / "my-lora.safetensors", output / "my-lora-step00000015.safetensors")
     tuned = load_file(dit)
     tuned["blocks.0.self_attn.q.weight"] *= 2
     save_file(tuned, workplace / "models" / "tuned.safetensors")

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import toml
 from safetensors import SafetensorError
@@ -23,10 +24,12 @@ _HASH_WHOLE_BELOW = 64 << 20
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, *, replaces: bool = True, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    After a power cut the old content or the new is there: both content and name are on disk when this returns.
+    replaces: False raises FileExistsError where `path` is there already, also when another process was faster.
+    durable: content and name are on disk when this returns, so that after a power cut the old content or the new is
+    there. Without it the file may then be empty: for what is soon replaced, or synced later with many others.
     Raises OSError when the disk refuses, also where safetensors has its own exception for that.
     """
     path = Path(path)
@@ -35,10 +38,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         make_accessible(temporary, 0o666)  # mkstemp makes files private
+        if not replaces:
+            _claim(path, temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -50,6 +57,17 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on Windows while another program looks at it; the next run tries again
             temporary.unlink(missing_ok=True)
+
+
+def _claim(path: Path, content: Path) -> None:
+    """Have `path` be another name of the file `content`. Raises FileExistsError when it is taken."""
+    try:
+        path.hardlink_to(content)
+    except FileExistsError:
+        raise
+    except OSError:  # no such links on this file system: as good as it gets there
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
 
 
 def make_accessible(path: Path, mode: int) -> None:
@@ -73,6 +91,53 @@ def delete(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is deleted afterwards. Raises BlockingIOError while another process holds it.
+
+    The system lets go of it when a process ends, in whatever way. Where a file system knows no locks, none is held.
+    """
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("ab"))
+            try:
+                _lock(file)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                    raise BlockingIOError(errno.EAGAIN, "is in use", str(path)) from None
+            if _is_still(path, file):
+                break
+            stack.close()  # whoever held it has just deleted it
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+    with suppress(OSError):
+        if sys.platform == "win32":
+            path.unlink()
+
+
+def _is_still(path: Path, file: IO[bytes]) -> bool:
+    """Whether the open file has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file for this process alone, not for those that it forks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def sync(path: Path) -> None:
     """Return when a file's content, or the names in a folder, are on disk. Raises OSError when a file can't be.
 
@@ -83,6 +148,21 @@ def sync(path: Path) -> None:
             _sync(path, os.O_RDONLY)
     else:
         _sync(path, os.O_RDWR)  # Windows syncs only what may be written
+
+
+def sync_all(files: Iterable[Path]) -> None:
+    """`sync` files that were not written `durable`, and their folders: by now most are on disk, so it is quick."""
+    found = dict.fromkeys(files)
+    for path in (*found, *dict.fromkeys(file.parent for file in found)):
+        sync(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, unless it is there; the names are on disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def _sync(path: Path, flags: int) -> None:
@@ -140,7 +220,7 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
     """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

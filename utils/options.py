@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses: what is declared once as a field is a flag, a key of option files and a rule."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,12 +24,13 @@ class Option:
     below: float | None
     rule: str | None
     needs: str | None
+    finite: bool
     argparse_keywords: dict[str, Any]
 
     KEY: ClassVar[str] = "option"  # of the metadata of a dataclass field
 
     def admits(self, value: Any) -> bool:
-        """Whether a value, or each of a tuple, is within the bounds. None, the unset option, always is; NaN is not."""
+        """Whether a value, or each of a tuple, is within the bounds. None, the unset option, always is."""
         if value is None or isinstance(value, tuple):
             return all(map(self.admits, value or ()))
         return (
@@ -61,6 +63,7 @@ def option(
     below: float | None = None,
     rule: str | None = None,
     needs: str | None = None,
+    finite: bool = True,
     **argparse_keywords: Any,
 ) -> Any:
     """A field of a `Section` that is also a flag `--<field name>`, or `--<flag>` where that is given.
@@ -74,9 +77,10 @@ def option(
     rule: replaces those last words, to add an example or a special value: `rule="must be above 0; try 1e-4"`.
     needs: the flag without which this one means nothing, in the words of the message: `needs="--logging_dir FOLDER"`
     gives `--log_with wandb needs --logging_dir FOLDER`. An option is unset when it is None, False, 0, empty or "none".
+    finite: False leaves NaN and infinity to a rule of the section, which says more; else they are refused.
     Further keywords (`nargs`, `metavar`) go to argparse.
     """
-    declared = Option(help, flag, choices, minimum, maximum, above, below, rule, needs, argparse_keywords)
+    declared = Option(help, flag, choices, minimum, maximum, above, below, rule, needs, finite, argparse_keywords)
     return dataclasses.field(default=default, metadata={Option.KEY: declared})
 
 
@@ -89,12 +93,17 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value beyond the bounds of its option, or an option without the one that it needs."""
+        """Raise ConfigError for a value beyond the bounds of its option, or an option without the one that it needs.
+
+        No number may be NaN or infinite.
+        """
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
             if not declared.admits(value):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 raise ConfigError(f"--{flag_name(field)} {shown}: {declared.bounds}")
+            if declared.finite and not all(map(math.isfinite, _floats(value))):
+                raise ConfigError(f"--{flag_name(field)} {shown}: must be a finite number")
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
             if declared.needs is not None and value not in _OFF:
@@ -102,6 +111,10 @@ class Section:
                 if getattr(self, needed) in _OFF:
                     words = f" {value}" if isinstance(value, str) else ""
                     raise ConfigError(f"--{flag_name(field)}{words} needs {declared.needs}")
+
+
+def _floats(value: Any) -> list[float]:
+    return [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, float)]
 
 
 def declared_options(section: type) -> Iterator[tuple["dataclasses.Field[Any]", Option]]:

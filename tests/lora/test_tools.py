@@ -310,9 +310,10 @@ def test_the_documented_commands_run_as_they_stand(tmp_path, monkeypatch, capsys
     Path("models/base.safetensors").rename("models/wan2.1_i2v_480p_14B_bf16.safetensors")
     lora(Path("output/my-lora.safetensors"))
     lora(Path("output/other-lora.safetensors"), seed=1)
+    lora(Path("output/my-lora-step00000015.safetensors"), seed=2)
     blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     commands = [shlex.split(line) for line in "".join(blocks).splitlines() if "wan_lora.py" in line]
-    assert {words[2] for words in commands} == {"convert", "inspect", "merge", "extract", "resize"}
+    assert {words[2] for words in commands} == {"convert", "inspect", "merge", "ema", "extract", "resize"}
     for words in commands:
         assert words[:2] == ["python", "wan_lora.py"]
         wan_lora.main(words[2:])

@@ -5,7 +5,17 @@ import torch
 from safetensors.torch import save_file
 
 import wan.memory.block_swap
-from tests.dit_cases import CPU, DEVICES, SPEC, lora_gradients, random_dit, velocity, watch_blocks_, with_lora
+from tests.dit_cases import (
+    CPU,
+    DEVICES,
+    SPEC,
+    arguments,
+    lora_gradients,
+    random_dit,
+    velocity,
+    watch_blocks_,
+    with_lora,
+)
 from wan.files.load import load_dit
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import Fp8Linear
@@ -39,17 +49,19 @@ def test_outputs_are_the_same(count, pinned, device):
         assert torch.equal(velocity(model), expected)
 
 
+@pytest.mark.parametrize("recomputed", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("count", COUNTS)
-def test_lora_gradients_are_the_same(count, mode, device):
+def test_lora_gradients_are_the_same(count, mode, recomputed, device):
     results = []
     for swapped in (0, count):
         model = random_dit()
         network = with_lora(model)
         model.train(mode == "train").to(device)
         if swapped:
-            swap_blocks_(model, swapped, device)
-        recompute_blocks_(model)
+            swap_blocks_(model, swapped, device, recomputed=recomputed)
+        if recomputed:
+            recompute_blocks_(model)
         gradients = []
         for _ in range(2):
             gradients.append(lora_gradients(model, network))
@@ -84,7 +96,7 @@ def test_the_device_holds_two_of_the_swapped_blocks(count, device):
 def test_each_block_is_sent_for_while_the_one_before_it_computes(copies):
     model = random_dit()
     network = with_lora(model)
-    swap_blocks_(model, 4, CPU)
+    swap_blocks_(model, 4, CPU, recomputed=True)
     at_start = []
     watch_blocks_(model, lambda _number, _x: at_start.append(list(copies)))
     recompute_blocks_(model)
@@ -105,12 +117,30 @@ def test_no_copy_is_on_its_way_when_a_pass_ends(copies):
     assert copies[3:] == [0, 2]  # 1 was still there
 
 
-def test_backward_without_recomputing_is_an_error_rather_than_wrong(device):
+def test_without_recomputing_backward_fetches_each_block_once(copies):
     model = random_dit()
     network = with_lora(model)
-    swap_blocks_(model, 3, device)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        lora_gradients(model, network)
+    swap_blocks_(model, 4, CPU)
+    lora_gradients(model, network)
+    assert copies == [0, 1, 2, 3, 1, 0]  # 3 and 2 are still on the device
+    lora_gradients(model, network)
+    assert copies[6:] == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize("fp8", [None, "cast", "scaled"])
+def test_two_passes_may_wait_for_backward_at_a_time(fp8, device, tmp_path):
+    path = tmp_path / "dit.safetensors"
+    save_file(random_dit().state_dict(), path)
+    results = []
+    for swapped in (0, 3):
+        model = load_dit(path, None, device, fp8=fp8, blocks_on_host=swapped)
+        network = with_lora(model)
+        if swapped:
+            swap_blocks_(model, swapped, device)
+        losses = [model(*arguments(device, batch=batch)).square().mean() for batch in (1, 2)]
+        sum(losses).backward()
+        results.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+    assert torch.equal(*results) and results[0].norm() > 0
 
 
 @pytest.mark.parametrize("fp8", [None, "scaled"])

@@ -90,7 +90,6 @@ def trainable():
             ["--compile_mode max-autotune", "--compile_backend"],
         ),
         (TrainingMemoryConfig, {"fp8_scaled": True}, ["--fp8_scaled needs --fp8_base"]),
-        (TrainingMemoryConfig, {"blocks_to_swap": 1}, ["--blocks_to_swap needs --gradient_checkpointing"]),
         (TrainingMemoryConfig, OFFLOAD, ["--gradient_checkpointing_cpu_offload needs --gradient_checkpointing;"]),
     ],
 )

@@ -217,3 +217,36 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_never_was(tmp_p
     assert killed == 10
     assert weights(folder) == weights(straight) and metrics(folder) == metrics(straight)
     assert not list(folder.glob(".tmp-*"))
+
+
+def test_weights_that_an_update_has_made_infinite_are_never_saved(tmp_path, monkeypatch):
+    original = TrainingStep.run
+
+    def run(self, batches, items, epoch, step, stop):
+        if step == 6:
+            self.optimizer.param_groups[0]["lr"] = float("inf")
+        return original(self, batches, items, epoch, step, stop)
+
+    monkeypatch.setattr(TrainingStep, "run", run)
+    flags = ("--save_state", "--save_every_n_steps", "3")
+    with pytest.raises(Stopped, match=r"step 6 made weights NaN .*latest file before it is .*run-step00000003") as end:
+        train(str(tmp_path), *flags, steps=9)
+    assert end.value.exit_code == 1
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"run-step00000003.safetensors", "run-step00000003-state"}
+    assert not names & {"run.safetensors", "run-state", "run-step00000006.safetensors", "run-step00000006-state"}
+
+
+def test_weights_that_float16_can_not_hold_are_saved_as_float32(tmp_path, monkeypatch, caplog):
+    original = TrainingStep.run
+
+    def run(self, *arguments):
+        result = original(self, *arguments)
+        with torch.no_grad():
+            next(iter(self.network.parameters())).fill_(1e6)
+        return result
+
+    monkeypatch.setattr(TrainingStep, "run", run)
+    tensors = load_file(train(str(tmp_path), "--save_precision", "fp16", steps=1) / "run.safetensors")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
+    assert "--save_precision float16: has no room for these weights" in caplog.text

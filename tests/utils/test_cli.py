@@ -254,6 +254,7 @@ class Bounded(Section):
     size: tuple[int, ...] = option((), help="some", minimum=16)
     mode: str = option("none", help="some", needs="--size W H, e.g. 16 16")
     fast: bool = option(False, help="some", needs="--steps")
+    free: tuple[float, ...] = option((), help="some")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +264,8 @@ class Bounded(Section):
         ({"steps": 1001}, "--steps 1001: must be 1 to 1000"),
         ({"speed": 0.0}, "--speed 0.0: must be above 0; try 1e-4"),
         ({"speed": float("nan")}, "--speed nan: must be above 0; try 1e-4"),
+        ({"speed": float("inf")}, "--speed inf: must be a finite number"),
+        ({"free": (1.0, float("nan"))}, "--free 1.0 nan: must be a finite number"),
         ({"dropout": 1.0}, "--dropout 1.0: must be at least 0 and below 1"),
         ({"size": (16, 15)}, "--size 16 15: must be at least 16"),
         ({"mode": "x"}, "--mode x needs --size W H, e.g. 16 16"),
@@ -300,4 +303,13 @@ def test_a_group_is_filled_by_the_types_of_its_fields():
     titles = [line for line in parser.format_help().splitlines() if line in ("numbers:", "some settings:")]
     assert titles == ["numbers:", "some settings:"]
     assert cli.settings(group.inner) == {"steps": 5, "speed": 2.0, "dropout": 0.0, "mode": "none", "fast": False}
-    assert [*cli.values(group)] == ["steps", "speed", "dropout", "size", "mode", "fast", *cli.values(Example("x"))]
+    assert [*cli.values(group)] == [
+        "steps",
+        "speed",
+        "dropout",
+        "size",
+        "mode",
+        "fast",
+        "free",
+        *cli.values(Example("x")),
+    ]

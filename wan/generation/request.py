@@ -242,9 +242,13 @@ def _controls(
         name, sizes = sampling.one_frame_layout, sampling.control_sizes
         if prompt.wants_trained_layout:
             if trained is None:
-                raise ConfigError("no LoRA file names the indices that it was trained at; give them")
+                raise ConfigError(
+                    "no LoRA file names the indices that it was trained at; give e.g. control_index=0,target_index=1"
+                )
             encoding = encoding_named(name) if name else trained.encoding
             layout = replace(trained, encoding=encoding, control_sizes=sizes or trained.control_sizes)
+        elif "=" not in prompt.one_frame:
+            raise ConfigError("names no time indices, which Wan needs; try control_index=0,target_index=1")
         else:
             layout = parse(prompt.one_frame, name, sizes)
         if trained not in (None, layout):
@@ -259,7 +263,7 @@ def _controls(
 
 
 def _likely_cause(prompt: Prompt) -> str:
-    """A hint for a text of indices that can't be used: what the shell left of it, or words of another model."""
+    """A hint for a text of indices that can't be used: what the shell left of it."""
     text = prompt.one_frame or ""
     incomplete = "target_index" not in text or len(prompt.control_image_path or ()) > 1
     if prompt.place == COMMAND_LINE and "control_index" in text and ";" not in text and incomplete:
@@ -267,8 +271,6 @@ def _likely_cause(prompt: Prompt) -> str:
             ". A shell ends the command at ';': put quotes around it, as in --one_frame_inference "
             '"control_index=0;2,target_index=1"'
         )
-    if text and "=" not in text:
-        return ". Wan needs time indices, e.g. control_index=0,target_index=1"
     return ""
 
 

@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 def convert(source: Path, out: Path, dialect: str) -> None:
     """Write the LoRA `source` in another dialect; for PEFT `out` is a folder. Tells what could not be carried over."""
-    _check_out(out, dialect)
+    check_out(out, dialect)
     lora = read_lora(source, "SOURCE")
-    _write(out, lora.modules, _with_ranks(lora.metadata, lora.modules), dialect)
+    save_modules(out, lora.modules, _with_ranks(lora.metadata, lora.modules), dialect)
 
 
 def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> None:
@@ -42,7 +42,7 @@ def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> N
         raise ConfigError(
             f"--multiplier: {counted(len(multipliers), 'number')} for {counted(len(sources), 'file')}; give one each"
         )
-    _check_out(out)
+    check_out(out)
     multipliers = (*multipliers, *[1.0] * (len(sources) - len(multipliers)))
     if not all(map(math.isfinite, multipliers)):
         raise ConfigError(f"--multiplier {' '.join(map(str, multipliers))}: must be numbers; try 1")
@@ -69,7 +69,7 @@ def merge(sources: Sequence[Path], multipliers: Sequence[float], out: Path) -> N
             "the files were trained at different indices (%s); none are stored", " and ".join(map(str, indices))
         )
     names = json.dumps([[lora.path.name, multiplier] for lora, multiplier in zip(loras, multipliers, strict=True)])
-    _write(out, modules, _with_ranks(kept, modules) | {"ss_merged_from": names})
+    save_modules(out, modules, _with_ranks(kept, modules) | {"ss_merged_from": names})
 
 
 def _sum(pairs: Iterable[tuple[LoRAModule, float]]) -> LoRAModule:
@@ -102,7 +102,7 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
     A rank that is no smaller than that of a module leaves the module as it is. Differences are kept.
     """
     _check_rank(rank)
-    _check_out(out)
+    check_out(out)
     lora, modules, kept = read_lora(source, "SOURCE"), dict[str, LoRAModule](), dict[str, float]()
     for name, module in lora.modules.items():
         if module.low_rank:
@@ -121,7 +121,7 @@ def resize(source: Path, out: Path, rank: int, device: torch.device | str = "cpu
             "on average %.1f %% of each change is kept, at least %.1f %% (%s)", 100 * mean, 100 * kept[worst], worst
         )
     metadata = {key: value for key, value in lora.metadata.items() if key != "ss_network_args"}  # those of LoHa, LoKr
-    _write(out, modules, _with_ranks(metadata, modules))
+    save_modules(out, modules, _with_ranks(metadata, modules))
 
 
 def _low_rank(module: LoRAModule, rank: int, device: torch.device | str) -> tuple[tuple[Tensor, Tensor], float]:
@@ -170,7 +170,7 @@ def extract(base: Path, tuned: Path, out: Path, rank: int, device: torch.device 
     Biases, norms and the like become differences. ConfigError unless both are the same kind of model and differ.
     """
     _check_rank(rank)
-    _check_out(out)
+    check_out(out)
     first, second = _open(base, "BASE"), _open(tuned, "TUNED")
     if first.shapes != second.shapes:
         name = min(first.shapes.items() ^ second.shapes.items())[0]
@@ -205,7 +205,7 @@ def extract(base: Path, tuned: Path, out: Path, rank: int, device: torch.device 
         log.warning("no LoRA can carry %s, which differs as well; it is left out", ", ".join(left))
     modules = {name: _sum((module, 1.0) for module in parts) for name, parts in found.items()}
     metadata = {"ss_base_model_version": "wan", "ss_extracted_from": json.dumps([base.name, tuned.name])}
-    _write(out, modules, _with_ranks(metadata, modules))
+    save_modules(out, modules, _with_ranks(metadata, modules))
 
 
 def inspect(path: Path) -> list[str]:
@@ -308,7 +308,7 @@ def _with_ranks(metadata: Mapping[str, str], modules: Mapping[str, LoRAModule]) 
     return dict(metadata) | {f"ss_{key}": text for key, text in texts.items()}
 
 
-def _check_out(out: Path, dialect: str = "musubi") -> None:
+def check_out(out: Path, dialect: str = "musubi") -> None:
     """Raise ConfigError, before the work, unless this can be written without losing another file."""
     if (out / ADAPTER[0] if dialect == "peft" else out).exists():
         raise ConfigError(f"OUT {out}: exists already; delete it or choose another name")
@@ -320,7 +320,10 @@ def _check_out(out: Path, dialect: str = "musubi") -> None:
         require_writable_dir(out.parent, "OUT")
 
 
-def _write(out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, str], dialect: str = "musubi") -> None:
+def save_modules(
+    out: Path, modules: Mapping[str, LoRAModule], metadata: Mapping[str, str], dialect: str = "musubi"
+) -> None:
+    """Write a LoRA file, or for PEFT a folder; tells what the dialect can't carry."""
     tensors, config, lost = write_keys(modules, dialect)
     if not tensors:
         raise ConfigError(f"--to {dialect}: can carry nothing of this file; use --to comfyui")

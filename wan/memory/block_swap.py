@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ SLOTS = 2  # places on the device that swapped blocks take turns in: one block c
 _ALIGNMENT = 64  # bytes between the starts of tensors that share a buffer; any dtype can be viewed there
 
 
-def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = False) -> None:
+def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = False, recomputed: bool = False) -> None:
     """Keep the frozen parameters of the last `count` blocks in host memory; everything else goes to `device`.
 
     Two blocks' worth of memory on the device serves all of them in turn, so the device holds the weights of
@@ -28,15 +28,15 @@ def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = F
     pinned: page-locked host memory, which is copied faster and without holding up the program; CUDA only.
 
     In the state dict the weights of these blocks are those in host memory; what is written there counts.
-    Outputs and gradients stay the same. Backward needs recomputed blocks (`recompute_blocks_`, applied after
-    this): otherwise the weights that autograd kept are overwritten, which it notices and raises RuntimeError.
+    Outputs and gradients stay the same. recomputed: `recompute_blocks_` is applied after this. Otherwise autograd saves
+    the places of weights in place of weights, which are fetched again in backward.
     Weights that have moved stay where they are: another runner would have to fetch them too.
     """
     blocks = list(dit.blocks)[-count:]
     swapper = _Swapper([_frozen(block) for block in blocks[:SLOTS]], device, pinned)
     for block in blocks:
         swapper.take_over(block)
-    dit.runner = SwappedBlocks(dit.runner, swapper, blocks)
+    dit.runner = SwappedBlocks(dit.runner, swapper, blocks, recomputed)
     dit.to(device)
     dit.register_forward_pre_hook(lambda *_: swapper.prefetch(0, after=swapper.now()))
 
@@ -51,16 +51,18 @@ def swap_blocks_(dit: WanDiT, count: int, device: torch.device, pinned: bool = F
 class SwappedBlocks(SavingRunner):
     """Fetches the weights of a block before `runner` computes it."""
 
-    def __init__(self, runner: BlockRunner, swapper: _Swapper, blocks: list[nn.Module]) -> None:
+    def __init__(self, runner: BlockRunner, swapper: _Swapper, blocks: list[nn.Module], recomputed: bool) -> None:
         """blocks: those that `swapper` has taken over, in order."""
-        self._inner, self._swapper = Saver(runner), swapper
+        self._inner, self._swapper, self._recomputed = Saver(runner), swapper, recomputed
         self._numbers = {block: number for number, block in enumerate(blocks)}
         self.saves_less = self._inner.saves_less
 
     def run(self, saving: Saving, block: Block, x: Tensor, *shared: Unpack[Shared]) -> Tensor:
         if block not in self._numbers:
             return self._inner.run(saving, block, x, *shared)
-        with self._swapper.on_device(self._numbers[block]):
+        number = self._numbers[block]
+        fetched_again = nullcontext() if self._recomputed else self._swapper.saved_as_places(number)
+        with self._swapper.on_device(number), fetched_again:
             return self._inner.run(saving, block, x, *shared)
 
 
@@ -99,7 +101,7 @@ class _Swapper:
             for weights in templates
         ]
         self._host: list[list[Tensor]] = []
-        self._previous = -1
+        self._previous = self._backward = -1  # numbers of the blocks that were run, or went through backward, last
 
     def take_over(self, block: nn.Module) -> None:
         """Move the frozen parameters of the next block to the host and put the slot's parameters in their place."""
@@ -124,12 +126,41 @@ class _Swapper:
         self.prefetch(number, after=free)
         if self._stream is not None:
             _wait(torch.cuda.current_stream(self._stream.device), self._slot(number).ready)
+        self._backward = -1
         step = -1 if number == self._previous - 1 else 1  # backward recomputes the blocks from the last to the first
         self._previous = number
         try:
             yield
         finally:  # a recomputed pass ends with an exception as soon as it has what backward needs
             self.prefetch(number + step, after=free)
+
+    def saved_as_places(self, number: int) -> AbstractContextManager[None]:
+        """Context in which autograd saves a weight of this block, or a view of it, as its place in the slot."""
+        addresses = {weight.untyped_storage().data_ptr(): i for i, weight in enumerate(self._slot(number).parameters)}
+
+        def pack(tensor: Tensor) -> Tensor | tuple[int, tuple[Any, ...]]:
+            i = addresses.get(tensor.untyped_storage().data_ptr())
+            return tensor if i is None else (i, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+
+        def unpack(packed: Tensor | tuple[int, tuple[Any, ...]]) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            self._fetch_for_backward(number)
+            i, view = packed
+            return self._slot(number).parameters[i].detach().as_strided(*view)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _fetch_for_backward(self, number: int) -> None:
+        """Have the weights of a block on the device, and send for those of the one before it."""
+        if self._backward == number and self._slot(number).content == number:
+            return
+        free = self.now()  # backward goes from block to block, so that nothing reads the other slot any more
+        self.prefetch(number, after=free)
+        if self._stream is not None:
+            _wait(torch.cuda.current_stream(self._stream.device), self._slot(number).ready)
+        self.prefetch(number - 1, after=free)
+        self._backward = number
 
     def now(self) -> torch.cuda.Event | None:
         """Event after all work that the device has been given so far; None on a CPU."""

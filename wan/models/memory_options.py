@@ -169,13 +169,8 @@ class TrainingMemoryConfig(MemoryConfig):
         super().__post_init__()
         if self.fp8_scaled and not self.fp8_base:
             raise ConfigError("--fp8_scaled needs --fp8_base; give both")
-        if self.blocks_to_swap and self.gradient_checkpointing == "none":
-            raise ConfigError("--blocks_to_swap needs --gradient_checkpointing; give both")
-        if self.blocks_to_swap and self.gradient_checkpointing != "all":
-            raise ConfigError(
-                f"--gradient_checkpointing {self.gradient_checkpointing}: can't be combined with --blocks_to_swap; "
-                "use all"
-            )
+        if self.blocks_to_swap and self.gradient_checkpointing == "auto":
+            raise ConfigError("--gradient_checkpointing auto: can't be combined with --blocks_to_swap; use all")
 
     @property
     def recomputed(self) -> str:
@@ -237,7 +232,8 @@ def apply_memory_options_(dit: WanDiT, config: MemoryConfig, device: torch.devic
     if config.compile:
         compile_blocks_(dit, config)
     if config.blocks_to_swap:
-        swap_blocks_(dit, config.blocks_to_swap, device, config.use_pinned_memory_for_block_swap)
+        pinned, recomputed = config.use_pinned_memory_for_block_swap, config.recomputed != "none"
+        swap_blocks_(dit, config.blocks_to_swap, device, pinned, recomputed)
     if config.recomputed != "none":
         recompute_blocks_(dit, config.offloads_activations, config.recomputed == "auto")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.cli import Stopped
+from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from wan.lora.files import write_lora
 from wan.memory.sharding import mapped
@@ -22,7 +23,7 @@ from wan.training import start
 from wan.training.cadence import Action, Cadence, StopRequest
 from wan.training.job import RunLength, StepBatches, StepLoader, TrainingJob
 from wan.training.saving import Saver
-from wan.training.state import Progress, State, save_state
+from wan.training.state import Progress, State, changed_facts, save_state
 from wan.training.step import StepResult
 from wan.training.summary import RunSummary
 
@@ -76,7 +77,7 @@ class Trainer:
         """Train to the end and return the path of the final LoRA file.
 
         Raises Stopped, with a state saved, on Ctrl-C, SIGTERM, SIGHUP, or too many steps in a row without a finite
-        loss, and MemoryRanOut.
+        loss; Stopped, and nothing saved, after an update to NaN; and MemoryRanOut.
         """
         log.info("%s", self.summary.table())
         self.job.dit.train()
@@ -90,6 +91,8 @@ class Trainer:
                 for data in self._data():
                     result = self._train(data)
                     self._report(result, bar)
+                    if result.spoilt:
+                        self._give_up()
                     with self._stopping_without_data():
                         self.cadence.after_step(self.progress.step)
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -118,7 +121,10 @@ class Trainer:
 
     @property
     def _finished(self) -> bool:
-        return self.progress.step >= self.length.total_steps
+        """Whether all steps are taken, and what follows the epoch if the last one ended it, also before a resume."""
+        if self.progress.step < self.length.total_steps:
+            return False
+        return self.progress.items != self.loader.items(self.progress.epoch + 1)
 
     def _data(self) -> Iterator[StepBatches]:
         """The data of the steps left in the epoch. Where a process can't read its own, the run stops with a state."""
@@ -198,10 +204,15 @@ class Trainer:
 
     # --- files
 
-    def _write_lora(self, path: Path) -> None:
-        with self.training_step.as_saved(), self.stop.writing():  # the tensors are those of the network, not copies
-            tensors = self.job.network.state_dict(self.job.options.save.dtype)
-            write_on_main(lambda: write_lora(path, tensors, self.summary.metadata(self.progress)))
+    def _write_lora(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or self.job.options.save.dtype
+        with self.training_step.as_saved(dtype), self.stop.writing():
+            tensors = self.job.network.state_dict(dtype)  # those of the network, not copies
+            if fits := all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+                write_on_main(lambda: write_lora(path, tensors, self.summary.metadata(self.progress)))
+        if not fits:
+            log.warning("--save_precision %s: has no room for these weights; saved as float32", dtype_name(dtype))
+            self._write_lora(path, torch.float32)
 
     def _state(self, path: Path = Path("the last step")) -> State:
         """All that the run needs to go on from here. path: where the state will be."""
@@ -216,10 +227,21 @@ class Trainer:
     def _restore(self, state: State) -> None:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
-        for name, value in self.summary.facts().items():
-            if state.facts.get(name) != value:
-                log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
+        for name, now, then in changed_facts(self.summary.facts(), state.facts):
+            log.warning("resuming with %s = %s; the state was made with %s", name, now, then)
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
+
+    def _give_up(self) -> NoReturn:
+        self.job.tracker.close()
+        self.accelerator.wait_for_everyone()
+        latest = (
+            f"the latest file before it is {self.saver.latest}" if self.saver.latest else "no file was saved before"
+        )
+        raise Stopped(
+            f"stopped: the update of step {self.progress.step} made weights NaN or infinite, and nothing of it is saved"
+            f"; {latest}; use a lower --learning_rate",
+            1,
+        )
 
     def _stop(self, reason: str, exit_code: int) -> NoReturn:
         self.stop.ending = True

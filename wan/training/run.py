@@ -51,7 +51,21 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     accelerator = start.build_accelerator(models.device)
     cli.quiet_unless(accelerator.is_main_process)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
-    state = start.find_state(save)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    with start.sole_run(save, processes):
+        _run(models, options, datasets, dit_file, samples, accelerator)
+
+
+def _run(
+    models: TrainingModels,
+    options: TrainingOptions,
+    datasets: DatasetsConfig,
+    dit_file: DiTCheckpoint,
+    samples: _Samples | None,
+    accelerator: Accelerator,
+) -> None:
+    save = options.save
+    state = start.find_state(save, options.optimizer)
     seed = start.shared_seed(options.run.seed, state)
     training_set = _training_set(datasets, options, seed, dit_file)
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
@@ -108,7 +122,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     dit_file, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
-    state = start.find_state(options.save)
+    state = start.find_state(options.save, options.optimizer)
     training_set = _training_set(datasets, options, options.run.seed or 0, dit_file)
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     options.optimizer.check_schedule(length.total_steps)

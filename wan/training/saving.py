@@ -39,6 +39,7 @@ class Saver:
         deletes: bool = True,
     ) -> None:
         self._config, self._deletes = config, deletes
+        self.latest: Path | None = None  # of the files of this run
         self._loras = _Kind(".safetensors", write_lora, config.save_last_n_steps, config.save_last_n_epochs)
         self._states = _Kind("-state", write_state, config.keep_steps_of_states, config.keep_epochs_of_states)
 
@@ -91,6 +92,7 @@ class Saver:
         except OSError as error:
             log.error("%s could not be written (%s); earlier files are intact, training goes on", path, error.strerror)
             return False
+        self.latest = path
         log.info("saved %s", path)
         return True
 

@@ -2,6 +2,8 @@
 
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
+from utils.files import held
 from utils.randomness import seeded
+from utils.text import one_line
 from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
@@ -24,9 +28,9 @@ from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class
 from wan.training.options import SaveConfig, TrainingOptions
-from wan.training.state import State, load_state, newest_state
+from wan.training.state import State, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
 from wan.training.validation import Validator, validate
 
@@ -117,18 +121,49 @@ def base_merger(dit_file: DiTCheckpoint, settings: NetworkConfig) -> Merger | No
     )
 
 
-def find_state(save: SaveConfig) -> State | None:
+@contextmanager
+def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
+    """The block is the only run that writes files of this name; its folder is as a run left it that was not killed.
+
+    Raises ConfigError, in all processes, while there is another.
+    """
+    lock = save.output_dir / f"{save.output_name}.lock"
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        if processes.is_main:
+            try:
+                stack.enter_context(held(lock))
+                restore_replaced(save.output_dir, save.output_name)
+                if save.resume not in (None, "auto"):
+                    restore_replaced(Path(save.resume).parent, Path(save.resume).name)
+            except BlockingIOError:
+                failure = ConfigError(
+                    f"--output_name {save.output_name}: another training writes its files to {save.output_dir} "
+                    "just now; wait for its end, or choose another name or folder"
+                )
+            except OSError as error:
+                failure = error
+        processes.raise_anywhere(failure)
+        yield
+
+
+def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
     """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
 
-    Raises ConfigError when it can't be read, or for `auto` when none can.
+    Raises ConfigError when it can't be read, for `auto` when none can, and when it is of another kind of optimizer.
     """
     if save.resume is None:
         return None
-    if save.resume != "auto":
-        return load_state(Path(save.resume))
-    state = newest_state(save.output_dir, save.output_name)
+    state = load_state(Path(save.resume)) if save.resume != "auto" else newest_state(save.output_dir, save.output_name)
     if state is None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+        return None
+    then, now = state.facts.get("optimizer_type"), optimizer.optimizer_type
+    if isinstance(then, str) and then != now and optimizer_class(then) is not optimizer_class(now):
+        raise ConfigError(
+            f"--resume {state.path}: is a state of {one_line(then)}, which {now} can't go on from; give "
+            f"--optimizer_type {one_line(then)}, or begin from its LoRA by --network_weights without --resume"
+        )
     return state
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import make_accessible, sync, temporary_prefix
+from utils.files import make_accessible, make_folder, sync, temporary_prefix
 from utils.text import some
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def save_state(state: State) -> None:
     The new state is on disk before the old one is deleted, so that a power cut costs none.
     """
     path = state.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     replaced = temporary.with_name(temporary.name + "-old")
     try:
@@ -124,6 +124,18 @@ def load_state(path: Path) -> State:
     return State(path, progress, facts, weights, optimizer)
 
 
+def changed_facts(now: Facts, then: Facts) -> list[tuple[str, Any, Any]]:
+    """Name, value now and value then of what differs, also in the tables within; older states lack some of it."""
+    changed = []
+    for name in now.keys() & then.keys():
+        if isinstance(now[name], dict) and isinstance(then[name], dict):
+            names = now[name].keys() | then[name].keys()
+            changed += [(key, now[name].get(key), then[name].get(key)) for key in sorted(names)]
+        else:
+            changed.append((name, now[name], then[name]))
+    return [(name, new, old) for name, new, old in changed if new != old]
+
+
 def newest_state(folder: Path, name: str) -> State | None:
     """The whole state of the run `name` in `folder` that has come furthest; None where there is none at all.
 
@@ -154,6 +166,22 @@ def _place(state: Path) -> tuple[int, int, str]:
         return int(progress["step"]), int(progress["epoch"]), state.name
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1, -1, state.name
+
+
+def restore_replaced(folder: Path, name: str) -> None:
+    """Give the states of the run `name` their names back, where a kill came between the two renames of `save_state`.
+
+    By then the new state was whole; after a power cut it may be gone, and the old one is taken.
+    """
+    pattern = re.compile(rf"{re.escape(temporary_prefix(Path(name)).removesuffix('-'))}{_SUFFIXES}-\w+-old")
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(old.name):
+            new = old.with_name(old.name.removesuffix("-old"))
+            path = old.with_name(new.name.removeprefix(".tmp-").rpartition("-")[0])
+            if not path.exists():
+                (new if new.is_dir() else old).replace(path)
+                sync(folder)
+                log.info("restored %s", path)
 
 
 def remove_leftovers(folder: Path, name: str) -> None:

@@ -38,6 +38,7 @@ class StepResult:
     max_norm: tuple[int, float, float] | None  # LoRANetwork.apply_max_norm, if asked for
     skipped: bool  # nothing was updated, because loss or gradient was no finite number
     stop: bool  # some process was asked to stop
+    spoilt: bool  # the update has made weights NaN or infinite
 
 
 class TrainingStep:
@@ -94,14 +95,16 @@ class TrainingStep:
         norm = self._clipped_norm()
         # A scaled gradient may overflow now and then; the scaler skips that step and lowers its scale.
         skipped = not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled())
-        limit, max_norm = self.options.network.scale_weight_norms, None
+        limit, max_norm, spoilt = self.options.network.scale_weight_norms, None, False
         if not skipped:
             scaler.step(self.optimizer.optimizer)
             max_norm = self.network.apply_max_norm(limit) if limit else None
+            largest = torch.nn.utils.get_total_norm(self.network.parameters(), math.inf)
+            spoilt = not math.isfinite(float(full_tensor(largest)))
         scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss / items, norm, max_norm, skipped, stops > 0)
+        return StepResult(loss / items, norm, max_norm, skipped, stops > 0, spoilt)
 
     def learning_rates(self) -> dict[str, float]:
         """Name of each group of parameters -> its current rate."""
@@ -114,12 +117,13 @@ class TrainingStep:
         return {group["name"]: float(group["d"]) * float(group["lr"]) for group in groups}
 
     @contextmanager
-    def as_saved(self) -> Iterator[None]:
+    def as_saved(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """Context in which the LoRA is what a file saved now would be; afterwards it is as before, to the bit.
 
-        In it are the weights that a schedule-free optimizer wants to be used, rounded to the dtype of the file.
+        In it are the weights that a schedule-free optimizer wants to be used, rounded to the dtype of the file, which
+        is that of the options unless it is given.
         """
-        dtype = self.options.save.dtype
+        dtype = dtype or self.options.save.dtype
         if dtype == torch.float32 and not is_schedule_free(self.optimizer.optimizer):
             yield
             return

@@ -28,7 +28,9 @@ class ValidationConfig(Section):
     """validation"""
 
     validation_split: float = option(
-        0.0, help="share (at most 0.5) or number of the items to validate with instead of training on them"
+        0.0,
+        finite=False,
+        help="share (at most 0.5) or number of the items to validate with instead of training on them",
     )
     validate_every_n_steps: int | None = option(None, minimum=1, help="validate at the start and after every n steps")
     validate_every_n_epochs: int | None = option(None, minimum=1, help="validate at the start and after every n epochs")
