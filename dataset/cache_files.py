@@ -40,13 +40,13 @@ def write_tensors(
 ) -> None:
     """Write a cache whole, from tensors on any device, with `settings` as JSON in its metadata.
 
-    NaNs become 0 with a warning, as in the reference.
+    A run syncs what it has written at its end. NaNs become 0 with a warning, as in the reference.
     """
     metadata = {**metadata, **_COMMON_METADATA}
     metadata.pop("settings", None)
     if settings is not None:
         metadata["settings"] = json.dumps(asdict(settings))
-    with written_whole(path) as temporary:
+    with written_whole(path, durable=False) as temporary:
         save_file({key: _clean(path, key, tensor) for key, tensor in tensors.items()}, temporary, metadata)
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from dataset import config, problems
 from dataset.sources import find_all_items
+from demo.photos import PHOTOS, photo, write_pairs
 from demo.tiny_models import FILES
-from tests.photos import PHOTOS, photo, write_pairs
 from tests.test_options import FLAGS
 from tests.tiny_checkpoints import write_tiny_checkpoints
 from utils.errors import ConfigError

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -35,11 +35,12 @@ _HASH_WHOLE_BELOW = 64 << 20
 
 
 @contextmanager
-def written_whole(path: str | Path, replaces: bool = True) -> Iterator[Path]:
+def written_whole(path: str | Path, *, replaces: bool = True, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    After a power cut the old content or the new is there: both content and name are on disk when this returns.
     replaces: False raises FileExistsError where `path` is there already, also when another process was faster.
+    durable: content and name are on disk when this returns, so that after a power cut the old content or the new is
+    there. Without it the file may then be empty: for what is soon replaced, or synced later with many others.
     Raises OSError when the disk refuses, also where safetensors has its own exception for that.
     """
     path = Path(path)
@@ -48,12 +49,14 @@ def written_whole(path: str | Path, replaces: bool = True) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         make_accessible(temporary, 0o666)  # mkstemp makes files private
         if not replaces:
             _claim(path, temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -158,6 +161,21 @@ def sync(path: Path) -> None:
         _sync(path, os.O_RDWR)  # Windows syncs only what may be written
 
 
+def sync_all(files: Iterable[Path]) -> None:
+    """`sync` files that were not written `durable`, and their folders: by now most are on disk, so it is quick."""
+    found = dict.fromkeys(files)
+    for path in (*found, *dict.fromkeys(file.parent for file in found)):
+        sync(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, unless it is there; the names are on disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
@@ -256,7 +274,7 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
     """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

@@ -32,7 +32,7 @@ from dataset.sources import Item, find_all_items, find_all_targets
 from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.files import fingerprint, require_writable_dir, unusable_name
+from utils.files import fingerprint, require_writable_dir, sync_all, unusable_name
 from utils.images import Resize, open_masked, to_levels
 from utils.options import Section, option
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
@@ -139,6 +139,7 @@ def run_latents(
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
     if todo:
         cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
+        sync_all(latent_path(config, item) for item in todo)
     _clean(run, config, items, list_latent_caches, latent_path, processes)
 
 
@@ -160,6 +161,7 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
         _warn_of_long_captions(todo, tokenizer)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
+        sync_all(text_path(config, item) for item in todo)
     _clean(run, config, items, list_text_caches, text_path, processes)
 
 

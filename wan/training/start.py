@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import ConfigError
 from utils.files import held
 from utils.randomness import seeded
+from utils.text import one_line
 from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
@@ -28,7 +29,7 @@ from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class
 from wan.training.options import SaveConfig, TrainingOptions
 from wan.training.state import State, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
@@ -147,18 +148,23 @@ def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
         yield
 
 
-def find_state(save: SaveConfig) -> State | None:
+def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
     """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
 
-    Raises ConfigError when it can't be read, or for `auto` when none can.
+    Raises ConfigError when it can't be read, for `auto` when none can, and when it is of another kind of optimizer.
     """
     if save.resume is None:
         return None
-    if save.resume != "auto":
-        return load_state(Path(save.resume))
-    state = newest_state(save.output_dir, save.output_name)
+    state = load_state(Path(save.resume)) if save.resume != "auto" else newest_state(save.output_dir, save.output_name)
     if state is None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+        return None
+    then, now = state.facts.get("optimizer_type"), optimizer.optimizer_type
+    if isinstance(then, str) and then != now and optimizer_class(then) is not optimizer_class(now):
+        raise ConfigError(
+            f"--resume {state.path}: is a state of {one_line(then)}, which {now} can't go on from; give "
+            f"--optimizer_type {one_line(then)}, or begin from its LoRA by --network_weights without --resume"
+        )
     return state
 
 
