@@ -193,7 +193,7 @@ class DatasetsConfig:
 
     @property
     def alpha(self) -> str:
-        """What alpha channels are in all datasets; where they differ, masks."""
+        """The `alpha` of all datasets; where they differ, that of masks."""
         found = {dataset.alpha for dataset in self.datasets}
         return found.pop() if len(found) == 1 else "mask"
 
