@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import toml
 from safetensors import SafetensorError
@@ -23,10 +24,11 @@ _HASH_WHOLE_BELOW = 64 << 20
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, replaces: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
     After a power cut the old content or the new is there: both content and name are on disk when this returns.
+    replaces: False raises FileExistsError where `path` is there already, also when another process was faster.
     Raises OSError when the disk refuses, also where safetensors has its own exception for that.
     """
     path = Path(path)
@@ -37,6 +39,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         make_accessible(temporary, 0o666)  # mkstemp makes files private
+        if not replaces:
+            _claim(path, temporary)
         temporary.replace(path)
         sync(path.parent)
     except SafetensorError as error:
@@ -50,6 +54,17 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on Windows while another program looks at it; the next run tries again
             temporary.unlink(missing_ok=True)
+
+
+def _claim(path: Path, content: Path) -> None:
+    """Have `path` be another name of the file `content`. Raises FileExistsError when it is taken."""
+    try:
+        path.hardlink_to(content)
+    except FileExistsError:
+        raise
+    except OSError:  # no such links on this file system: as good as it gets there
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
 
 
 def make_accessible(path: Path, mode: int) -> None:
@@ -71,6 +86,53 @@ def delete(path: Path) -> None:
         path.replace(doomed / path.name)
     finally:
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is deleted afterwards. Raises BlockingIOError while another process holds it.
+
+    The system lets go of it when a process ends, in whatever way. Where a file system knows no locks, none is held.
+    """
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("ab"))
+            try:
+                _lock(file)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                    raise BlockingIOError(errno.EAGAIN, "is in use", str(path)) from None
+            if _is_still(path, file):
+                break
+            stack.close()  # whoever held it has just deleted it
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows deletes no open file
+                path.unlink()
+    with suppress(OSError):
+        if sys.platform == "win32":
+            path.unlink()
+
+
+def _is_still(path: Path, file: IO[bytes]) -> bool:
+    """Whether the open file has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Lock an open file for this process alone, not for those that it forks."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sync(path: Path) -> None:

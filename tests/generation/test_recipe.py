@@ -20,6 +20,7 @@ from tests.project import I2V_KINDS, MODELS, model_flags, pixels
 from utils.errors import ConfigError
 from wan import __version__
 from wan.generation import recipe
+from wan.generation.outputs import save_image
 
 ODD = "Bilder 'ünd' 画像 🐈"  # a folder
 COMMON = [*model_flags(*I2V_KINDS), "--device", "cpu"]
@@ -308,3 +309,14 @@ def test_versions_of_a_recipe_are_told_on_one_line_without_escape_codes(caplog):
         repeated(png_with(json.dumps({"options": {"prompt": "a"}, "files": {}, "made_by": made_by})))
     (line,) = [text for text in caplog.messages if "made with" in text]
     assert "made with wan-one-frame 1 [2J x, this is" in line and line.isprintable()
+
+
+def test_a_picture_of_the_same_name_at_the_same_moment_replaces_none(tmp_path):
+    for shade in (1, 2, 3):
+        save_image(tmp_path, "20260101-000000-000_7", Image.new("L", (8, 8), shade), None)
+    found = {path.name: Image.open(path).getpixel((0, 0)) for path in tmp_path.iterdir()}
+    assert found == {
+        "20260101-000000-000_7_000.png": 1,
+        "20260101-000000-000_7-2_000.png": 2,
+        "20260101-000000-000_7-3_000.png": 3,
+    }

@@ -17,6 +17,7 @@ import wan_train_network
 from tests.project import model_flags
 from utils import cli
 from utils.cli import Stopped
+from utils.errors import ConfigError
 from wan.training import start
 from wan.training.cadence import Cadence, StopRequest
 from wan.training.state import load_state, save_state
@@ -106,6 +107,16 @@ def test_a_loader_process_that_is_killed_costs_no_step_that_was_done(tmp_path):
     assert process.returncode == 1 and "Traceback" not in errors
     assert re.search(r"stopped after step \d+ \(a loader process was killed.*: go on with --resume", errors)
     only_state(tmp_path)
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_one_lives(tmp_path, capsys):
+    process = started(tmp_path)
+    with pytest.raises(ConfigError, match="--output_name run: another training writes its files to"):
+        wan_train_network.main(flags(tmp_path, "--max_data_loader_n_workers", "0", steps=1))
+    process.kill()
+    process.communicate()
+    wan_train_network.main(flags(tmp_path, "--max_data_loader_n_workers", "0", steps=1))
+    assert load_file(tmp_path / "run.safetensors") and not list(tmp_path.glob("*.lock"))
 
 
 def at_step(monkeypatch, step: int, what) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 from utils.errors import ConfigError
 from utils.files import written_whole
 from wan.training import state
-from wan.training.state import Progress, State, load_state, newest_state, remove_leftovers, save_state
+from wan.training.state import Progress, State, load_state, newest_state, remove_leftovers, restore_replaced, save_state
 
 WEIGHTS = {"lora_unet_a.lora_down.weight": torch.randn(2, 3)}
 OPTIMIZER = {"optimizer": {"state": {0: {"exp_avg": torch.randn(2, 3), "step": torch.tensor(4.0)}}}}
@@ -162,3 +163,27 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path, monkey
     assert left == [".tmp-run-more-state", ".tmp-v1.0.safetensors", "run.safetensors"]
     remove_leftovers(tmp_path, "v1.0")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("survivor", ["new", "old"])
+def test_a_kill_between_the_two_renames_costs_no_state(survivor, tmp_path, monkeypatch):
+    path, replace = write(tmp_path, step=4), Path.replace
+
+    def killed(old, new):
+        if Path(new) == path:
+            raise KeyboardInterrupt
+        return replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(state.shutil, "rmtree", lambda *_args, **_more: None)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, step=8)
+    assert not path.exists() and len(list(tmp_path.iterdir())) == 2
+    if survivor == "old":
+        shutil.rmtree(next(found for found in tmp_path.iterdir() if not found.name.endswith("-old")))
+    restore_replaced(tmp_path, "other")
+    assert not path.exists()
+    restore_replaced(tmp_path, "run")
+    remove_leftovers(tmp_path, "run")
+    assert load_state(path).progress.step == {"new": 8, "old": 4}[survivor] and list(tmp_path.iterdir()) == [path]

@@ -1,7 +1,10 @@
 """Result files of generation: PNG and latent files, their names and metadata (docs/formats.md#result-files)."""
 
+import itertools
 import logging
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -66,21 +69,26 @@ def result_stem(seed: int) -> str:
 
 def save_image(folder: Path, stem: str, image: Image.Image, recipe: Recipe | None) -> None:
     """Write `<stem>_000.png`, with the recipe in a text chunk."""
-    path = folder / f"{stem}_000.png"
     chunks = PngInfo()
     if recipe is not None:
         chunks.add_text(RECIPE_KEY, str(recipe))
-    with written_whole(path) as temporary:
-        image.save(temporary, pnginfo=chunks)
-    log.info("saved %s", path)
+    _write_new(folder, stem, "_000.png", lambda temporary: image.save(temporary, pnginfo=chunks))
 
 
 def save_latent(folder: Path, stem: str, latents: Tensor, metadata: dict[str, str] | None) -> None:
     """Write `<stem>_latent.safetensors` with `latent` [16, n, H, W] float32, as `Encoding.target` gives it."""
-    path = folder / f"{stem}_latent.safetensors"
-    with written_whole(path) as temporary:
-        save_file({"latent": latents.float().contiguous()}, temporary, metadata)
-    log.info("saved %s", path)
+    tensors = {"latent": latents.float().contiguous()}
+    _write_new(folder, stem, "_latent.safetensors", lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _write_new(folder: Path, stem: str, ending: str, write: Callable[[Path], None]) -> None:
+    """Write `<stem><ending>`, or `<stem>-2<ending>` ... where another generation had the same name at the same time."""
+    for number in itertools.count(1):
+        path = folder / (f"{stem}{ending}" if number == 1 else f"{stem}-{number}{ending}")
+        with suppress(FileExistsError), written_whole(path, replaces=False) as temporary:
+            write(temporary)
+            log.info("saved %s", path)
+            return
 
 
 def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:

@@ -51,6 +51,20 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     accelerator = start.build_accelerator(models.device)
     cli.quiet_unless(accelerator.is_main_process)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    with start.sole_run(save, processes):
+        _run(models, options, datasets, dit_file, samples, accelerator)
+
+
+def _run(
+    models: TrainingModels,
+    options: TrainingOptions,
+    datasets: DatasetsConfig,
+    dit_file: DiTCheckpoint,
+    samples: _Samples | None,
+    accelerator: Accelerator,
+) -> None:
+    save = options.save
     state = start.find_state(save)
     seed = start.shared_seed(options.run.seed, state)
     training_set = _training_set(datasets, options, seed, dit_file)

@@ -2,6 +2,8 @@
 
 import logging
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
+from utils.files import held
 from utils.randomness import seeded
 from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
@@ -26,7 +29,7 @@ from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
 from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
 from wan.training.options import SaveConfig, TrainingOptions
-from wan.training.state import State, load_state, newest_state
+from wan.training.state import State, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
 from wan.training.validation import Validator, validate
 
@@ -115,6 +118,32 @@ def base_merger(dit_file: DiTCheckpoint, settings: NetworkConfig) -> Merger | No
     return build_merger(
         files, settings.base_weights_multiplier, dit_file, "--base_weights", "--base_weights_multiplier"
     )
+
+
+@contextmanager
+def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
+    """The block is the only run that writes files of this name; its folder is as a run left it that was not killed.
+
+    Raises ConfigError, in all processes, while there is another.
+    """
+    lock = save.output_dir / f"{save.output_name}.lock"
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        if processes.is_main:
+            try:
+                stack.enter_context(held(lock))
+                restore_replaced(save.output_dir, save.output_name)
+                if save.resume not in (None, "auto"):
+                    restore_replaced(Path(save.resume).parent, Path(save.resume).name)
+            except BlockingIOError:
+                failure = ConfigError(
+                    f"--output_name {save.output_name}: another training writes its files to {save.output_dir} "
+                    "just now; wait for its end, or choose another name or folder"
+                )
+            except OSError as error:
+                failure = error
+        processes.raise_anywhere(failure)
+        yield
 
 
 def find_state(save: SaveConfig) -> State | None:

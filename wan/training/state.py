@@ -156,6 +156,22 @@ def _place(state: Path) -> tuple[int, int, str]:
         return -1, -1, state.name
 
 
+def restore_replaced(folder: Path, name: str) -> None:
+    """Give the states of the run `name` their names back, where a kill came between the two renames of `save_state`.
+
+    By then the new state was whole; after a power cut it may be gone, and the old one is taken.
+    """
+    pattern = re.compile(rf"{re.escape(temporary_prefix(Path(name)).removesuffix('-'))}{_SUFFIXES}-\w+-old")
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if pattern.fullmatch(old.name):
+            new = old.with_name(old.name.removesuffix("-old"))
+            path = old.with_name(new.name.removeprefix(".tmp-").rpartition("-")[0])
+            if not path.exists():
+                (new if new.is_dir() else old).replace(path)
+                sync(folder)
+                log.info("restored %s", path)
+
+
 def remove_leftovers(folder: Path, name: str) -> None:
     """Delete what a killed run `name` left half-written in its output folder."""
     prefix = re.escape(temporary_prefix(Path(name)).removesuffix("-"))
