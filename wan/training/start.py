@@ -1,6 +1,7 @@
 """The start of a training run: processes and devices, seed, state, the model with its LoRA, optimizer."""
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,24 +11,25 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
 from utils.files import held
 from utils.randomness import seeded
+from utils.text import one_line
 from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.device import DeviceConfig, Processes
+from wan.models.device import DeviceConfig, Processes, check_launcher
 from wan.models.memory_options import apply_memory_options_
 from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class
 from wan.training.options import SaveConfig, TrainingOptions
 from wan.training.state import State, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
@@ -146,18 +148,23 @@ def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
         yield
 
 
-def find_state(save: SaveConfig) -> State | None:
+def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
     """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
 
-    Raises ConfigError when it can't be read, or for `auto` when none can.
+    Raises ConfigError when it can't be read, for `auto` when none can, and when it is of another kind of optimizer.
     """
     if save.resume is None:
         return None
-    if save.resume != "auto":
-        return load_state(Path(save.resume))
-    state = newest_state(save.output_dir, save.output_name)
+    state = load_state(Path(save.resume)) if save.resume != "auto" else newest_state(save.output_dir, save.output_name)
     if state is None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+        return None
+    then, now = state.facts.get("optimizer_type"), optimizer.optimizer_type
+    if isinstance(then, str) and then != now and optimizer_class(then) is not optimizer_class(now):
+        raise ConfigError(
+            f"--resume {state.path}: is a state of {one_line(then)}, which {now} can't go on from; give "
+            f"--optimizer_type {one_line(then)}, or begin from its LoRA by --network_weights without --resume"
+        )
     return state
 
 
@@ -167,10 +174,16 @@ def build_accelerator(config: DeviceConfig) -> Accelerator:
     device = config.device
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
-    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    check_launcher()
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        log.warning("dynamo_backend %s of accelerate is not used; --compile compiles the model", backend)
+    # Both are given, because accelerate would take them from its environment
+    alone = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=device == "cpu", dynamo_backend="no", gradient_accumulation_plugin=alone
+    )
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("accelerate is set to FSDP 1; use docs/accelerate_fsdp2.yaml")
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ConfigError(f"accelerate is set to {kind.value}, which is not supported; use docs/accelerate_ddp.yaml")
     return accelerator

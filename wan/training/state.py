@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import make_accessible, sync, temporary_prefix
+from utils.files import make_accessible, make_folder, sync, temporary_prefix
 from utils.text import some
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def save_state(state: State) -> None:
     The new state is on disk before the old one is deleted, so that a power cut costs none.
     """
     path = state.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     replaced = temporary.with_name(temporary.name + "-old")
     try:
@@ -122,6 +122,18 @@ def load_state(path: Path) -> State:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"--resume {path}: is damaged ({reason}); resume from an earlier state") from None
     return State(path, progress, facts, weights, optimizer)
+
+
+def changed_facts(now: Facts, then: Facts) -> list[tuple[str, Any, Any]]:
+    """Name, value now and value then of what differs, also in the tables within; older states lack some of it."""
+    changed = []
+    for name in now.keys() & then.keys():
+        if isinstance(now[name], dict) and isinstance(then[name], dict):
+            names = now[name].keys() | then[name].keys()
+            changed += [(key, now[name].get(key), then[name].get(key)) for key in sorted(names)]
+        else:
+            changed.append((name, now[name], then[name]))
+    return [(name, new, old) for name, new, old in changed if new != old]
 
 
 def newest_state(folder: Path, name: str) -> State | None:

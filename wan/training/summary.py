@@ -6,6 +6,7 @@ from typing import Any
 
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
+from utils import cli
 from utils.dtypes import dtype_name
 from utils.text import table
 from wan.frames.sizes import frame_of
@@ -19,6 +20,17 @@ from wan.training.job import RunLength, TrainingJob
 from wan.training.metadata import lora_metadata
 from wan.training.options import TrainingOptions
 from wan.training.state import Facts, Progress
+
+_BESIDE_TRAINING = frozenset(
+    {
+        *("dataset_config", "one_frame", "max_data_loader_n_workers", "persistent_data_loader_workers"),
+        *("stop_after_skipped_steps", "validate_every_n_steps", "validate_every_n_epochs", "validation_levels"),
+        *("network_weights", "dim_from_weights"),  # what is resumed has weights of its own
+        *("seed", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "mixed_precision"),  # facts
+        *("optimizer_type", "learning_rate", "lr_scheduler"),
+    }
+)
+"""Settings that a run may be resumed with at other values without a word, or that are facts by themselves."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,16 @@ class RunSummary:
             "optimizer_type": optimizer.optimizer_type,
             "learning_rate": optimizer.learning_rate,  # that of the state goes on
             "lr_scheduler": optimizer.schedule,
+            "settings": self._settings(),
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """Every other setting that changes what is trained or how, by the name of its flag; unset ones are left out."""
+        options, dit = self.job.options, self.job.models.dit
+        found = cli.settings(options.run, options.network, options.optimizer, options.noise, options.validation)
+        found |= {"fp8_base": options.memory.fp8_base, "fp8_scaled": options.memory.fp8_scaled}
+        found |= {"dit": dit.dit and dit.dit.name, "dit_dtype": dit.dit_dtype}
+        return {name: value for name, value in found.items() if name not in _BESIDE_TRAINING and value is not None}
 
     def metadata(self, progress: Progress) -> dict[str, str]:
         """The metadata of a LoRA file that is written now."""
