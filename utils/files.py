@@ -17,6 +17,7 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from utils.errors import ConfigError
+from utils.leftovers import being_written, remove_leftovers
 from utils.text import one_line
 
 if sys.version_info >= (3, 11):
@@ -45,18 +46,18 @@ def written_whole(path: str | Path, *, replaces: bool = True, durable: bool = Tr
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix)
-    os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        make_accessible(temporary, 0o666)  # mkstemp makes files private
-        if not replaces:
-            _claim(path, temporary)
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
+        with being_written(handle):
+            yield temporary
+            if durable:
+                sync(temporary)
+            make_accessible(temporary, 0o666)  # mkstemp makes files private
+            if not replaces:
+                _claim(path, temporary)
+            temporary.replace(path)
+            if durable:
+                sync(path.parent)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -271,12 +272,16 @@ def not_downloaded(path: Path) -> str | None:
 
 
 def require_writable_dir(path: str | Path, flag: str) -> Path:
-    """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
+    """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written.
+
+    What killed runs have left half-written there is deleted.
+    """
     path = Path(path)
     try:
         make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
+        remove_leftovers(path)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None
     return path
