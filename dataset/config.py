@@ -234,7 +234,7 @@ def _load(path: Path) -> Any:
         raise ConfigError(f"cannot be read ({error.strerror}); check the file") from None
     try:
         if path.suffix.lower() == ".toml":
-            return parse_toml(text, "brackets, quotes and [[datasets]]")
+            return parse_toml(text)
         return parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None

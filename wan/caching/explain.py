@@ -11,7 +11,7 @@ from wan.frames.sizes import Size
 from wan.frames.table import SHOWN, TableFrame, control_frames, file_frame, frame_table, left_out
 from wan.models.estimate import format_bytes
 from wan.nets.spec import TEXT_LENGTH
-from wan.nets.t5 import clean_prompt
+from wan.nets.t5 import token_counts
 
 
 def explain_latents(
@@ -51,8 +51,8 @@ def explain_texts(dataset_config: Path, batch_size: int | None, tokenizer: Path 
     """Text caching: how long the captions are."""
     config = read_config(dataset_config, batch_size)
     items = find_all_targets(config)
-    read = load_tokenizer(tokenizer)
-    lengths = {item.caption: len(read(clean_prompt(item.caption)).input_ids) for item in items}
+    captions = [*{item.caption: None for item in items}]
+    lengths = dict(zip(captions, token_counts(load_tokenizer(tokenizer), captions), strict=True))
     counts = [lengths[item.caption] for item in items]
     longest = max(items, key=lambda item: lengths[item.caption])
     rows = [

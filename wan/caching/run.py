@@ -32,7 +32,7 @@ from dataset.sources import Item, find_all_items, find_all_targets
 from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.files import fingerprint, require_writable_dir, sync_all
+from utils.files import fingerprint, require_writable_dir, sync_all, unusable_name
 from utils.images import Resize, open_masked, to_levels
 from utils.options import Section, option
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
@@ -40,11 +40,12 @@ from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
 from wan.models.device import Processes
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
-from wan.nets.t5 import encode_text
+from wan.nets.spec import TEXT_LENGTH
+from wan.nets.t5 import encode_text, token_counts
 from wan.nets.vae import WanVAE
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 ALONE = Processes()
@@ -76,16 +77,24 @@ class CachingConfig(Section):
         return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
 
     def read(
-        self, find: Callable[[DatasetsConfig], list[Item]], layout: str | None = None
+        self,
+        find: Callable[[DatasetsConfig], list[Item]],
+        path_of: Callable[[DatasetsConfig, Item], Path],
+        layout: str | None = None,
     ) -> tuple[DatasetsConfig, list[Item]]:
         """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
 
-        find: `find_all_items` or `find_all_targets`; layout: that of the datasets that don't name theirs.
+        find: `find_all_items` or `find_all_targets`; path_of: the cache of an item; layout: that of the datasets that
+        don't name theirs.
         """
         config = read_config(self.dataset_config, self.batch_size, layout)
         items = find(config)
         for i, dataset in enumerate(config.datasets):
             require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
+        for item in items:
+            path = path_of(config, item)
+            if reason := unusable_name(path):
+                raise ConfigError(f"{config.path}: {item.target}: can't be cached as {path.name}: {reason}")
         return config, items
 
 
@@ -110,7 +119,7 @@ def run_latents(
     processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
-    config, items = run.read(find_all_items, run.one_frame_layout)
+    config, items = run.read(find_all_items, latent_path, run.one_frame_layout)
     vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
     models = EncoderFacts(
@@ -136,7 +145,7 @@ def run_latents(
 
 def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
-    config, items = run.read(find_all_targets)
+    config, items = run.read(find_all_targets, text_path)
     t5_file = t5.resolve()
     settings = TextSettings(t5=fingerprint(t5_file.path), dtype=dtype_name(t5_file.dtype(device)))
     todo, warned = items, set[Path]()
@@ -149,10 +158,24 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
         model, tokenizer = t5_file.load(device)
+        _warn_of_long_captions(todo, tokenizer)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
         sync_all(text_path(config, item) for item in todo)
     _clean(run, config, items, list_text_caches, text_path, processes)
+
+
+def _warn_of_long_captions(items: Sequence[Item], tokenizer: "PreTrainedTokenizerBase") -> None:
+    captions = [*{item.caption: None for item in items}]
+    counts = dict(zip(captions, token_counts(tokenizer, captions), strict=True))
+    for item in items:
+        if (count := counts[item.caption]) > TEXT_LENGTH:
+            log.warning(
+                "%s: its caption has %d tokens; the model reads the first %d, shorten it",
+                item.target,
+                count,
+                TEXT_LENGTH,
+            )
 
 
 def latent_path(config: DatasetsConfig, item: Item) -> Path:

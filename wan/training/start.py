@@ -1,6 +1,7 @@
 """The start of a training run: processes and devices, seed, state, the model with its LoRA, optimizer."""
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
@@ -22,7 +23,7 @@ from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.device import DeviceConfig, Processes
+from wan.models.device import DeviceConfig, Processes, check_launcher
 from wan.models.memory_options import apply_memory_options_
 from wan.models.options import build_merger
 from wan.nets.attention import Attention
@@ -173,10 +174,16 @@ def build_accelerator(config: DeviceConfig) -> Accelerator:
     device = config.device
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
-    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    check_launcher()
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        log.warning("dynamo_backend %s of accelerate is not used; --compile compiles the model", backend)
+    # Both are given, because accelerate would take them from its environment
+    alone = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=device == "cpu", dynamo_backend="no", gradient_accumulation_plugin=alone
+    )
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("accelerate is set to FSDP 1; use docs/accelerate_fsdp2.yaml")
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ConfigError(f"accelerate is set to {kind.value}, which is not supported; use docs/accelerate_ddp.yaml")
     return accelerator
