@@ -36,7 +36,7 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
 
 
 def strangers(caches: Iterable[Path], keep: Collection[Path], source: str) -> dict[str, list[Path]]:
-    """Of the listed caches that are not in `keep`, those of other folders or lists than `source`, by these.
+    """Folder or list -> its caches, of those listed that are neither in `keep` nor of `source`.
 
     Only folders and lists that are still there count, and caches that name theirs.
     """
