@@ -9,7 +9,7 @@ from utils.files import written_whole
 from wan.training.cadence import Cadence
 from wan.training.options import SaveConfig
 from wan.training.saving import Saver
-from wan.training.state import Progress, State, load_state, remove_leftovers, save_state
+from wan.training.state import Progress, State, load_state, remove_leftovers_of, save_state
 
 
 def keeper(folder, write=None, **settings) -> Saver:
@@ -108,7 +108,7 @@ def test_an_old_state_whose_deletion_is_cut_short_is_no_state_any_more(tmp_path,
         "run-step00000020.safetensors",
     ]
     monkeypatch.undo()
-    remove_leftovers(tmp_path, "run")
+    remove_leftovers_of(tmp_path, "run")
     assert len(names(tmp_path)) == 2
 
 
