@@ -47,7 +47,7 @@ class CheckConfig(LayoutConfig):
 
 def run_check(run: CheckConfig) -> None:
     """Print the report. Raises ConfigError when it has errors, which stop caching or training."""
-    report = check(run.dataset_config, run.one_frame_layout, run.alignment)
+    report = check(run.dataset_config, run.one_frame_layout, run.alignment, run.alpha)
     print(*report.lines(), sep="\n")
     if run.json is not None:
         remove_leftovers(run.json.parent)
@@ -57,14 +57,14 @@ def run_check(run: CheckConfig) -> None:
         raise ConfigError(f"{run.dataset_config}: {report.summary}; fix the problems listed above")
 
 
-def check(path: Path, layout: str | None = None, alignment: bool = False) -> Report:
+def check(path: Path, layout: str | None = None, alignment: bool = False, alpha: str | None = None) -> Report:
     """Look at everything that a dataset configuration file names, without changing anything.
 
-    layout: of the datasets that don't name theirs; alignment: also look for targets that are shifted against their
-    control. Raises nothing for mistakes: they are what is reported.
+    layout, alpha: of the datasets that don't name theirs; alignment: also look for targets that are shifted against
+    their control. Raises nothing for mistakes: they are what is reported.
     """
     try:
-        config = read_config(path, layout=layout)
+        config = read_config(path, layout=layout, alpha=alpha)
     except ConfigError as error:
         return Report((Problem.of_error("D01", path, error),), ())
     found: list[Problem] = []

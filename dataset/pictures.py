@@ -59,7 +59,8 @@ def look(
     target_fit = partial(Resize, bucket=item.bucket)
     control_fit = partial(item.layout.control_sizes.fit, target=item.bucket)
     fits: list[Callable[[Size], Resize]] = [target_fit, *[control_fit] * needed]
-    pictures = [_open(found, path, mask, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
+    alpha = item.alpha
+    pictures = [_open(found, path, mask, alpha, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
     _check_black(found, item, pictures)
     _check_controls(found, item)
     opened = [picture for picture in pictures if picture is not None]
@@ -90,7 +91,7 @@ def _item(
 
 
 def _open(
-    found: list[Problem], path: Path, mask: Path | None, fitted: Callable[[tuple[int, int]], Resize]
+    found: list[Problem], path: Path, mask: Path | None, alpha: bool, fitted: Callable[[tuple[int, int]], Resize]
 ) -> _Picture | None:
     """fitted: what is done to an image of a size; ConfigError when it is too small."""
     code = "D15"
@@ -101,7 +102,7 @@ def _open(
             code = "D23"
             check_mask_size(mask, mask_size, path, size)
             code = "D15"
-        image, coverage = open_masked(path, "", mask)
+        image, coverage = open_masked(path, "", mask, alpha)
         code = "D36"
         fit = fitted(size)
     except ConfigError as error:

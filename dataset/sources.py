@@ -50,11 +50,18 @@ class Item:
     target_mask: Path | None
     control_masks: tuple[Path | None, ...]  # as many as controls
     control_fits: tuple[Resize, ...] = ()  # what is done to each control
+    alpha: bool = True  # alpha channels of images without a mask file are masks
 
     @property
     def target_fit(self) -> Resize:
         """Resizing and cropping of the target."""
         return Resize(self.size, self.bucket)
+
+    @property
+    def unmasked(self) -> tuple[Path, ...]:
+        """The images without a mask file, whose alpha channel may be one."""
+        files = zip((self.target, *self.controls), (self.target_mask, *self.control_masks), strict=True)
+        return tuple(path for path, mask in files if mask is None)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -170,6 +177,7 @@ def make_item(
         owns_layout=source.layout is not None,
         target_mask=source.target_mask,
         control_masks=source.control_masks[:count],
+        alpha=config.alpha == "mask",
     )
 
 

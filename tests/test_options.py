@@ -36,7 +36,7 @@ FLAGS = {
     "wan_cache_latents": {
         "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
         "disable_cudnn_backend",
-        "ours": "clip_dtype ckpt_dir one_frame_layout explain vae_backend",
+        "ours": "clip_dtype ckpt_dir one_frame_layout alpha explain vae_backend",
         "refused": "debug_mode",
         "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
     },
@@ -66,7 +66,7 @@ FLAGS = {
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
         "ours": "explain "
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
-        "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
+        "one_frame_target_range one_frame_layout alpha stop_after_skipped_steps sample_solver cpu_noise exact_size "
         "reasoning_frames reasoning_steps pin_controls control_resolution no_resize_control preview vae_backend "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
@@ -88,7 +88,7 @@ FLAGS = {
         "compile_cache_size_limit",
         "ours": "explain recipe sweep preview memory reasoning_frames reasoning_steps pin_controls "
         "control_resolution no_resize_control dit_backend vae_backend separate_passes cuda_allow_tf32 "
-        "cuda_cudnn_benchmark one_frame_layout exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
+        "cuda_cudnn_benchmark one_frame_layout alpha exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "
         "compile_args trim_tail_frames "
         "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "

@@ -80,17 +80,30 @@ def open_image(path: str | Path, what: str) -> Image.Image:
     return rgb
 
 
-def open_masked(path: str | Path, what: str, mask: str | Path | None = None) -> tuple[Image.Image, Image.Image | None]:
+def open_masked(
+    path: str | Path, what: str, mask: str | Path | None = None, alpha: bool = True
+) -> tuple[Image.Image, Image.Image | None]:
     """The picture as `open_image` gives it, and an 8-bit grey image of its size that is 255 where it counts.
 
-    That is the picture in the file `mask`, else the alpha channel; None when there is neither or it is 255 throughout.
-    Raises ConfigError like `open_image`, and when the two sizes differ.
+    That is the picture in the file `mask`, else the alpha channel unless `alpha` is False; None when there is neither
+    or it is 255 throughout. Raises ConfigError like `open_image`, and when the two sizes differ.
     """
-    rgb, alpha = _open(require_file(path, what), what)
+    rgb, coverage = _open(require_file(path, what), what)
+    if not alpha:
+        coverage = None
     if mask is not None:
-        alpha = _open(require_file(mask, f"mask of {what}"), f"mask of {what}")[0].convert("L")
-        check_mask_size(mask, alpha.size, path, rgb.size)
-    return rgb, None if alpha is None or alpha.getextrema()[0] == 255 else alpha
+        coverage = _open(require_file(mask, f"mask of {what}"), f"mask of {what}")[0].convert("L")
+        check_mask_size(mask, coverage.size, path, rgb.size)
+    return rgb, None if coverage is None or coverage.getextrema()[0] == 255 else coverage
+
+
+def has_alpha(path: Path, what: str) -> bool:
+    """Whether the file has transparency, from its header. Raises ConfigError like `open_image`."""
+    try:
+        with _opened(require_file(path, what)) as image:
+            return image.has_transparency_data
+    except Exception as error:  # Pillow's decoders raise nearly any type on broken files
+        raise _unreadable(path, what, error) from None
 
 
 def check_mask_size(mask: str | Path, mask_size: tuple[int, int], path: str | Path, size: tuple[int, int]) -> None:

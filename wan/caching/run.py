@@ -33,8 +33,9 @@ from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, 
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint, require_writable_dir, sync_all, unusable_name
-from utils.images import Resize, open_masked, to_levels
+from utils.images import Resize, has_alpha, open_masked, to_levels
 from utils.options import Section, option
+from utils.text import counted
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
 from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
@@ -80,14 +81,15 @@ class CachingConfig(Section):
         self,
         find: Callable[[DatasetsConfig], list[Item]],
         path_of: Callable[[DatasetsConfig, Item], Path],
-        layout: str | None = None,
+        flags: LayoutConfig | None = None,
     ) -> tuple[DatasetsConfig, list[Item]]:
         """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
 
-        find: `find_all_items` or `find_all_targets`; path_of: the cache of an item; layout: that of the datasets that
-        don't name theirs.
+        find: `find_all_items` or `find_all_targets`; path_of: the cache of an item; flags: layout and alpha of the
+        datasets that don't name theirs.
         """
-        config = read_config(self.dataset_config, self.batch_size, layout)
+        flags = flags or LayoutConfig()
+        config = read_config(self.dataset_config, self.batch_size, flags.one_frame_layout, flags.alpha)
         items = find(config)
         for i, dataset in enumerate(config.datasets):
             require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
@@ -119,7 +121,7 @@ def run_latents(
     processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
-    config, items = run.read(find_all_items, latent_path, run.one_frame_layout)
+    config, items = run.read(find_all_items, latent_path, run)
     vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
     models = EncoderFacts(
@@ -137,9 +139,11 @@ def run_latents(
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
+    transparent = Counter[int]()
     if todo:
-        cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
+        transparent = cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
         sync_all(latent_path(config, item) for item in todo)
+    _tell_transparent(config, processes.gathered([transparent]))
     _clean(run, config, items, list_latent_caches, latent_path, processes)
 
 
@@ -195,18 +199,30 @@ def cache_latents(
     clip: "CLIPVisionModel",
     models: EncoderFacts,
     run: CachingConfig,
-) -> None:
-    """Encode and write the items. models: what is recorded about VAE and CLIP.
+) -> "Counter[int]":
+    """Encode and write the items; returns the sum of `LoadedItem.transparent` of each dataset.
 
-    The frames of up to a batch of items of one size go through the VAE together, unless they are encoded as one video.
+    models: what is recorded about VAE and CLIP. The frames of up to a batch of items of one size go through the VAE
+    together, unless they are encoded as one video.
     """
     load = partial(load_item, models=models)
     items = sorted(items, key=_size)
-    sizes = _sizes(config, run.batch_size)
+    sizes, transparent = _sizes(config, run.batch_size), Counter[int]()
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
         loaded = _batches(ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
         for one in ahead(partial(_write, config), encode_items(vae, clip, loaded), _WRITERS):
+            transparent[one.item.dataset] += one.transparent
             bar.update(len(one.pictures.images))
+    return transparent
+
+
+def _tell_transparent(config: DatasetsConfig, counts: Sequence["Counter[int]"]) -> None:
+    """A line per dataset that has such images. counts: of each process."""
+    for i, count in sorted(sum(counts, Counter[int]()).items()):
+        masked = 'transparent pixels, which are masked out; alpha = "ignore" in the file, or --alpha ignore, uses them'
+        what = masked if config.datasets[i].alpha == "mask" else "an alpha channel, which is ignored"
+        if count:
+            log.info("%s: datasets[%d]: %s with %s", config.path, i, counted(count, "image"), what)
 
 
 def cache_texts(
@@ -235,6 +251,7 @@ class LoadedItem:
     pictures: Pictures  # the controls and the target
     controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
     target_mask: Tensor | None  # [H, W], 1 where the loss counts; None: everywhere
+    transparent: int  # images whose alpha channel is a mask or, where it is ignored, which have one
 
 
 def encode_items(
@@ -294,12 +311,15 @@ def _rank_items(
 
 def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
     """Read and resize. models: as for `cache_latents`."""
-    target, coverage = open_masked(item.target, "target image", item.target_mask)
+    target, coverage = open_masked(item.target, "target image", item.target_mask, item.alpha)
     target_mask = _mask(coverage, item.target_fit)
     if target_mask is not None and not target_mask.any():
         raise ConfigError(f"mask of target image {item.target}: is entirely black; leave the item out or paint it")
     files, open_control = zip(item.controls, item.control_masks, strict=True), item.layout.encoding.open_control
-    opened = [open_control(path, mask) for path, mask in files]
+    opened = [open_control(path, mask, item.alpha) for path, mask in files]
+    used = {path for path, (_, mask) in zip(item.controls, opened, strict=True) if mask is not None}
+    used |= {item.target} if coverage is not None else set()
+    transparent = sum(path in used if item.alpha else has_alpha(path, "image") for path in item.unmasked)
     images, fits = [*(image for image, _ in opened), target], (*item.control_fits, item.target_fit)
     pictures = Pictures(
         clip=item.layout.clip,
@@ -307,7 +327,8 @@ def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
         masks=[_mask(coverage, fit) for (_, coverage), fit in zip(opened, item.control_fits, strict=True)],
         size=item.bucket,
     )
-    return LoadedItem(item, latent_settings(item, models), pictures, tuple(map(to_levels, images[:-1])), target_mask)
+    whole = tuple(map(to_levels, images[:-1]))
+    return LoadedItem(item, latent_settings(item, models), pictures, whole, target_mask, transparent)
 
 
 def _mask(coverage: Image.Image | None, fit: Resize) -> Tensor | None:

@@ -339,7 +339,10 @@ def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
     """Channels and known places of the request's clip, of the same bits as caching makes: float32 on the CPU."""
     images, masks, encoding = [], [], request.layout.encoding
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
-        image, coverage = encoding.open_control(path, mask)
+        image, coverage = encoding.open_control(path, mask, request.alpha)
+        if coverage is not None and mask is None:
+            once = {"once": f"transparent {path}"}
+            log.info("%s has transparent pixels, which are masked out; --alpha ignore uses them", path, extra=once)
         if image.size != fit.size:
             then, now = ("{}x{}".format(*size) for size in (fit.size, image.size))
             raise ConfigError(f"control image {path}: has {now} pixels, it had {then} at the start; run again")
@@ -354,7 +357,14 @@ def _condition_key(request: Request, files: _Files) -> Hashable:
     layout, clip = request.layout, request.clip
     masks = tuple(mask and files[mask] for mask in request.control_masks)
     images = tuple(files[path] for path in request.controls), masks, request.control_fits, _size(request)
-    return layout.encoding, layout.encoding.cache_key(clip), layout.control_sizes, len(clip.slots), *images
+    return (
+        layout.encoding,
+        layout.encoding.cache_key(clip),
+        layout.control_sizes,
+        len(clip.slots),
+        request.alpha,
+        *images,
+    )
 
 
 def _size(request: Request) -> tuple[int, int]:

@@ -45,7 +45,9 @@ class _Samples:
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
+    datasets = read_config(
+        options.run.dataset_config, layout=options.sampling.one_frame_layout, alpha=options.sampling.alpha
+    )
     require_writable_dir(save.output_dir, "--output_dir")
     dit_file, samples = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
@@ -118,7 +120,9 @@ def _train_within(
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
+    datasets = read_config(
+        options.run.dataset_config, layout=options.sampling.one_frame_layout, alpha=options.sampling.alpha
+    )
     dit_file, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
@@ -157,7 +161,7 @@ def _check(
     options.optimizer.check(models.device.is_cpu)
     options.noise.check()
     options.tracking.check()
-    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
+    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes, datasets.alpha)
     requests = options.samples.requests(dit.task, sampling)
     if not requests:
         return dit, None
