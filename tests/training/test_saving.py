@@ -74,6 +74,16 @@ def test_a_full_disk_costs_the_new_file_and_no_older_one(tmp_path, caplog):
         broken.save_final()
 
 
+def test_a_deletion_before_which_a_run_was_killed_is_made_up_for(tmp_path):
+    settings = {"save_every_n_steps": 10, "save_state": True}
+    run_steps(keeper(tmp_path, **settings), 35)  # nothing expires
+    keeper(tmp_path, **settings, save_last_n_steps=10).catch_up(35, 2)
+    assert names(tmp_path) == [f"run-step000000{step}{end}" for step in (20, 30) for end in ("-state", ".safetensors")]
+    (tmp_path / "run-step00000030.safetensors").unlink()
+    keeper(tmp_path, **settings, save_last_n_steps=0).catch_up(35, 2)
+    assert names(tmp_path) == ["run-step00000020.safetensors", "run-step00000030-state"]
+
+
 def test_the_final_file_comes_with_a_state_when_asked(tmp_path):
     keeper(tmp_path, save_state_on_train_end=True).save_final()
     assert names(tmp_path) == ["run-state", "run.safetensors"]
