@@ -202,7 +202,7 @@ class _Metrics:
 
     def close(self) -> None:
         """Try once more to write what waits."""
-        if self._waiting:
+        if self._waiting and not self._file.closed:
             self.add("")
         with suppress(OSError):  # network file systems may tell only here that a line did not fit
             self._file.close()
