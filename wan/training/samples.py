@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from utils.files import make_folder, written_whole
-from utils.leftovers import remove_leftovers
 from utils.options import Section, option
 from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
@@ -105,7 +104,6 @@ class Sampler:
     def _draw_one(self, dit: WanDiT, number: int, encoded: Encoded, suffix: str) -> list[Path]:
         if self._writes:
             make_folder(self._folder)
-            remove_leftovers(self._folder)
         time = datetime.now().strftime("%Y%m%d%H%M%S")
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))
