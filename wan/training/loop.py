@@ -224,9 +224,7 @@ class Trainer:
     def _restore(self, state: State) -> None:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
-        for name, value in self.summary.facts().items():
-            if state.facts.get(name) != value:
-                log.warning("resuming with %s = %s; the state was made with %s", name, value, state.facts.get(name))
+        self.summary.log_differences(state.facts)
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _give_up(self) -> NoReturn:

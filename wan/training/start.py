@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import ConfigError
 from utils.files import held
 from utils.randomness import seeded
+from utils.text import one_line
 from wan.lora.files import LoRAFile, read_lora
 from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
@@ -27,23 +28,45 @@ from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class
+from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class, remembered, same_optimizer
 from wan.training.options import SaveConfig, TrainingOptions
-from wan.training.state import State, load_state, newest_state, restore_replaced
+from wan.training.state import State, check_optimizer, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
 from wan.training.validation import Validator, validate
 
 log = logging.getLogger(__name__)
 
 
-def network_start(dit_file: DiTCheckpoint, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
-    """The file of --network_weights. Network, file and state are tried on a model without weights first."""
+def network_start(
+    dit_file: DiTCheckpoint, options: TrainingOptions, state: State | None, total_steps: int
+) -> tuple[LoRAFile | None, WanDiT, LoRANetwork]:
+    """The file of --network_weights, and a model without weights that carries the network.
+
+    Network, file and state are tried on that model. Raises ConfigError when they don't fit together.
+    """
+    settings = options.network
     weights = read_lora(settings.network_weights, "--network_weights") if settings.network_weights else None
     with torch.device("meta"):
-        network = inject_lora_(WanDiT(dit_file.spec), settings, weights=weights)
+        dit = WanDiT(dit_file.spec)
+        network = inject_lora_(dit, settings, weights=weights)
         if state is not None:
             network.load_state_dict(state.weights, f"--resume {state.path}")
-    return weights
+    if state is not None:
+        _check_resumed_optimizer(state, options, network, total_steps)
+    return weights, dit, network
+
+
+def _check_resumed_optimizer(state: State, options: TrainingOptions, network: LoRANetwork, total_steps: int) -> None:
+    config, before = options.optimizer, state.facts.get("optimizer_type")
+    if isinstance(before, str) and not same_optimizer(before, config.optimizer_type):
+        raise ConfigError(
+            f"--resume {state.path}: its optimizer is {one_line(before)}, not {config.optimizer_type}; give "
+            f"--optimizer_type {one_line(before)}, or begin from its weights: --network_weights "
+            f"{state.path / 'model.safetensors'}"
+        )
+    groups = network.param_groups(config.learning_rate, options.network.loraplus_lr_ratio)
+    optimizer = build_optimizer(config, groups)
+    check_optimizer(state, optimizer, build_scheduler(config, optimizer, total_steps), remembered(config))
 
 
 def load_trainable(

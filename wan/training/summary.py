@@ -1,13 +1,18 @@
 """Texts about a run: the table in the log, the facts in its states, metadata of LoRA files, and `--explain`."""
 
+import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
+from utils import cli
 from utils.dtypes import dtype_name
-from utils.text import table
+from utils.errors import ConfigError
+from utils.text import one_line, table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
@@ -19,6 +24,14 @@ from wan.training.job import RunLength, TrainingJob
 from wan.training.metadata import lora_metadata
 from wan.training.options import TrainingOptions
 from wan.training.state import Facts, Progress
+
+log = logging.getLogger(__name__)
+
+_OF_NO_IMPORTANCE = (  # for what a run becomes; `precision` stands for --mixed_precision
+    *("dataset_config", "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "mixed_precision", "seed"),
+    *("persistent_data_loader_workers", "one_frame", "stop_after_skipped_steps", "network_weights", "dim_from_weights"),
+)
+_KEPT_BY_STATES = ("learning_rate", "optimizer_args", "seed")
 
 
 @dataclass(frozen=True)
@@ -47,20 +60,45 @@ class RunSummary:
         return "\n".join(table(rows))
 
     def facts(self) -> Facts:
-        """Settings that a resumed run should share with the run that wrote the state."""
-        run, optimizer = self.job.options.run, self.job.options.optimizer
+        """Name of the run, and settings that a resumed run should share with the run that wrote the state."""
+        job, options = self.job, self.job.options
+        settings = cli.settings(options.run, options.network, options.optimizer, options.noise)
         return {
-            "seed": self.job.training_set.seed,
+            **{name: value for name, value in settings.items() if name not in _OF_NO_IMPORTANCE},
+            "output_name": options.save.output_name,
+            "dit": None if job.models.dit.dit is None else Path(job.models.dit.dit).name,
+            "fp8_base": options.memory.fp8_base,
+            "fp8_scaled": options.memory.fp8_scaled,
+            "seed": job.training_set.seed,
             "processes": self.processes,
-            "gradient_accumulation_steps": run.gradient_accumulation_steps,
-            "items": len(self.job.training_set.items),
+            "items": len(job.training_set.items),
             "steps_per_epoch": self.length.steps_per_epoch,
             "total_steps": self.length.total_steps,
-            "precision": run.precision,
-            "optimizer_type": optimizer.optimizer_type,
-            "learning_rate": optimizer.learning_rate,  # that of the state goes on
-            "lr_scheduler": optimizer.schedule,
+            "precision": options.run.precision,
         }
+
+    def log_differences(self, before: Facts) -> None:
+        """Say which settings are others than those of the run that wrote a state."""
+        own = self.facts()
+        names = own.keys() | before.keys() if "output_name" in before else before.keys()  # else it is an early state
+        for name in sorted(names - {"output_name"}):
+            if own.get(name) != before.get(name):
+                value, kept = own.get(name, "nothing"), "; the state's goes on" if name in _KEPT_BY_STATES else ""
+                earlier = one_line(before.get(name, "nothing"))
+                log.warning("resuming with %s = %s; the state was made with %s%s", name, value, earlier, kept)
+
+    def rehearse(self) -> None:
+        """Make what goes into LoRA files and states besides tensors. Raises ConfigError when it can't be written."""
+        metadata = self.metadata(Progress())
+        json.dumps(self.facts())
+        for key, text in metadata.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"the metadata '{key}' of LoRA files can't be written: character {error.start + 1} of its text is "
+                    "not UTF-8; give another text, or rename the file"
+                ) from None
 
     def metadata(self, progress: Progress) -> dict[str, str]:
         """The metadata of a LoRA file that is written now."""
