@@ -1,8 +1,9 @@
-"""Run the tests or the demo, or fetch weights, in an environment of their own:
+"""Run the tests or the demo, or fetch weights or sample data, in an environment of their own:
 
     python run.py test [pytest arguments]    ruff, mypy and pytest
     python run.py demo [--short]             teach a miniature model an edit on the CPU, in minutes
     python run.py weights NAME [--to DIR]    model files from the Hugging Face hub, e.g. of i2v-480p or flf2v-720p
+    python run.py sample-data [--miniature]  photographs, files and tiny models for the commands of the README
 
 The first call makes `.venv` beside this file and installs what pyproject.toml names, in the versions that
 constraints.txt gives; later calls start at once. Only the standard library is used here.
@@ -26,6 +27,7 @@ UNFINISHED = VENV / "unfinished"  # there while an installation runs, so also af
 COMMANDS = {  # the arguments of the call go to the last line of each
     "test": [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest"]],
     "demo": [["demo"]],
+    "sample-data": [["demo.sample_data"]],
     "weights": [["wan.files.weights"]],
 }
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     run, vae, clip = options.run, options.vae, options.clip
     if options.explain.explain:
         weights = vae.resolve().path, clip.resolve().path
-        print(*explain_latents(run.dataset_config, run.one_frame_layout, run.batch_size, weights), sep="\n")
+        print(*explain_latents(run.dataset_config, run, run.batch_size, weights), sep="\n")
         return
     processes, device = init_processes(options.device)
     cli.quiet_unless(processes.is_main)

@@ -70,7 +70,7 @@ def measure(side: int, count: int, vae: torch.nn.Module, clip: torch.nn.Module) 
     """Items per second: of the whole, of reading alone, of encoding alone."""
     with tempfile.TemporaryDirectory() as folder:
         run = LatentCachingConfig(dataset_config=write_photos(Path(folder), side, count), one_frame=True)
-        config, items = run.read(find_all_items, run.one_frame_layout)
+        config, items = run.read(find_all_items, caching.latent_path, run)
         load = partial(caching.load_item, models=MODELS)
         batch = [load(item) for item in items[:4]]
         exhaust(caching.encode_items(vae, clip, [batch]))  # compiles and chooses kernels

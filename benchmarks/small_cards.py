@@ -35,8 +35,8 @@ from wan.nets.context import StepCache
 from wan.nets.tokens import token_count
 
 CARDS = (  # what for, GB of the GPU and of the host
-    *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48)),
-    *(("generation", 24, 64), ("generation", 12, 64)),
+    *(("training", 24, 64), ("training", 24, 12), ("training", 16, 48), ("training", 12, 64)),
+    *(("generation", 24, 64), ("generation", 16, 64), ("generation", 12, 64)),
 )
 
 

@@ -21,6 +21,7 @@ from dataset.sources import Item
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
 from utils.files import fingerprint
+from utils.images import has_alpha
 from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout, parse
 from wan.frames.sizes import AS_TARGET, SIZE_KEYS, Size
@@ -89,6 +90,7 @@ class LatentSettings:
     clip_dtype: str
     masks: tuple[str | None, ...] | None = None  # fingerprints of the target's and the controls' mask files
     causal_order: tuple[int, ...] | None = None  # OneFrameLayout.cache_key
+    alpha: str | None = None  # "ignore" where an image has an alpha channel that would be a mask
     own_layout: str | None = None  # the layout, where the item itself and not its dataset decides on it
     recipe: int = RECIPE
 
@@ -182,6 +184,7 @@ def latent_settings(item: Item, models: EncoderFacts) -> LatentSettings:
         controls=tuple(fingerprint(path) for path in item.controls),
         masks=masks if any(masks) else None,
         causal_order=item.layout.cache_key,
+        alpha=None if item.alpha or not any(has_alpha(path, "image") for path in item.unmasked) else "ignore",
         own_layout=str(item.layout) if item.owns_layout else None,
         **models,
     )
@@ -237,6 +240,7 @@ def latent_stale_reason(
         "target": "target image changed",
         "controls": "control image changed",
         "masks": "mask changed",
+        "alpha": "other use of alpha channels",
         "own_layout": "indices of the item changed",
         "vae": "other VAE",
         "clip": "other CLIP",

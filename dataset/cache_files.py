@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import written_whole
+from utils.files import name_key, written_whole
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -29,8 +28,8 @@ _COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
 
 def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
     """Delete the listed caches that are not in `keep`; returns them."""
-    kept = {os.path.normcase(path) for path in keep}  # Windows ignores case
-    removed = [path for path in caches if os.path.normcase(path) not in kept]
+    kept = set(map(name_key, keep))
+    removed = [path for path in caches if name_key(path) not in kept]
     for path in removed:
         path.unlink()
     return removed
@@ -41,13 +40,13 @@ def write_tensors(
 ) -> None:
     """Write a cache whole, from tensors on any device, with `settings` as JSON in its metadata.
 
-    NaNs become 0 with a warning, as in the reference.
+    A run syncs what it has written at its end. NaNs become 0 with a warning, as in the reference.
     """
     metadata = {**metadata, **_COMMON_METADATA}
     metadata.pop("settings", None)
     if settings is not None:
         metadata["settings"] = json.dumps(asdict(settings))
-    with written_whole(path) as temporary:
+    with written_whole(path, durable=False) as temporary:
         save_file({key: _clean(path, key, tensor) for key, tensor in tensors.items()}, temporary, metadata)
 
 

@@ -1,7 +1,6 @@
 """All problems of a dataset at once. Caching stops at the first one, and does not look at the pictures themselves."""
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +12,22 @@ from dataset.cache import latent_cache_path, latent_source_reason, list_latent_c
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source, read_config
 from dataset.pictures import look
 from dataset.problems import ERROR, BucketRow, Problem, Report
-from dataset.sources import Item, Source, list_images, masks_beside, match_controls, parse_line, read_text
+from dataset.sources import (
+    Item,
+    Source,
+    caption_files,
+    list_images,
+    list_other_pictures,
+    masks_beside,
+    match_controls,
+    parse_line,
+    read_text,
+    stem_key,
+)
 from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
-from utils.files import fingerprint, written_whole
+from utils.files import fingerprint, name_key, unusable_name, written_whole
+from utils.images import IMAGE_SUFFIXES
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
 from wan.frames.sizes import Size
@@ -36,7 +47,7 @@ class CheckConfig(LayoutConfig):
 
 def run_check(run: CheckConfig) -> None:
     """Print the report. Raises ConfigError when it has errors, which stop caching or training."""
-    report = check(run.dataset_config, run.one_frame_layout, run.alignment)
+    report = check(run.dataset_config, run.one_frame_layout, run.alignment, run.alpha)
     print(*report.lines(), sep="\n")
     if run.json is not None:
         with written_whole(run.json) as temporary:
@@ -45,14 +56,14 @@ def run_check(run: CheckConfig) -> None:
         raise ConfigError(f"{run.dataset_config}: {report.summary}; fix the problems listed above")
 
 
-def check(path: Path, layout: str | None = None, alignment: bool = False) -> Report:
+def check(path: Path, layout: str | None = None, alignment: bool = False, alpha: str | None = None) -> Report:
     """Look at everything that a dataset configuration file names, without changing anything.
 
-    layout: of the datasets that don't name theirs; alignment: also look for targets that are shifted against their
-    control. Raises nothing for mistakes: they are what is reported.
+    layout, alpha: of the datasets that don't name theirs; alignment: also look for targets that are shifted against
+    their control. Raises nothing for mistakes: they are what is reported.
     """
     try:
-        config = read_config(path, layout=layout)
+        config = read_config(path, layout=layout, alpha=alpha)
     except ConfigError as error:
         return Report((Problem.of_error("D01", path, error),), ())
     found: list[Problem] = []
@@ -62,6 +73,7 @@ def check(path: Path, layout: str | None = None, alignment: bool = False) -> Rep
         sources = _sources(found, dataset, place)
         shared = _layout(found, dataset, sources, place) if sources else None
         usable = _items(found, sources, dataset, i, shared, alignment) if shared else []
+        usable = [item for item in usable if _can_be_cached(found, dataset, item)]
         if not usable:
             found.append(Problem("D28", place, "has no usable item", "fix the problems of its files"))
         _check_caches(found, dataset, usable, {source.target.stem for source in sources})
@@ -90,10 +102,11 @@ def _sources(found: list[Problem], dataset: ImageDatasetConfig, place: str) -> l
         return []
     first: dict[str, Path] = {}
     for source in sources:
-        same = first.setdefault(os.path.normcase(source.target.stem), source.target)
+        same = first.setdefault(stem_key(source.target), source.target)
         if same is not source.target:
             message = f"would share its cache files with {same}"
-            found.append(Problem("D04", str(source.target), message, "rename one of them"))
+            fix = "copy or link it under another name" if same == source.target else "rename one of them"
+            found.append(Problem("D04", str(source.target), message, fix))
     for source in sources:
         _check_caption(found, source)
     return sources
@@ -110,7 +123,7 @@ def _check_caption(found: list[Problem], source: Source) -> None:
 
 def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
     targets = list_images(folder.targets)
-    stems = {target.stem for target in targets}
+    stems = {stem_key(target) for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     masks: dict[Path, Path] = {}
     target_masks: dict[str, Path] = {}
@@ -124,23 +137,32 @@ def _of_folder(found: list[Problem], folder: ImageFolder) -> list[Source]:
                 found.append(Problem("D07", str(path), "belongs to no target", fix))
     if folder.target_masks is not None:
         for mask in list_images(folder.target_masks):
-            if mask.stem in stems:
-                target_masks[mask.stem] = mask
+            if stem_key(mask) in stems:
+                target_masks[stem_key(mask)] = mask
             else:
                 found.append(Problem("D10", str(mask), "belongs to no target", "name it like its target"))
+    for path in filter(None, (folder.targets, folder.controls)):
+        for other in list_other_pictures(path):
+            fix = f"save it as one that ends in {', '.join(IMAGE_SUFFIXES)}"
+            found.append(Problem("D37", str(other), "is left out, because of the end of its name", fix))
+    caption_paths = caption_files(folder)
     sources = []
     for target in targets:
-        caption_file = target.with_name(target.stem + folder.caption_extension)
-        if not caption_file.is_file():
-            found.append(Problem("D11", str(target), "is left out, because it has no caption", f"write {caption_file}"))
+        captions = caption_paths.get(stem_key(target))
+        if captions is None:
+            fix = f"write {target.with_name(target.stem + folder.caption_extension)}"
+            found.append(Problem("D11", str(target), "is left out, because it has no caption", fix))
             continue
         try:
-            caption = read_text(caption_file, "").strip()
+            caption = read_text(captions, "").strip()
         except ConfigError as error:
-            found.append(Problem.of_error("D14", caption_file, ConfigError(str(error).lstrip())))
+            found.append(Problem.of_error("D14", captions, ConfigError(str(error).lstrip())))
             continue
-        own = controls.get(target.stem, ())
-        sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(target.stem)))
+        except OSError as error:
+            found.append(Problem("D14", str(captions), f"cannot be read ({error.strerror})", "check the file"))
+            continue
+        own = controls.get(stem_key(target), ())
+        sources.append(Source(target, caption, own, tuple(map(masks.get, own)), target_masks.get(stem_key(target))))
     return sources
 
 
@@ -181,6 +203,17 @@ def _items(
         looked = list(pool.map(partial(look, dataset, index, shared, alignment), sources))
     found += [problem for _, problems in looked for problem in problems]
     return [item for item, _ in looked if item is not None]
+
+
+def _can_be_cached(found: list[Problem], dataset: ImageDatasetConfig, item: Item) -> bool:
+    """Whether its caches can have the names that they must have."""
+    folder = dataset.cache_directory
+    names = latent_cache_path(folder, item.stem, item.size), text_cache_path(folder, item.stem)
+    reason = next(filter(None, map(unusable_name, names)), None)
+    if reason is not None:
+        message, _, fix = reason.partition("; ")
+        found.append(Problem("D38", str(item.target), f"can't be cached: {message}", fix))
+    return reason is None
 
 
 def _check_twins(found: list[Problem], config: DatasetsConfig, items: Iterable[Item]) -> None:
@@ -257,8 +290,8 @@ def _check_caches(found: list[Problem], dataset: ImageDatasetConfig, items: Sequ
 
 
 def _strangers(paths: Iterable[Path], known: Iterable[Path]) -> list[Path]:
-    names = {os.path.normcase(path) for path in known}
-    return [path for path in paths if os.path.normcase(path) not in names]
+    names = set(map(name_key, known))
+    return [path for path in paths if name_key(path) not in names]
 
 
 def _check_texts(found: list[Problem], dataset: ImageDatasetConfig, items: Iterable[Item]) -> None:

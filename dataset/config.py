@@ -15,7 +15,7 @@ from utils.errors import ConfigError, suggest
 from utils.files import parse_json, parse_toml, require_file
 from utils.images import LONGEST_SIDE, STEP
 from wan.frames.encoding import Encoding, encoding_named
-from wan.frames.layout import INDEX_KEYS, OneFrameLayout, layout_from_toml
+from wan.frames.layout import ALPHA, INDEX_KEYS, OneFrameLayout, layout_from_toml
 from wan.frames.sizes import AS_TARGET, ControlSizes
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,13 @@ def _layout_name(value: object) -> str:
     return encoding_named(_text(value)).name
 
 
+def _alpha(value: object) -> str:
+    text = _text(value)
+    if text not in ALPHA:
+        raise ConfigError(f"is unknown{suggest(text, ALPHA) or '; use mask or ignore'}")
+    return text
+
+
 def _path(value: object) -> Path:
     text = _text(value)
     if any(ord(letter) < 32 for letter in text):  # "data\target" holds a tab
@@ -99,6 +106,7 @@ class ImageDatasetConfig:
     num_repeats: int = _setting(_count, 1, general=True)
     enable_bucket: bool = _setting(_flag, False, general=True)
     bucket_no_upscale: bool = _setting(_flag, False, general=True)
+    alpha: str = _setting(_alpha, "mask", general=True)  # one of ALPHA
     image_directory: Path | None = _setting(_path, None)
     image_jsonl_file: Path | None = _setting(_path, None)  # used only without image_directory
     control_directory: Path | None = _setting(_path, None)  # used only with image_directory
@@ -184,6 +192,12 @@ class DatasetsConfig:
         return names.pop() if len(names) == 1 else None
 
     @property
+    def alpha(self) -> str:
+        """The `alpha` of all datasets; where they differ, that of masks."""
+        found = {dataset.alpha for dataset in self.datasets}
+        return found.pop() if len(found) == 1 else "mask"
+
+    @property
     def control_sizes(self) -> ControlSizes:
         """Control sizes of all datasets; where they differ, the size of the target."""
         sizes = {dataset.control_sizes for dataset in self.datasets}
@@ -207,14 +221,16 @@ _REFUSED = {
 }
 
 
-def read_config(path: str | Path, batch_size: int | None = None, layout: str | None = None) -> DatasetsConfig:
+def read_config(
+    path: str | Path, batch_size: int | None = None, layout: str | None = None, alpha: str | None = None
+) -> DatasetsConfig:
     """Read and check a dataset configuration file, but not the files that it names: see `image_source`.
 
-    A value comes from the [[datasets]] entry, else from [general], else (batch_size, layout) from the command line,
-    else from the default. Raises ConfigError with one line for anything the user must fix.
+    A value comes from the [[datasets]] entry, else from [general], else (batch_size, layout, alpha) from the command
+    line, else from the default. Raises ConfigError with one line for anything the user must fix.
     """
     path = require_file(path, "--dataset_config")
-    command_line: dict[str, Any] = {"layout_name": layout}
+    command_line: dict[str, Any] = {"layout_name": layout} | ({} if alpha is None else {"alpha": alpha})
     if batch_size is not None:
         command_line["batch_size"] = _read("--batch_size", _count, batch_size)
     try:
@@ -234,7 +250,7 @@ def _load(path: Path) -> Any:
         raise ConfigError(f"cannot be read ({error.strerror}); check the file") from None
     try:
         if path.suffix.lower() == ".toml":
-            return parse_toml(text, "brackets, quotes and [[datasets]]")
+            return parse_toml(text)
         return parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}: {error.msg}; correct the JSON there") from None

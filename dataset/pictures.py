@@ -49,7 +49,8 @@ def look(
         found.append(Problem("D06", target, message, "add them beside the others, or change the indices"))
     for path in source.controls[needed:]:
         message = f"is not used: {target} has {len(source.controls)} control images for {needed} indices"
-        found.append(Problem("D08", str(path), message, "add an index to fp_1f_clean_indices, or remove the file"))
+        key = "control_index of the line" if source.layout else "fp_1f_clean_indices"
+        found.append(Problem("D08", str(path), message, f"add an index to {key}, or remove the file"))
     item = _item(found, source, config, index, shared)
     if item is None:
         return None, found
@@ -58,14 +59,15 @@ def look(
     target_fit = partial(Resize, bucket=item.bucket)
     control_fit = partial(item.layout.control_sizes.fit, target=item.bucket)
     fits: list[Callable[[Size], Resize]] = [target_fit, *[control_fit] * needed]
-    pictures = [_open(found, path, mask, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
+    alpha = item.alpha
+    pictures = [_open(found, path, mask, alpha, fit) for path, mask, fit in zip(paths, masks, fits, strict=False)]
     _check_black(found, item, pictures)
     _check_controls(found, item)
     opened = [picture for picture in pictures if picture is not None]
     if len(opened) == len(pictures):
         target_picture, *controls = opened
         item = replace(item, control_fits=tuple(control.fit for control in controls))
-        _check_sizes(found, item, opened)
+        _check_sizes(found, item, opened, config)
         for control in controls:
             _compare(found, target_picture, control, alignment)
     stopped = any(problem.kind.severity == "error" for problem in found)
@@ -89,7 +91,7 @@ def _item(
 
 
 def _open(
-    found: list[Problem], path: Path, mask: Path | None, fitted: Callable[[tuple[int, int]], Resize]
+    found: list[Problem], path: Path, mask: Path | None, alpha: bool, fitted: Callable[[tuple[int, int]], Resize]
 ) -> _Picture | None:
     """fitted: what is done to an image of a size; ConfigError when it is too small."""
     code = "D15"
@@ -100,7 +102,7 @@ def _open(
             code = "D23"
             check_mask_size(mask, mask_size, path, size)
             code = "D15"
-        image, coverage = open_masked(path, "", mask)
+        image, coverage = open_masked(path, "", mask, alpha)
         code = "D36"
         fit = fitted(size)
     except ConfigError as error:
@@ -130,20 +132,24 @@ def _check_black(found: list[Problem], item: Item, pictures: list[_Picture | Non
             found.append(Problem("D25" if i else "D24", str(mask), message, fix))
 
 
-def _check_sizes(found: list[Problem], item: Item, pictures: list[_Picture]) -> None:
+def _check_sizes(found: list[Problem], item: Item, pictures: list[_Picture], config: ImageDatasetConfig) -> None:
+    larger = "use a larger picture or a lower resolution"
+    if not config.bucket_no_upscale:
+        larger += f", or set bucket_no_upscale{'' if config.enable_bucket else ' and enable_bucket'} = true"
     for picture in pictures:
         fit, name = picture.fit, str(picture.path)
         size, bucket = ("{}x{}".format(*each) for each in (fit.size, fit.bucket))
         if fit.scale > _ENLARGED:
             message = f"{size} pixels are enlarged {fit.scale:.1f} times to {bucket}"
-            found.append(Problem("D17", name, message, "use a larger picture, a lower resolution or bucket_no_upscale"))
+            found.append(Problem("D17", name, message, larger))
         if fit.scale < 1 / _HUGE:
             message = f"{size} pixels are {1 / fit.scale:.0f} times what {bucket} needs"
             found.append(Problem("D18", name, message, "shrink it, so that caching reads it faster"))
     fit = pictures[0].fit
     if fit.cropped > _CROPPED:
         message = f"{fit.cropped:.0%} of it is cropped to fit {'{}x{}'.format(*item.bucket)}"
-        found.append(Problem("D19", str(item.target), message, "crop it yourself, or set enable_bucket = true"))
+        fix = "crop it yourself" + ("" if config.enable_bucket else ", or set enable_bucket = true")
+        found.append(Problem("D19", str(item.target), message, fix))
     width, height = item.size
     for control in () if item.layout.control_sizes else pictures[1:]:
         ratio = control.fit.size[0] / control.fit.size[1] / (width / height)

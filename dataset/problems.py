@@ -58,6 +58,8 @@ KINDS = {
     "D34": Kind(WARNING, "item not cached"),
     "D35": Kind(WARNING, "cache without an item"),
     "D36": Kind(ERROR, "control image too small"),
+    "D37": Kind(WARNING, "picture of a kind that is not taken"),
+    "D38": Kind(ERROR, "name that no cache can have"),
 }
 
 

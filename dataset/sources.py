@@ -5,7 +5,6 @@ Rules: docs/formats.md#lists and docs/formats.md#control-matching.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source
-from utils.errors import ConfigError
-from utils.files import parse_json
-from utils.images import IMAGE_SUFFIXES, Resize, check_image, check_mask_size
+from utils.errors import ConfigError, suggest
+from utils.files import name_key, parse_json
+from utils.images import (
+    IMAGE_SUFFIXES,
+    Resize,
+    check_image,
+    check_mask_size,
+    named_like_image,
+    named_like_other_image,
+)
 from utils.text import some
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size
@@ -24,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]+))?")
 _SECOND_TARGET = re.compile(r"image_path_0*[1-9][0-9]*")
+_OWN_INDICES = ("control_index", "target_index")
+_FIELDS = ("image_path", "caption", "control_path", "control_mask", "target_mask", *_OWN_INDICES)
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,18 @@ class Item:
     target_mask: Path | None
     control_masks: tuple[Path | None, ...]  # as many as controls
     control_fits: tuple[Resize, ...] = ()  # what is done to each control
+    alpha: bool = True  # alpha channels of images without a mask file are masks
 
     @property
     def target_fit(self) -> Resize:
         """Resizing and cropping of the target."""
         return Resize(self.size, self.bucket)
+
+    @property
+    def unmasked(self) -> tuple[Path, ...]:
+        """The images without a mask file, whose alpha channel may be one."""
+        files = zip((self.target, *self.controls), (self.target_mask, *self.control_masks), strict=True)
+        return tuple(path for path, mask in files if mask is None)
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -162,6 +177,7 @@ def make_item(
         owns_layout=source.layout is not None,
         target_mask=source.target_mask,
         control_masks=source.control_masks[:count],
+        alpha=config.alpha == "mask",
     )
 
 
@@ -192,7 +208,7 @@ def _check_mask(mask: Path, image: Path, size: tuple[int, int], key: str) -> Non
 
 def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
     targets = list_images(folder.targets)
-    stems = {target.stem for target in targets}
+    stems = {stem_key(target) for target in targets}
     controls: dict[str, tuple[Path, ...]] = {}
     control_masks: dict[Path, Path] = {}
     target_masks: dict[Path, Path] = {}
@@ -208,12 +224,17 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
             )
     if folder.target_masks is not None:
         target_masks = _target_masks(targets, folder.target_masks, place)
+    for name, path in (("image_directory", folder.targets), ("control_directory", folder.controls)):
+        if path is not None and (others := list_other_pictures(path)):
+            suffixes = f"{', '.join(IMAGE_SUFFIXES[:-1])} or {IMAGE_SUFFIXES[-1]}"
+            what = f"{_images_are(others)} ignored, because the name doesn't end in {suffixes}"
+            log.warning("%s.%s: %s: %s", place, name, what, some(other.name for other in others))
+    captions = caption_files(folder)
     sources, uncaptioned = [], []
     for target in targets:
-        caption_file = target.with_name(target.stem + folder.caption_extension)
-        if caption_file.is_file():
-            caption = read_text(caption_file, f"{place}.caption_extension").strip()
-            own = controls.get(target.stem, ())
+        if stem_key(target) in captions:
+            caption = read_text(captions[stem_key(target)], f"{place}.caption_extension").strip()
+            own = controls.get(stem_key(target), ())
             masks = tuple(control_masks.get(control) for control in own)
             sources.append(Source(target, caption, own, masks, target_masks.get(target)))
         else:
@@ -232,21 +253,43 @@ def _from_folder(folder: ImageFolder, place: str) -> list[Source]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images of a dataset's folder by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES and path.is_file())
+    """The images of a dataset's folder by name, with links to files that are not there, which opening them tells."""
+    return sorted(path for path in folder.iterdir() if named_like_image(path) and _file_or_link(path))
+
+
+def list_other_pictures(folder: Path) -> list[Path]:
+    """The files of a dataset's folder that are named like pictures of kinds that it does not take."""
+    return sorted(path for path in folder.iterdir() if named_like_other_image(path) and path.is_file())
+
+
+def caption_files(folder: ImageFolder) -> dict[str, Path]:
+    """Key of a target's stem -> the file that holds its caption, or a link to one that is not there."""
+    end = name_key(folder.caption_extension)
+    names = {name_key(path.name): path for path in folder.targets.iterdir() if _file_or_link(path)}
+    return {name.removesuffix(end): path for name, path in names.items() if name.endswith(end)}
+
+
+def stem_key(path: Path) -> str:
+    """Equal for files whose names without suffix are the same, see `name_key`."""
+    return name_key(path.stem)
+
+
+def _file_or_link(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def masks_beside(stems: set[str], images: list[Path]) -> tuple[dict[Path, Path], list[Path]]:
-    """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: of the targets."""
-    masked = {f"{path.stem}_mask": path for path in images}
-    found = {masked[path.stem]: path for path in images if path.stem in masked and path.stem not in stems}
+    """Control image -> its mask, `<name>_mask` beside it, and the images that are no masks; stems: keys of targets."""
+    masked = {f"{stem_key(path)}_mask": path for path in images}
+    names = {path: stem_key(path) for path in images}
+    found = {masked[name]: path for path, name in names.items() if name in masked and name not in stems}
     return found, [path for path in images if path not in found.values()]
 
 
 def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, Path]:
     """Target -> the image of the same name in the folder; ConfigError when no target has one."""
-    by_stem = {path.stem: path for path in list_images(folder)}
-    found = {target: by_stem[target.stem] for target in targets if target.stem in by_stem}
+    by_stem = {stem_key(path): path for path in list_images(folder)}
+    found = {target: by_stem[stem_key(target)] for target in targets if stem_key(target) in by_stem}
     if not found:
         raise ConfigError(f"{place}.target_mask_directory {folder}: holds no image named like a target; check the path")
     if bare := [target for target in targets if target not in found]:
@@ -260,7 +303,7 @@ def _target_masks(targets: list[Path], folder: Path, place: str) -> dict[Path, P
 
 
 def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Stem of a target -> its control images in order: `S`, then `S_0`, `S_1`, ... by number, then by file name.
+    """Key of a target's stem -> its control images in order: `S`, then `S_0`, `S_1`, ... by number, then by file name.
 
     Also returns the images that begin like a target but don't end in a number.
 
@@ -270,12 +313,13 @@ def match_controls(stems: set[str], candidates: list[Path]) -> tuple[dict[str, t
     found: dict[str, list[tuple[int, str, Path]]] = {}
     strangers = []
     for path in candidates:
-        ends = [i for i, letter in enumerate(path.name) if letter in "._"]
-        stem = next((path.name[:end] for end in reversed(ends) if path.name[:end] in stems), None)
-        number = path.stem.rpartition("_")[2]
+        name, own = name_key(path.name), stem_key(path)
+        ends = [i for i, letter in enumerate(name) if letter in "._"]
+        stem = next((name[:end] for end in reversed(ends) if name[:end] in stems), None)
+        number = own.rpartition("_")[2]
         if stem is None:
             continue
-        if path.stem == stem:
+        if own == stem:
             found.setdefault(stem, []).append((0, path.name, path))
         elif number.isdecimal():
             found.setdefault(stem, []).append((int(number) + 1, path.name, path))
@@ -306,16 +350,19 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
     if not isinstance(fields, dict):
         raise ConfigError('is not a JSON object; write {"image_path": ..., "caption": ..., "control_path": ...}')
     files: dict[str, dict[int, Path]] = {"path": {}, "mask": {}}
+    if "video_path" in fields:
+        raise ConfigError("video_path: video datasets are not supported yet; give image_path")
     for key in fields:
         if _SECOND_TARGET.fullmatch(key):
             raise ConfigError(f"{key}: several targets per item are not supported; write one line for each")
-        if match := _CONTROL_KEY.fullmatch(key):
+        match = _CONTROL_KEY.fullmatch(key)
+        if match is None and key not in (*_FIELDS, "image_path_0"):
+            raise ConfigError(f"unknown key '{key}'{suggest(key, _FIELDS) or '; known are ' + ', '.join(_FIELDS)}")
+        if match:
             number, numbered = int(match[2] or 0), files[match[1]]
             if number in numbered:
                 raise ConfigError(f"{key}: there is a control image {number} already; number them 0, 1, 2, ...")
             numbered[number] = Path(_text_field(fields, key))
-    if "video_path" in fields:
-        raise ConfigError("video_path: video datasets are not supported yet; give image_path")
     target = Path(_text_field(fields, "image_path_0" if "image_path_0" in fields else "image_path"))
     controls, masks = files["path"], files["mask"]
     if lonely := sorted(masks.keys() - controls.keys()):
@@ -333,10 +380,9 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
 
 def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfig) -> OneFrameLayout | None:
     """The layout that a line asks for by `control_index` and `target_index`; a missing one is the dataset's."""
-    keys = ("control_index", "target_index")
-    if not fields.keys() & {*keys}:
+    if not fields.keys() & {*_OWN_INDICES}:
         return None
-    indices, target = (fields.get(key) for key in keys)
+    indices, target = (fields.get(key) for key in _OWN_INDICES)
     if type(indices) is int:
         indices = [indices]
     if indices is not None and not (isinstance(indices, list) and all(type(index) is int for index in indices)):
@@ -347,7 +393,7 @@ def _own_layout(fields: dict[str, Any], controls: int, config: ImageDatasetConfi
         raise ConfigError(f"target_index = {json.dumps(target)}: is not a whole number; write for example 1")
     indices = config.clean_indices if indices is None else indices
     target = config.target_index if target is None else target
-    return config.layout_of(indices, target, controls, keys)
+    return config.layout_of(indices, target, controls, _OWN_INDICES)
 
 
 def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
@@ -362,7 +408,12 @@ def _text_field(fields: dict[str, Any], key: str, blank: bool = False) -> str:
 def _refuse_same_stems(sources: list[Source], place: str) -> None:
     first: dict[str, Path] = {}
     for source in sources:
-        same = first.setdefault(os.path.normcase(source.target.stem), source.target)
+        same = first.setdefault(stem_key(source.target), source.target)
+        if same == source.target and same is not source.target:
+            raise ConfigError(
+                f"{place}: {same} is the target of two items, which would share their cache files; for the second one, "
+                "copy or link it under another name"
+            )
         if same is not source.target:
             raise ConfigError(f"{place}: {same} and {source.target} would share their cache files; rename one of them")
 

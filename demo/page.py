@@ -14,6 +14,8 @@ from utils.pages import render
 _CELL, _GROW, _HEADER = 240, 2, 22
 _TITLES = {"i2v": ["start", "base model", "LoRA", "truth"], "flf2v": ["start", "end", "base model", "LoRA", "truth"]}
 
+_OF_README = (1, 5, 12, 15)  # tests of i2v
+
 Table = list[tuple[str, float, float, bool]]  # name, value, limit, reached
 
 
@@ -28,7 +30,10 @@ class Row:
 def write_page(
     folder: Path, sections: Mapping[str, tuple[list[Row], Table]], lessons: list[Any], seconds: float
 ) -> None:
-    """`sheet.png` with the rows of all sections two by two, and `index.html` with a sheet and a table of each."""
+    """`sheet.png` with the rows of all sections two by two, and `index.html` with a sheet and a table of each.
+
+    And `results.jpg`, the picture of the README, which a short demo leaves out.
+    """
     sheets = {name: sheet(rows, _TITLES[name]) for name, (rows, _) in sections.items()}
     for name, image in sheets.items():
         image.save(folder / f"{name}.png")
@@ -41,6 +46,11 @@ def write_page(
         stacked.paste(one, (0, top))
         top += one.height
     stacked.save(folder / "sheet.png")
+    if len(rows := sections["i2v"][0]) > max(_OF_README):
+        image = sheet([rows[number] for number in _OF_README], _TITLES["i2v"])
+        image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS).save(
+            folder / "results.jpg", quality=90
+        )
 
 
 def sheet(rows: list[Row], titles: list[str], across: int = 2) -> Image.Image:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo.photos import write_pairs
 from demo.tiny_models import FILES, write_models
-from tests.photos import write_pairs
 from tests.project import cache, dataset_toml
 from tests.tiny_checkpoints import draws_as_recorded, write_tiny_checkpoints
 

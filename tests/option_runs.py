@@ -89,7 +89,9 @@ def digest(path: Path) -> str:
 
 def metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        return {key: value for key, value in file.metadata().items() if not re.search("date|_at$|session_id", key)}
+        return {
+            key: value for key, value in (file.metadata() or {}).items() if not re.search("date|_at$|session_id", key)
+        }
 
 
 SWITCHES = (

@@ -14,18 +14,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import toml
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataset import config, problems
 from dataset.sources import find_all_items
+from demo.photos import PHOTOS, photo, write_pairs
 from demo.tiny_models import FILES
-from tests.photos import PHOTOS, photo, write_pairs
 from tests.test_options import FLAGS
 from tests.tiny_checkpoints import write_tiny_checkpoints
 from utils.errors import ConfigError
+from utils.files import read_toml
 from wan.generation import prompt, recipe
 from wan.lora.files import read_lora
 from wan.lora.options import NetworkArguments
@@ -255,7 +255,7 @@ def test_the_configuration_files_fit_the_documented_folders(workplace, monkeypat
     for block in blocks(GUIDE, "json"):
         lines = Path("data/pairs.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(block) in [json.loads(line) for line in lines]
-    indices = [dataset.get("fp_1f_clean_indices") for dataset in toml.load("dataset_flf2v.toml")["datasets"]]
+    indices = [dataset.get("fp_1f_clean_indices") for dataset in read_toml(Path("dataset_flf2v.toml"), "")["datasets"]]
     assert indices == [[0, 2]]
 
 

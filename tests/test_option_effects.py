@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import shutil
 import sys
 import types
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from demo.tiny_models import FILES, write_models
@@ -41,6 +43,7 @@ CASES = {
         "clip": ("", "more/clip", "weights"),
         "clip_dtype": ("", "bf16", "weights"),
         "one_frame_layout": ("", "causal", "weights"),
+        "alpha": ("--dataset_config clear.toml", "ignore", "weights"),
         "explain": ("", "", "printed"),
         "device": ("", "quantum", "outcome"),
     },
@@ -82,6 +85,7 @@ CASES = {
         "one_frame_loss": ("", "target", "weights"),
         "one_frame_target_range": ("", "3-9", "weights"),
         "one_frame_layout": ("", "causal", "outcome"),
+        "alpha": ("--sample_prompts clear.txt --sample_at_first", "ignore", "pictures"),
         "stop_after_skipped_steps": ("--learning_rate 1e30 --max_train_steps 4", "2", "outcome"),
         "network_module": ("", "networks.loha", "weights" if find_spec("lycoris") else "outcome"),
         "network_dim": ("", "3", "weights"),
@@ -259,12 +263,19 @@ def runs(new_project):
             save_file({name: tensor.float() for name, tensor in load_file(dit).items()}, dit)
         tokenizer = Path("more/tokenizer/tokenizer.json")
         tokenizer.write_text(tokenizer.read_text().replace('"a"', '"?"').replace('"c"', '"a"').replace('"?"', '"c"'))
+        shutil.copytree("data/start", "data/clear")
+        for path in Path("data/clear").iterdir():
+            clear = Image.open(path)
+            clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+            clear.save(path)
         for name, size, cache, target in (
-            *(("data", 1, "cache", 1), ("far", 1, "cache", 7)),
+            *(("data", 1, "cache", 1), ("far", 1, "cache", 7), ("clear", 2, "output_cache", 1)),
             *(("fill", 2, "output_cache", 1), ("other", 2, "output_other", 1)),
         ):
             keys = f"fp_1f_clean_indices = [0]\nfp_1f_target_index = {target}"
-            dataset_toml(name, keys=keys, cache=cache, size=(32, 32), batch_size=size)
+            controls = "clear" if name == "clear" else "start"
+            dataset_toml(name, "target", controls, keys, cache=cache, size=(32, 32), batch_size=size)
+        Path("clear.txt").write_text(PROMPT.format("cat").replace("start", "clear"))
         Path("more.toml").write_text("network_alpha = 4")
         Path("wandb.toml").write_text('[wandb]\ntags = ["cats"]')
         Path("a.txt").write_text(PROMPT.format("cat"))

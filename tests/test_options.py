@@ -2,15 +2,26 @@
 
 import argparse
 import json
+from pathlib import Path
+from typing import get_type_hints
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
+import wan_dataset
 import wan_generate_video
 import wan_train_network
+from dataset.check import CheckConfig
 from tests.helpers import RECORDINGS
 from utils import cli
+from utils.errors import ConfigError
+from utils.options import declared_options, flag_name
+from wan.generation.options import MergedModelConfig
+from wan.generation.start import GenerationModels, GenerationOptions
+from wan.training.options import TrainingModels, TrainingOptions
 
 SCRIPTS = {
     "wan_cache_latents": wan_cache_latents,
@@ -25,7 +36,7 @@ FLAGS = {
     "wan_cache_latents": {
         "works": "dataset_config vae clip one_frame device batch_size num_workers skip_existing keep_cache vae_dtype "
         "disable_cudnn_backend",
-        "ours": "clip_dtype ckpt_dir one_frame_layout explain vae_backend",
+        "ours": "clip_dtype ckpt_dir one_frame_layout alpha explain vae_backend",
         "refused": "debug_mode",
         "ignored": "vae_cache_cpu i2v console_width console_back console_num_images",
     },
@@ -55,7 +66,7 @@ FLAGS = {
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
         "ours": "explain "
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
-        "one_frame_target_range one_frame_layout stop_after_skipped_steps sample_solver cpu_noise exact_size "
+        "one_frame_target_range one_frame_layout alpha stop_after_skipped_steps sample_solver cpu_noise exact_size "
         "reasoning_frames reasoning_steps pin_controls control_resolution no_resize_control preview vae_backend "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",
         "refused": "force_v2_1_time_embedding dit_high_noise timestep_boundary offload_inactive_dit sage_attn "
@@ -77,7 +88,7 @@ FLAGS = {
         "compile_cache_size_limit",
         "ours": "explain recipe sweep preview memory reasoning_frames reasoning_steps pin_controls "
         "control_resolution no_resize_control dit_backend vae_backend separate_passes cuda_allow_tf32 "
-        "cuda_cudnn_benchmark one_frame_layout exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
+        "cuda_cudnn_benchmark one_frame_layout alpha exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "
         "compile_args trim_tail_frames "
         "control_path dit_high_noise lora_weight_high_noise lora_multiplier_high_noise timestep_boundary "
@@ -123,3 +134,76 @@ def test_help_is_grouped_and_explains_every_option(script):
     assert ungrouped <= {"help", "config_file"}
     groups = [group for group in parser._action_groups if group._group_actions]
     assert all(f"\n{group.title}:\n" in parser.format_help() for group in groups)
+
+
+BASE = {
+    "wan_cache_latents": "--dataset_config x.toml --one_frame",
+    "wan_cache_text_encoder_outputs": "--dataset_config x.toml",
+    "wan_train_network": "--dataset_config x.toml --output_dir out --output_name x",
+    "wan_generate_video": "--save_path out --from_file x.txt",
+}
+# Files that are opened by Python alone, and named in no other file but as ASCII.
+ANY_BYTES = {"config_file", "recipe", "save_path", "from_file"}
+ANY_BYTES |= {"image_path", "end_image_path", "control_image_path", "control_image_mask_path"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_text_that_is_no_utf8_is_refused_by_every_flag_that_can_not_take_it(script):
+    for name, action in visible(script).items():
+        if action.nargs == 0 or action.choices or action.type not in (str, Path) or name in ANY_BYTES:
+            continue
+        with pytest.raises(ConfigError) as caught:
+            SCRIPTS[script].main([*BASE[script].split(), f"--{name}", "a\udcff"])
+        assert str(caught.value).startswith(f"--{name} a\udcff: holds bytes that are not UTF-8 text; "), caught.value
+
+
+SECTIONS = {
+    section
+    for kind in (
+        *(wan_cache_latents.Options, wan_cache_text_encoder_outputs.Options, TrainingModels, TrainingOptions),
+        *(GenerationOptions, GenerationModels, MergedModelConfig, CheckConfig, wan_dataset.SheetOptions),
+    )
+    for section in cli._sections_of(kind)
+}
+# What files of other tools and command lines broke on, besides any other text.
+LETTERS = st.text(
+    st.sampled_from("\u00a0\u0085\u00ad\u3000\u2028\\\"'\n\r\t\x00\x1b\x7f#,[]{}=-_.x猫🐈 u0"), max_size=8
+)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=5) | LETTERS | LETTERS.map(lambda text: f"--{text}")
+VALUES = {
+    bool: st.booleans(),
+    int: st.integers(-(2**70), 2**70),
+    float: st.floats(allow_nan=False),
+    str: TEXT,
+    Path: TEXT.filter(lambda text: "\0" not in text).map(Path),
+}
+
+
+def settings_of(section: type) -> st.SearchStrategy[dict[str, object]]:
+    """Any values of the options of a section, valid or not, but those that no command line could give."""
+    hints, found = get_type_hints(section), {}
+    for field, declared in declared_options(section):
+        kind, many = cli.value_type(hints[field.name])
+        one = st.sampled_from([*declared.choices]) if declared.choices else VALUES[kind]
+        size = declared.argparse_keywords.get("nargs")
+        many_of = st.lists(one, min_size=size or 0, max_size=size or 3).map(tuple)
+        found[field.name] = many_of if many else one
+        if field.default is None:
+            found[field.name] = st.none() | found[field.name]
+    return st.fixed_dictionaries(found)
+
+
+@pytest.mark.parametrize("section", sorted(SECTIONS, key=lambda one: one.__qualname__))
+@hypothesis.settings(max_examples=30, deadline=None, suppress_health_check=[*hypothesis.HealthCheck])
+@hypothesis.given(data=st.data())
+def test_every_value_of_every_flag_is_read_from_the_settings_file_as_it_was_written(section, tmp_path, data):
+    made = object.__new__(section)  # past its rules, which hold for its values however they were read
+    vars(made).update(data.draw(settings_of(section)))
+    path = tmp_path / "run.toml"
+    path.write_text(cli.to_toml(made), encoding="utf-8")
+    parser = cli.Parser()
+    cli.add_fields(parser, section)
+    parser.read_options_from("--config_file")
+    args = parser.parse_args(["--config_file", str(path)])
+    names = {field.name: flag_name(field) for field, _ in declared_options(section)}
+    assert {name: getattr(args, flag) for name, flag in names.items()} == {name: vars(made)[name] for name in names}

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors import safe_open
@@ -276,3 +277,30 @@ def test_a_single_gpu_named_for_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="--device cuda:1: several processes take cpu or cuda"):
         device.init_processes(DeviceConfig("cuda:1"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed, which is not supported; launch with .*accelerate_ddp.yaml"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "Megatron-LM, which is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1; set fsdp_version to 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1; set fsdp_version to 2"),
+    ],
+)
+def test_ways_of_accelerate_that_are_not_supported_are_refused_by_name(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for start_up in (training_start.build_accelerator, device.init_processes):
+        with pytest.raises(ConfigError, match=words):
+            start_up(DeviceConfig("cpu"))
+
+
+def test_what_accelerate_was_told_about_compiling_and_accumulating_is_not_used(monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator = training_start.build_accelerator(DeviceConfig("cpu"))
+    assert accelerator.state.dynamo_plugin.backend == "NO" and accelerator.gradient_accumulation_steps == 1
+    assert "dynamo_backend INDUCTOR of accelerate is not used; --compile compiles the model" in caplog.text

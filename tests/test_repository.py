@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import toml
 import yaml
 
 import wan
+from utils.files import parse_toml
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # A new file or folder of the root is listed here, once it is clear that it has no better place.
 IN_THE_ROOT = {
@@ -37,6 +37,7 @@ PACKAGES = {
     "flash_attn_interface": None,  # FlashAttention 3, built from its sources
     "lycoris": "lycoris-lora",
     "skimage": "scikit-image",
+    "tomllib": None,  # of the standard library from Python 3.11 on
     "triton": "torch",  # comes with its builds for GPUs, see pyproject.toml
     "typing_extensions": None,  # imported for type checkers alone, which bring it
     "yaml": "pyyaml",

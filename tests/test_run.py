@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import toml
+
+from utils.files import parse_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -63,7 +64,7 @@ def pins() -> dict[str, str]:
 
 
 def test_the_requirements_are_those_a_toml_reader_finds():
-    project = toml.loads(PYPROJECT)["project"]
+    project = parse_toml(PYPROJECT)["project"]
     assert load(ROOT).requirements(PYPROJECT) == project["dependencies"] + project["optional-dependencies"]["test"]
 
 

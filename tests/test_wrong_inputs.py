@@ -99,6 +99,16 @@ def flags(*argv: str):
     return list(argv)
 
 
+def renamed(name: str):
+    """The pair of the cat under another name."""
+
+    def apply() -> None:
+        for path in ("data/target/cat.png", "data/target/cat.txt", "data/start/cat.png"):
+            Path(path).rename(Path(path).with_stem(name))
+
+    return apply
+
+
 def small_image():
     Image.new("RGB", (8, 8)).save("data/target/tiny.png")
     Image.new("RGB", (8, 8)).save("data/start/tiny.png")
@@ -114,7 +124,8 @@ CASES = [
     ("cache", flags("--batch_size", "none"), ["--batch_size", "none"]),
     ("cache", flags("--batch_size", "0"), ["--batch_size 0"]),
     ("cache", flags("--vae_dtype", "bf61"), ["--vae_dtype", "bf61", "did you mean 'bf16'"]),
-    ("cache", flags("--device", "quantum"), ["--device", "quantum"]),
+    ("cache", flags("--device", "quantum"), ["--device quantum: is no device that PyTorch knows; use cuda"]),
+    ("cache", flags("--device", "xpu"), ["--device xpu: can't be used on this computer; use cuda or cpu"]),
     ("cache", flags("--debug_mode", "image"), ["--debug_mode", "not supported"]),
     ("cache", flags("--skip_exsting"), ["--skip_exsting", "did you mean '--skip_existing'"]),
     ("cache", truncate(MODELS["clip"]), ["--clip", "damaged"]),
@@ -139,6 +150,10 @@ CASES = [
     ("cache", remove("data/start/cat.png"), ["control", "cat.png"]),
     ("cache", write("data/start/cat.png", b"\x89PNG\r\n\x1a\nnonsense"), ["cat.png"]),
     ("cache", write("data/target/cat.jpg", b""), ["cat"]),
+    ("cache", renamed("\udcff"), ["data.toml: data/target/\\udcff.png", "can't be cached", "not UTF-8", "rename it"]),
+    ("text", renamed("\udcff"), ["data/target/\\udcff.png", "not UTF-8", "rename it"]),
+    ("cache", renamed("猫" * 75), ["can't be cached as 猫", "bytes, and 229 are possible", "shorten it"]),
+    ("text", renamed("m" * 211), ["the name has 230 bytes, and 229 are possible", "shorten it"]),
     ("cache", small_image, ["tiny.png", "16"]),
     ("cache", lambda: [path.unlink() for path in Path("data/target").iterdir()], ["data/target", "no"]),
     ("text", flags("--t5", "models/none.pth"), ["--t5", "does not exist"]),
@@ -160,7 +175,7 @@ CASES = [
     ("train", flags("--optimizer_type", "AdamV"), ["--optimizer_type AdamV", "did you mean 'Adam"]),
     ("train", flags("--optimizer_type", "AdamW8bit"), ["AdamW8bit", "bitsandbytes"]),
     ("train", flags("--optimizer_args", "speed=3"), ["--optimizer_args", "speed"]),
-    ("train", flags("--lr_warmup_steps", "10"), ["--lr_warmup_steps 10", "constant_with_warmup"]),
+    ("train", flags("--lr_warmup_steps", "ten"), ["--lr_warmup_steps ten", "whole steps"]),
     ("train", flags("--lr_scheduler", "cosin"), ["--lr_scheduler", "cosin"]),
     ("train", flags("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900", "100"]),
     ("train", flags("--mixed_precision", "bf16", "--dit_dtype", "float32"), ["--dit_dtype float32", "bf16"]),
@@ -239,7 +254,7 @@ CASES = [
     ("generate", flags("--recipe", MODELS["i2v"]), ["--recipe", "holds no recipe"]),
     ("generate", flags("--seed", "99999999999999999999"), ["seed 99999999999999999999", "digits"]),
     ("generate", flags("--guidance_scale", "nan"), ["guidance scale nan"]),
-    ("generate", flags("--prompt", "a \udcff"), ["character 2 of the prompt"]),
+    ("generate", flags("--prompt", "a \udcff"), ["--prompt a \\udcff", "not UTF-8", "write it as UTF-8"]),
     ("generate", flags("--control_image_path", "x" * 5000), ["cannot be opened", "[...]"]),
     (
         "generate",
@@ -315,6 +330,8 @@ def test_a_mistake_gives_one_line_and_exit_code_1_before_weights_load(
         mistake()
     elif "--latent_path" in mistake or "--interactive" in mistake:
         argv = [part for part in argv if part not in ("--prompt", "a cat")]
+    elif "--control_image_path" in mistake:  # a list, which may be given once
+        argv = [part for i, part in enumerate(argv) if "--control_image_path" not in argv[max(i - 1, 0) : i + 1]]
     before = {path: path.stat().st_mtime_ns for path in copied_workspace.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as exit_, monkeypatch.context() as patch:
         patch.setattr("sys.argv", ["script", *argv, *(mistake if isinstance(mistake, list) else [])])

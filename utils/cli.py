@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 _LONGEST = 2000  # characters of an error message
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES_WORDS = ("Too many open files", "os error 24")  # of torch's workers; of safetensors
+_NEGATIVE_NUMBER = re.compile(r"-(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
 Built = TypeVar("Built")
 
 
@@ -46,6 +48,7 @@ class Parser(argparse.ArgumentParser):
         self._hints: dict[str, str] = {}
         # A name cut short would mean another flag, even a refused one, as soon as one is added.
         super().__init__(*positional, **{"allow_abbrev": False} | keywords)
+        self._negative_number_matcher = _NEGATIVE_NUMBER  # argparse's own knows no exponents
 
     def add_argument(self, *flags: str, **keywords: Any) -> argparse.Action:
         """Add a flag or a positional argument, as argparse does."""
@@ -64,9 +67,17 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         """The values of all flags: those of the command line over those of the option file and of `namespace`."""
         args = sys.argv[1:] if args is None else list(args)
-        if self._config_flag:
-            args = [*self._config_arguments(self._config_flag, args), *args]
-        parsed, unknown = self.parse_known_args(args, namespace)
+        namespace = namespace or argparse.Namespace()
+        from_file = self._options_of_file(args)
+        vars(namespace).update(vars(from_file))
+        given = [action for action in self._known.values() if action.required and action.dest in from_file]
+        for action in given:
+            action.required = False  # argparse looks at the command line alone
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+        finally:
+            for action in given:
+                action.required = True
         if unknown:
             flag = unknown[0].split("=")[0]
             if flag in self._hints:
@@ -75,6 +86,30 @@ class Parser(argparse.ArgumentParser):
                 f"unknown argument '{unknown[0]}'{suggest(flag, self._known) or '; --help lists the flags'}"
             )
         return parsed
+
+    def parse_known_args(  # type: ignore[override] # as above
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The values, and the words that mean nothing. Raises ConfigError for a list that is given twice.
+
+        argparse calls it for the commands of subparsers too.
+        """
+        args = sys.argv[1:] if args is None else list(args)
+        self._check_repeated(args)
+        return super().parse_known_args(args, namespace)
+
+    def _check_repeated(self, args: list[str]) -> None:
+        """Raise ConfigError for a second list of values, and warn of a second value, where only the last counts."""
+        found: dict[str, list[str]] = {}
+        for flag, words in _flags_with_words(args, self._known):
+            action, before = self._known[flag], found.get(flag)
+            counts_last = isinstance(action, (_Tuple, argparse._StoreAction))
+            if counts_last and before is not None and before != words:
+                if action.nargs in ("*", "+"):
+                    values = " ".join([*before, *words])
+                    raise ConfigError(f"{flag} is given twice; write all values after one: {flag} {values}")
+                log.warning("%s is given twice: %s counts, %s does not", flag, " ".join(words), " ".join(before))
+            found[flag] = words
 
     def hint(self, flags: Mapping[str, str]) -> None:
         """Say this of flags that do not exist, in place of the nearest known one."""
@@ -88,45 +123,49 @@ class Parser(argparse.ArgumentParser):
         self._config_flag = flag
         self.add_argument(flag, type=Path, help="TOML file with options; those on the command line override it")
 
-    def _config_arguments(self, flag: str, args: list[str]) -> list[str]:
-        """The options of the file that `flag` names in `args`, as arguments."""
-        path = file_named(flag, args)
-        if path is None:
-            return []
+    def _options_of_file(self, args: list[str]) -> argparse.Namespace:
+        """The options of the file that `args` names, if any."""
+        flag = self._config_flag
+        path = None if flag is None else file_named(flag, args)
+        if flag is None or path is None:
+            return argparse.Namespace()
         if not path.suffix:
             path = path.with_suffix(".toml")
-        place, arguments = f"{flag} {path}", []
+        options: dict[str, Any] = {}
         for key, value in _flattened(read_toml(path, flag)):
-            action = self._action(key, place)
-            words = _words(key, action, value, place)
-            for word in words or ():  # alone first, so that what is wrong with it is told with its place
-                _value(f"--{key}", action, word, place)
-            arguments += [] if words is None else [f"--{key}", *words]
-        return arguments
+            if key in options:
+                raise ConfigError(f"{flag} {path}: {key} is given twice, in different tables; remove one")
+            options[key] = value
+        return self.typed(options, f"{flag} {path}")
 
     def typed(self, options: Mapping[str, Any], place: str) -> argparse.Namespace:
-        """Options by name, as JSON has them, checked like the command line's: what `parse_args` may start from.
+        """Options by name, as TOML and JSON have them, checked like the command line's: what `parse_args` starts from.
 
         ConfigErrors start with `place`.
         """
         found = argparse.Namespace()
         for key, value in options.items():
             action = self._action(key, place)
-            words = _words(key, action, value, place) or []
-            values = tuple(_value(f"--{key}", action, word, place) for word in words)
-            if action.nargs == 0:
+            words = _words(key, action, value, place)
+            values = tuple(_value(f"--{key}", action, word, place) for word in words or ())
+            if isinstance(action, _Refuse | _Ignore):
+                if words is not None:
+                    action(self, found, values, f"--{key}")
+            elif action.nargs == 0:
                 setattr(found, action.dest, value)
-            elif value is False:
-                continue  # as good as left out, like in TOML
+            elif words is None:
+                continue  # as good as left out
             elif isinstance(action.nargs, int) and len(values) != action.nargs:
                 raise ConfigError(f"{place}: {key} = {value!r}: takes {action.nargs} values")
+            elif action.nargs in (None, "?"):
+                setattr(found, action.dest, values[0] if values else action.const)
             else:
-                setattr(found, action.dest, values if action.nargs else values[0])
+                setattr(found, action.dest, values)
         return found
 
     def _action(self, key: str, place: str) -> argparse.Action:
         action = self._known.get(f"--{key}")
-        if action is None:
+        if action is None or isinstance(action, argparse._HelpAction):
             raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._known).replace('--', '')}")
         return action
 
@@ -186,6 +225,7 @@ def ignore(parser: Parser, flags: Mapping[str, str]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: logging to stderr; a ConfigError is printed as one line and ends with exit code 1."""
+    process.leave_ascii()
     process.keep_messages_harmless()
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(Once())
@@ -270,20 +310,28 @@ def file_named(flag: str, args: Sequence[str]) -> Path | None:
     """The file that `flag` names in a command line, before the rest of it is read."""
     finder = Parser(add_help=False)
     finder.add_argument(flag, type=Path, dest="path")
-    found: Path | None = finder.parse_known_args(args)[0].path
+    found: Path | None = argparse.ArgumentParser.parse_known_args(finder, args)[0].path
     return found
 
 
 def values(*groups: object) -> dict[str, Any]:
     """The value of each option of built sections, and of groups of them, by name."""
-    sections = [section for group in groups for section in built_sections(group)]
-    return {flag_name(field): getattr(one, field.name) for one in sections for field, _ in declared_options(type(one))}
+    return {flag_name(field): value for field, value in _filled(*groups)}
 
 
 def settings(*groups: object) -> dict[str, Any]:
     """`values` as TOML and JSON can hold them; what is unset is left out."""
-    found = {name: value for name, value in values(*groups).items() if value not in (None, ())}
-    return {name: [*map(_plain, value)] if isinstance(value, tuple) else _plain(value) for name, value in found.items()}
+    return {
+        flag_name(field): [*map(_plain, value)] if isinstance(value, tuple) else _plain(value)
+        for field, value in _filled(*groups)
+        if value is not None and (value != () or field.default != ())
+    }
+
+
+def _filled(*groups: object) -> Iterator[tuple["dataclasses.Field[Any]", Any]]:
+    for one in (section for group in groups for section in built_sections(group)):
+        for field, _ in declared_options(type(one)):
+            yield field, getattr(one, field.name)
 
 
 def to_toml(*groups: object) -> str:
@@ -293,6 +341,16 @@ def to_toml(*groups: object) -> str:
 
 def _plain(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
+
+
+def _flags_with_words(args: list[str], known: Mapping[str, argparse.Action]) -> Iterator[tuple[str, list[str]]]:
+    """Each known flag of a command line, with the words that stand between it and the next one."""
+    if "--" in args:
+        args = args[: args.index("--")]
+    starts = [i for i, word in enumerate(args) if word.split("=")[0] in known]
+    for start, end in zip(starts, [*starts[1:], len(args)], strict=False):
+        flag, equals, value = args[start].partition("=")
+        yield flag, [*([value] if equals else []), *args[start + 1 : end]]
 
 
 def _flattened(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -319,13 +377,17 @@ def _words(key: str, action: argparse.Action, value: Any, place: str) -> list[st
 
 
 def _value(flag: str, action: argparse.Action, word: str, place: str) -> Any:
-    """The value that one word after `flag` stands for, which may begin with a hyphen."""
-    reader = Parser(add_help=False)
-    reader.add_argument(flag, dest="value", type=action.type, choices=action.choices)
+    """The value that one word after `flag` stands for, which may be any word: argparse drops '--'."""
+    read = action.type or str
     try:
-        return reader.parse_args([f"{flag}={word}"]).value
-    except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        value = read(word) if callable(read) else word
+    except ValueError:
+        name = getattr(read, "__name__", read)
+        raise ConfigError(f"{place}: {flag}: invalid {name} value: {word!r}") from None
+    if action.choices is not None and value not in action.choices:
+        known = ", ".join(map(repr, action.choices))
+        raise ConfigError(f"{place}: {flag}: invalid choice: {word!r} (choose from {known})")
+    return value
 
 
 def _argparse_keywords(field: "dataclasses.Field[Any]", declared: Option, hint: Any) -> dict[str, Any]:

@@ -8,27 +8,39 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import toml
 from safetensors import SafetensorError
 
 from utils.errors import ConfigError
+from utils.text import one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _CHUNK = 1 << 20
+_STRANGE_BLANK = re.compile(
+    r"(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\#[^\n]*)|[^\S \t\r\n]", re.DOTALL
+)
+"""A string or comment of TOML, as group 1, or a blank outside of them that TOML does not have."""
+_RANDOM_LETTERS = 8  # that the tempfile module puts into a name
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # of file systems that can't sync
 _HASH_WHOLE_BELOW = 64 << 20
 
 
 @contextmanager
-def written_whole(path: str | Path, replaces: bool = True) -> Iterator[Path]:
+def written_whole(path: str | Path, *, replaces: bool = True, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed.
 
-    After a power cut the old content or the new is there: both content and name are on disk when this returns.
     replaces: False raises FileExistsError where `path` is there already, also when another process was faster.
+    durable: content and name are on disk when this returns, so that after a power cut the old content or the new is
+    there. Without it the file may then be empty: for what is soon replaced, or synced later with many others.
     Raises OSError when the disk refuses, also where safetensors has its own exception for that.
     """
     path = Path(path)
@@ -37,12 +49,14 @@ def written_whole(path: str | Path, replaces: bool = True) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         make_accessible(temporary, 0o666)  # mkstemp makes files private
         if not replaces:
             _claim(path, temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
@@ -147,6 +161,21 @@ def sync(path: Path) -> None:
         _sync(path, os.O_RDWR)  # Windows syncs only what may be written
 
 
+def sync_all(files: Iterable[Path]) -> None:
+    """`sync` files that were not written `durable`, and their folders: by now most are on disk, so it is quick."""
+    found = dict.fromkeys(files)
+    for path in (*found, *dict.fromkeys(file.parent for file in found)):
+        sync(path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and the missing ones above it, unless it is there; the names are on disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def _sync(path: Path, flags: int) -> None:
     handle = os.open(path, flags)
     try:
@@ -163,6 +192,35 @@ def temporary_prefix(path: Path) -> str:
     return f".tmp-{path.name}-"
 
 
+def name_key(name: str | Path) -> str:
+    """Equal for spellings of one name or path: composed or decomposed letters, and on Windows capitals."""
+    return os.path.normcase(unicodedata.normalize("NFC", str(name)))
+
+
+def unusable_name(path: Path) -> str | None:
+    """Why no file of this name can be written by `written_whole` and read again, and the fix; None when it can be.
+
+    safetensors reads no name that is not UTF-8, and writing takes a longer name for a while.
+    """
+    try:
+        length = len(path.name.encode())
+    except UnicodeEncodeError:
+        return "the name is not UTF-8 text; rename it"
+    longest = _longest_name(path.parent)
+    extra = len(temporary_prefix(path)) - len(path.name) + _RANDOM_LETTERS + len(path.suffix)
+    if length + extra > longest:
+        return f"the name has {length} bytes, and {longest - extra} are possible; shorten it"
+    return None
+
+
+def _longest_name(folder: Path) -> int:
+    """Bytes of the longest name in a folder; of one that is not there yet, what nearly all file systems take."""
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has no such call
+        return 255
+
+
 def umask() -> int:
     """The permission bits that new files of this process are made without."""
     mask = os.umask(0)
@@ -176,12 +234,26 @@ def require_file(path: str | Path, flag: str) -> Path:
     try:
         if not path.is_file():
             kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+            if path.is_symlink() and not path.exists():
+                kind = f"is a link to {path.readlink()}, which does not exist"
+            elif not path.exists() and (twin := _twin(path)):
+                kind = (
+                    f"does not exist, but '{twin}' in another Unicode form does; rename it, or copy its name from there"
+                )
+                raise ConfigError(f"{flag} {path}: {kind}")
             raise ConfigError(f"{flag} {path}: {kind}; check the path")
     except OSError as error:  # a name that is too long, a folder that may not be looked into
         raise ConfigError(f"{flag} {path}: cannot be opened ({error.strerror}); check the path") from None
     if not os.access(path, os.R_OK):
         raise ConfigError(f"{flag} {path}: is not readable; check its permissions")
     return path
+
+
+def _twin(path: Path) -> str | None:
+    """A name beside `path` that is the same in another Unicode form."""
+    with suppress(OSError):
+        return next((one.name for one in path.parent.iterdir() if name_key(one.name) == name_key(path.name)), None)
+    return None
 
 
 def not_downloaded(path: Path) -> str | None:
@@ -202,7 +274,7 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
     """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -234,18 +306,21 @@ def read_toml(path: Path, flag: str) -> dict[str, Any]:
         raise ConfigError(f"{flag} {path}: {error}") from None
 
 
-def parse_toml(text: str, suspects: str = "brackets and quotes") -> dict[str, Any]:
-    """The tables of a TOML text. Raises ConfigError when it is none, with the line if the toml package knows it.
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. Blanks of other kinds than TOML's, such as full-width ones, count as blanks too.
 
-    suspects: what to check where it does not.
+    Raises ConfigError, with the line where it is known, when the text is no TOML.
     """
     try:
-        return toml.loads(text)
-    except toml.TomlDecodeError as error:
-        message = f"line {error.lineno}: {' '.join(error.msg.split()).rstrip('.')}"
-        raise ConfigError(f"{message}; correct the TOML there (brackets, quotes, a \\ in double quotes)") from None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # the toml package stumbles
-        raise ConfigError(f"is not valid TOML ({error}); check {suspects}") from None
+        tables: dict[str, Any] = tomllib.loads(_STRANGE_BLANK.sub(lambda found: found[1] or " ", text))
+    except tomllib.TOMLDecodeError as error:
+        reason, _, place = str(error).rpartition(" (at ")
+        place = place.partition(",")[0] if place.startswith("line") else f"line {len(text.splitlines())}"
+        fix = r"correct the TOML there (brackets, quotes, [[datasets]], a \ in double quotes)"
+        raise ConfigError(f"{place}: {one_line(reason)}; {fix}") from None
+    except (RecursionError, ValueError) as error:  # too many brackets, too many digits
+        raise ConfigError(f"is not valid TOML ({one_line(error)}); check brackets and numbers") from None
+    return tables
 
 
 def parse_json(text: str) -> Any:

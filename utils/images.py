@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from utils.errors import TOO_MANY_FILES, ConfigError
-from utils.files import require_file
+from utils.files import not_downloaded, require_file
 
 log = logging.getLogger(__name__)
 Levels = np.ndarray[Any, np.dtype[Any]]  # [height, width] or [height, width, 3]
@@ -24,13 +24,20 @@ for _plugin in ("pillow_avif", "pillow_jxl"):  # optional packages that teach Pi
         importlib.import_module(_plugin)
 
 _JPEG_XL = (".jxl",) if ".jxl" in Image.registered_extensions() else ()
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
-IMAGE_SUFFIXES = frozenset([*_SUFFIXES, *(suffix.upper() for suffix in _SUFFIXES)])
-"""File name endings of a dataset's images, all lower or all upper case (docs/formats.md#dataset-file)."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", *_JPEG_XL)
+"""File name endings of a dataset's images, in small letters or capitals (docs/formats.md#dataset-file)."""
+
+_OTHER_SUFFIXES = frozenset([*Image.registered_extensions(), ".heic", ".heif", ".jxl"]) - {*IMAGE_SUFFIXES, ".pdf"}
 
 _DECODED = frozenset(["PNG", "JPEG", "WEBP", "BMP", "AVIF", "JXL", "GIF", "TIFF", "PPM"])
 """Pillow's names of the formats that are read, by decoders within the process. A file of another one, EPS among them,
 would be handed to programs of the system (Ghostscript), whatever its name ends in."""
+
+# Workflows and colour profiles of sound files are longer than Pillow's 1 MB; there is still an end to it.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 28
+
+_PADDING = 512  # zeros at the end of a compressed file that no encoder writes, but a download that was cut leaves
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"  # of a JPEG
 
 STEP = 16
 """Sides of encoded images are multiples of this: the VAE shrinks by 8 and a DiT token covers 2 x 2 latents."""
@@ -42,14 +49,24 @@ _ORIENTATION = ExifTags.Base.Orientation
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4: width and height change places
 
 
+def named_like_image(path: Path) -> bool:
+    """Whether a dataset takes the file of a folder for an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def named_like_other_image(path: Path) -> bool:
+    """Whether the name is that of a picture that datasets do not take out of folders, such as a GIF."""
+    return path.suffix.lower() in _OTHER_SUFFIXES
+
+
 def open_image(path: str | Path, what: str) -> Image.Image:
     """The picture in `path` as an upright 8-bit RGB image, whatever its mode.
 
     EXIF orientation is applied (in a PNG only when it is stored ahead of the pixels). 16-bit grey keeps its upper 8
-    bits, as Pillow does for 16-bit colour. Transparency is dropped without a background, like in musubi-tuner; a
-    picture that really has transparent pixels is named in a warning, of which scripts show the first alone. Raises
-    ConfigError, starting with `what` (a flag or key), when the file is missing, broken or larger than Pillow's limit
-    against decompression bombs.
+    bits, as Pillow does for 16-bit colour; floating-point grey of 0 to 1 is scaled. Transparency is dropped without a
+    background, like in musubi-tuner; a picture that really has transparent pixels is named in a warning, of which
+    scripts show the first alone. Raises ConfigError, starting with `what` (a flag or key), when the file is missing,
+    broken or larger than Pillow's limit against decompression bombs.
     """
     path = require_file(path, what)
     rgb, alpha = _open(path, what)
@@ -63,17 +80,30 @@ def open_image(path: str | Path, what: str) -> Image.Image:
     return rgb
 
 
-def open_masked(path: str | Path, what: str, mask: str | Path | None = None) -> tuple[Image.Image, Image.Image | None]:
+def open_masked(
+    path: str | Path, what: str, mask: str | Path | None = None, alpha: bool = True
+) -> tuple[Image.Image, Image.Image | None]:
     """The picture as `open_image` gives it, and an 8-bit grey image of its size that is 255 where it counts.
 
-    That is the picture in the file `mask`, else the alpha channel; None when there is neither or it is 255 throughout.
-    Raises ConfigError like `open_image`, and when the two sizes differ.
+    That is the picture in the file `mask`, else the alpha channel unless `alpha` is False; None when there is neither
+    or it is 255 throughout. Raises ConfigError like `open_image`, and when the two sizes differ.
     """
-    rgb, alpha = _open(require_file(path, what), what)
+    rgb, coverage = _open(require_file(path, what), what)
+    if not alpha:
+        coverage = None
     if mask is not None:
-        alpha = _open(require_file(mask, f"mask of {what}"), f"mask of {what}")[0].convert("L")
-        check_mask_size(mask, alpha.size, path, rgb.size)
-    return rgb, None if alpha is None or alpha.getextrema()[0] == 255 else alpha
+        coverage = _open(require_file(mask, f"mask of {what}"), f"mask of {what}")[0].convert("L")
+        check_mask_size(mask, coverage.size, path, rgb.size)
+    return rgb, None if coverage is None or coverage.getextrema()[0] == 255 else coverage
+
+
+def has_alpha(path: Path, what: str) -> bool:
+    """Whether the file has transparency, from its header. Raises ConfigError like `open_image`."""
+    try:
+        with _opened(require_file(path, what)) as image:
+            return image.has_transparency_data
+    except Exception as error:  # Pillow's decoders raise nearly any type on broken files
+        raise _unreadable(path, what, error) from None
 
 
 def check_mask_size(mask: str | Path, mask_size: tuple[int, int], path: str | Path, size: tuple[int, int]) -> None:
@@ -235,7 +265,10 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
     try:
         with _opened(path) as image:
             orientation, alpha = _orientation(image), None
-            if image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
+            _check_complete(path, image)
+            if image.mode == "F":
+                rgb = _from_floats(np.asarray(image))
+            elif image.mode.startswith("I"):  # Pillow's own conversion clips these to 255 instead of scaling them
                 rgb = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             elif image.has_transparency_data:
                 rgba = image.convert("RGBA")
@@ -250,9 +283,43 @@ def _open(path: Path, what: str) -> tuple[Image.Image, Image.Image | None]:
         raise _unreadable(path, what, error) from None
 
 
+def _check_complete(path: Path, image: Image.Image) -> None:
+    """Raise ValueError for a file whose end is nothing but zeros, in formats whose decoders take that for a picture.
+
+    Formats without compression can't tell it from black pixels. A WebP of one colour ends in a zero for about 40 blocks
+    of 16 x 16 pixels.
+    """
+    if image.format not in ("JPEG", "WEBP", "AVIF", "JXL"):
+        return
+    with path.open("rb") as file:
+        file.seek(-min(_PADDING, path.stat().st_size), 2)
+        if file.read().strip(b"\0"):
+            return
+        file.seek(0)
+        data = file.read()
+    if image.format == "JPEG":
+        complete = data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN)
+    else:
+        complete = len(data) - len(data.rstrip(b"\0")) < math.prod(image.size) // (16 * 16 * 16)
+    if not complete:
+        raise ValueError("the end of the file is missing, there are only zeros; its download was cut")
+
+
+def _from_floats(values: Levels) -> Image.Image:
+    """A grey picture in floating-point numbers of 0 to 1, or whole ones up to 255. ValueError for other numbers."""
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:
+        values = values * 255 + 0.5
+    elif not (low >= 0 and high <= 255 and (values == values.round()).all()):
+        raise ValueError(f"floating-point numbers of {low:g} to {high:g} have no scale; save it with 8 or 16 bits")
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
 def _unreadable(path: Path, what: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in TOO_MANY_FILES:
         return error
+    if reason := not_downloaded(path):
+        return ConfigError(f"{what} {path}: {reason}")
     unknown = isinstance(error, UnidentifiedImageError)  # its own message repeats the path
     reason = (
         "not an image, or of an unknown format" if unknown else " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from utils.errors import ConfigError
@@ -24,6 +25,7 @@ class Option:
     below: float | None
     rule: str | None
     needs: str | None
+    any_bytes: bool
     finite: bool
     argparse_keywords: dict[str, Any]
 
@@ -63,6 +65,7 @@ def option(
     below: float | None = None,
     rule: str | None = None,
     needs: str | None = None,
+    any_bytes: bool = False,
     finite: bool = True,
     **argparse_keywords: Any,
 ) -> Any:
@@ -77,10 +80,13 @@ def option(
     rule: replaces those last words, to add an example or a special value: `rule="must be above 0; try 1e-4"`.
     needs: the flag without which this one means nothing, in the words of the message: `needs="--logging_dir FOLDER"`
     gives `--log_with wandb needs --logging_dir FOLDER`. An option is unset when it is None, False, 0, empty or "none".
+    any_bytes: text and paths may hold bytes that are not UTF-8, which Python has as lone surrogates: for files that are
+    opened by Python alone and are named in no file. Others are refused; safetensors opens no such file.
     finite: False leaves NaN and infinity to a rule of the section, which says more; else they are refused.
     Further keywords (`nargs`, `metavar`) go to argparse.
     """
-    declared = Option(help, flag, choices, minimum, maximum, above, below, rule, needs, finite, argparse_keywords)
+    bounds = (minimum, maximum, above, below)
+    declared = Option(help, flag, choices, *bounds, rule, needs, any_bytes, finite, argparse_keywords)
     return dataclasses.field(default=default, metadata={Option.KEY: declared})
 
 
@@ -93,13 +99,15 @@ class Section:
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value beyond the bounds of its option, or an option without the one that it needs.
+        """Raise ConfigError for a value that is no text or beyond its bounds, or an option without what it needs.
 
         No number may be NaN or infinite.
         """
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            if not declared.any_bytes:
+                _check_utf8(f"--{flag_name(field)}", value)
             if not declared.admits(value):
                 raise ConfigError(f"--{flag_name(field)} {shown}: {declared.bounds}")
             if declared.finite and not all(map(math.isfinite, _floats(value))):
@@ -111,6 +119,17 @@ class Section:
                 if getattr(self, needed) in _OFF:
                     words = f" {value}" if isinstance(value, str) else ""
                     raise ConfigError(f"--{flag_name(field)}{words} needs {declared.needs}")
+
+
+def _check_utf8(flag: str, value: Any) -> None:
+    """Raise ConfigError for text or a path, or one of a tuple, that is not UTF-8."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, str | Path):
+            try:
+                str(part).encode()
+            except UnicodeEncodeError:
+                fix = "rename it" if isinstance(part, Path) else "write it as UTF-8"
+                raise ConfigError(f"{flag} {part}: holds bytes that are not UTF-8 text; {fix}") from None
 
 
 def _floats(value: Any) -> list[float]:

@@ -1,5 +1,6 @@
 """A script as a process of its system: signals that end it, and messages that nobody reads any more."""
 
+import codecs
 import os
 import signal
 import sys
@@ -51,6 +52,17 @@ def ended_by_signals() -> Iterator[None]:
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
     raise Ended(number)
+
+
+def leave_ascii() -> None:
+    """Start the script again in Python's UTF-8 mode where the locale is ASCII and Python was told to obey it.
+
+    Prompts and names of files have other letters too.
+    """
+    ascii_names = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if ascii_names and os.name == "posix" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def keep_messages_harmless() -> None:

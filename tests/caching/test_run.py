@@ -385,3 +385,12 @@ def test_an_fp8_text_encoder_gives_nearly_the_same_embeddings(data, made):
     plain = embeddings()
     cache_texts(data, made, "--fp8_t5")
     assert 0 < rel_l2(embeddings(), plain) < 0.1
+
+
+def test_a_caption_that_is_cut_is_named_with_its_count_once(data, made, caplog):
+    (data / "target" / "b.txt").write_text("dog " * 600)
+    cache_texts(data, made)
+    (warning,) = [record.getMessage() for record in caplog.records if "tokens" in record.getMessage()]
+    assert (
+        warning == f"{data / 'target' / 'b.png'}: its caption has 601 tokens; the model reads the first 512, shorten it"
+    )

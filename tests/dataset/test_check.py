@@ -192,6 +192,12 @@ def rename(old: str, new: str) -> None:
     Path(old).rename(new)
 
 
+def long_name() -> None:
+    for suffix in ("png", "txt"):
+        Path("target/cow." + suffix).rename(f"target/{'m' * 230}.{suffix}")
+    Path("start/cow.png").rename(f"start/{'m' * 230}.png")
+
+
 FAULTS = {  # what is done to the clean dataset, and the codes that it must have then, and no others
     "a key that does not exist": (lambda: in_toml("batch_size", "batchsize"), {"D01"}),
     "indices that clash": (lambda: in_toml("[0]", "[1]"), {"D01"}),
@@ -218,6 +224,16 @@ FAULTS = {  # what is done to the clean dataset, and the codes that it must have
     "a caption that is empty": (lambda: Path("target/cow.txt").write_text(" \n"), {"D12", "D33"}),
     "a caption that is too long": (lambda: Path("target/cow.txt").write_text("ox " * 900), {"D13", "D33"}),
     "a caption in another encoding": (lambda: Path("target/cow.txt").write_bytes(b"caf\xe9"), {"D14", "D35"}),
+    "a caption that is a link to nothing": (
+        lambda: (Path("target/cow.txt").unlink(), Path("target/cow.txt").symlink_to("gone")),
+        {"D14", "D35"},
+    ),
+    "a picture that is a link to nothing": (
+        lambda: (Path("start/cow.png").unlink(), Path("start/cow.png").symlink_to("gone")),
+        {"D15"},
+    ),
+    "a picture of a kind that is not taken": (lambda: picture(7).save("target/elk.gif"), {"D37"}),
+    "a name that leaves no room for those of the caches": (long_name, {"D35", "D38"}),
     "a picture cut short": (
         lambda: Path("start/cow.png").write_bytes(Path("start/cow.png").read_bytes()[:900]),
         {"D15"},
@@ -271,6 +287,18 @@ def test_a_planted_fault_is_found_and_nothing_else(folder, fault):
     plant, expected = FAULTS[fault]
     plant()
     assert codes() == expected
+
+
+@pytest.mark.parametrize("bucket", ["true", "false"])
+def test_no_fix_is_what_is_set_already(folder, bucket):
+    in_toml("enable_bucket = true", f"enable_bucket = {bucket}")
+    for path in ("target/cow.png", "start/cow.png"):
+        replace(path, picture(8, (16, 240)))
+    fixes = {problem.code: problem.fix for problem in check(Path("data.toml")).problems}
+    enlarged = "use a larger picture or a lower resolution, or set bucket_no_upscale"
+    on = bucket == "true"
+    assert fixes["D19"] == ("crop it yourself" if on else "crop it yourself, or set enable_bucket = true")
+    assert fixes["D17"] == f"{enlarged} = true" if on else f"{enlarged} and enable_bucket = true"
 
 
 def test_every_kind_of_problem_is_planted_somewhere():

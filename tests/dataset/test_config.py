@@ -254,11 +254,13 @@ WRONG = [  # text of the file, the start of the message after the file name, wor
     ("[[datasets]]\nvideo_jsonl_file = 'v'", "datasets[0].video_jsonl_file: video datasets are not supported", "image"),
     (ENTRY + "target_frames = [1]", "datasets[0].target_frames: video datasets are not supported yet", "image"),
     (ENTRY + "batch_size 1", "line 5: ", "correct the TOML"),
-    (ENTRY + "batch_size = 1\nbatch_size = 1", "line 6: ", "Duplicate"),
+    (ENTRY + "batch_size = 1\nbatch_size = 1", "line 6: ", "Cannot overwrite a value"),
     (ENTRY + 'cache_directory = "C:\\data"', "line 5: ", "\\ in double quotes"),
-    (ENTRY + "fp_1f_clean_indices = [0, 1.5]", "line 5: ", "TOML"),
-    ("x = {a=1", "is not valid TOML", "check brackets"),
-    ("[datasets]\n[[datasets]]\nx=1", "is not valid TOML", "[[datasets]]"),
+    (ENTRY + "fp_1f_clean_indices = [0, 1.5]", "datasets[0].fp_1f_clean_indices = [0, 1.5]: is not a list", "write"),
+    ("x = {a=1", "line 1: Unclosed inline table", "brackets"),
+    ("[datasets]\n[[datasets]]\nx=1", "line 2: ", "[[datasets]]"),
+    ("x = " + "[" * 5000, "is not valid TOML", "check brackets"),
+    ("x = " + "9" * 5000, "is not valid TOML", "numbers"),
 ]
 
 
@@ -302,3 +304,14 @@ def test_a_read_configuration_can_not_be_changed(folder):
     (dataset,) = read(ENTRY).datasets
     with pytest.raises(AttributeError):
         dataset.batch_size = 2
+
+
+def test_full_width_and_no_break_blanks_count_as_blanks_outside_of_text(folder):
+    Path("train.toml").write_text(
+        "[[datasets]]\u3000# a\u3000b\nimage_directory\u00a0=\u3000'images'\n"
+        "\u3000caption_extension = '.t\u3000xt'\u00a0\n"
+        'resolution = [64,\u300032]\n[general]\nbatch_size = 3 # "\n',
+        encoding="utf-8",
+    )
+    (dataset,) = read_config("train.toml").datasets
+    assert (dataset.resolution, dataset.batch_size, dataset.caption_extension) == ((64, 32), 3, ".t\u3000xt")

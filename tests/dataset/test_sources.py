@@ -1,6 +1,7 @@
 """Files -> items: matching of control images, JSONL lists, captions, sizes, and messages for what is wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,14 +123,27 @@ def test_items_are_in_the_order_of_their_names(folder):
     assert list(matched(dataset())) == ["a.webp", "a_1.png", "b.png", "c.jpg"]
 
 
-def test_suffixes_count_in_all_lower_or_all_upper_case_only(folder):
+def test_suffixes_count_in_small_letters_and_capitals_and_other_pictures_are_named(folder, caplog):
     for name in ("a.PNG", "b.jpg", "c.JPEG", "d.Png", "e.gif", "f.bmp"):
         target(name)
         controls(name)
     (folder / "targets" / "g.png").mkdir()
     (folder / "targets" / "sub").mkdir()
     picture("targets/sub/h.png")
-    assert list(matched(dataset())) == ["a.PNG", "b.jpg", "c.JPEG", "f.bmp"]
+    assert list(matched(dataset())) == ["a.PNG", "b.jpg", "c.JPEG", "d.Png", "f.bmp"]
+    for key in ("image_directory", "control_directory"):
+        assert f"datasets[0].{key}: 1 image is ignored, because the name doesn't end in .png, .jpg" in caplog.text
+    assert caplog.text.count("e.gif") == 2
+
+
+@pytest.mark.parametrize("link", ["targets/a.png", "controls/a.png", "targets/a.txt"])
+def test_a_link_to_nothing_is_named(folder, link):
+    for name in ("a.png", "b.png"):
+        target(name)
+        controls(name)
+    (folder / link).unlink()
+    (folder / link).symlink_to("gone")
+    assert link in message(dataset())
 
 
 def test_controls_are_ordered_with_the_plain_name_first_and_then_by_number(folder):
@@ -245,6 +259,34 @@ def test_all_datasets_of_a_file_are_read_and_its_name_is_put_before_errors(folde
     assert find_all_items(DatasetsConfig(config.datasets[:1], config.path))[0].controls
 
 
+NFC, NFD = "が", "か\u3099"  # one letter, and the same in two parts as macOS writes it
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="such names are one file there")
+@pytest.mark.parametrize("forms", [(NFC, NFD, NFC, NFD, NFC), (NFD, NFC, NFD, NFC, NFD), (NFC, NFC, NFD, NFD, NFD)])
+def test_composed_and_decomposed_letters_are_one_name(folder, forms):
+    name, caption, control, control_mask, mask = forms
+    target(f"{name}.png", caption=None)
+    Path(f"targets/{caption}.txt").write_text("hello", encoding="utf-8")
+    controls(f"{control}_1.png", f"{control_mask}_0.png", f"{control}_0_mask.png")
+    picture(f"masks/{mask}.png")
+    (item,) = find_items(dataset(clean_indices=(0, 2), target_index=1, target_mask_directory=Path("masks")), 0)
+    assert (item.stem, item.caption) == (name, "hello")
+    assert [path.name for path in item.controls] == [f"{control_mask}_0.png", f"{control}_1.png"]
+    assert [mask and mask.name for mask in item.control_masks] == [f"{control}_0_mask.png", None]
+    assert item.target_mask == Path(f"masks/{mask}.png")
+    target(f"{NFC if name == NFD else NFD}.jpg")
+    assert "would share their cache files" in message(dataset())
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="such names are one file there")
+def test_a_listed_file_whose_name_has_another_form_is_pointed_out(folder):
+    controls("a.png")
+    target(f"{NFD}.png")
+    text = message(listed({"image_path": f"targets/{NFC}.png", "caption": "", "control_path": "controls/a.png"}))
+    assert f"does not exist, but '{NFD}.png' in another Unicode form does" in text
+
+
 # JSONL files
 
 
@@ -255,7 +297,7 @@ def test_a_list_keeps_its_order_and_the_caption_as_written(folder):
         {"image_path": str(target("b.png")), **line},
         "",
         "   ",
-        {"image_path_0": str(target("a.png").resolve()), **line, "note": 1},
+        {"image_path_0": str(target("a.png").resolve()), **line},
     )
     items = find_items(config, 0)
     assert [(item.stem, item.caption) for item in items] == [("b", " b "), ("a", " b ")]
@@ -303,6 +345,9 @@ GOOD = {"image_path": "targets/a.png", "caption": "c", "control_path": "controls
             ":2: control_path_0: there is a control image 0 already",
             "number",
         ),
+        ({**GOOD, "target_indx": 1}, ":2: unknown key 'target_indx'", "did you mean 'target_index'?"),
+        ({**GOOD, "control_indices": [0]}, ":2: unknown key 'control_indices'", "did you mean 'control_index'?"),
+        ({**GOOD, "note": 1}, ":2: unknown key 'note'", "known are image_path, caption, control_path"),
         ({**GOOD, "image_path_1": "targets/a.png"}, ":2: image_path_1: several targets", "one line for each"),
         ({"video_path": "v.mp4", "caption": "c"}, ":2: video_path: video datasets are not supported yet", "image_path"),
     ],
@@ -373,7 +418,10 @@ def test_two_targets_of_one_stem_are_refused_by_name(folder):
     picture("else/a.png")
     text = message(listed(GOOD, {**GOOD, "image_path": "else/a.png"}))
     assert "targets" in text and "else" in text
-    assert "share" in message(listed(GOOD, GOOD))
+    text = message(listed(GOOD, {**GOOD, "control_path": "controls/b.png"}))
+    assert (
+        f"{Path('targets/a.png')} is the target of two items" in text and "copy or link it under another name" in text
+    )
 
 
 def test_an_empty_folder_and_one_without_captions_are_refused(folder):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from wan.frames.condition import loss_weights, stack_condition
 from wan.frames.encode import latent_mask
 from wan.frames.encoding import INDEPENDENT
 from wan.frames.layout import OneFrameLayout
+from wan.frames.sizes import AS_TARGET
 from wan.generation.prompt_lines import TRAINING, parse_line
 from wan.generation.request import Request, SamplingConfig
 from wan.models.checkpoints import VAECheckpoint
@@ -203,6 +205,55 @@ def test_an_alpha_channel_does_what_the_same_mask_file_does():
         encoded(I2V + " --cim data/alpha/white.png", "i2v-14B").conditioning.channels,
         encoded(I2V, "i2v-14B").conditioning.channels,
     )
+
+
+@pytest.fixture
+def transparent() -> str:
+    """A dataset whose cat has a transparent control and target, and nothing else that is masked."""
+    for folder in ("start", "target"):
+        shutil.copytree(f"data/{folder}", f"data/clear_{folder}", dirs_exist_ok=True)
+        rgba = open_image(f"data/{folder}/cat.png", "image")
+        rgba.putalpha(half(rgba.size))
+        rgba.save(f"data/clear_{folder}/cat.png")
+    return dataset_toml("clear", "clear_target", "clear_start", EDIT)
+
+
+def test_alpha_that_is_ignored_changes_no_bit_and_is_part_of_what_a_cache_was_made_with(transparent, caplog):
+    caplog.set_level("INFO")
+    cache_latents(transparent)
+    masked = cached("clear", "cat")
+    assert masked.target_mask is not None and "datasets[0]: 2 images with transparent pixels, which are" in caplog.text
+    stamps = {path: path.stat().st_mtime_ns for path in Path("cache/clear").iterdir()}
+    cache_latents(transparent, "--alpha", "ignore", "--skip_existing")
+    changed = [path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp]
+    assert changed == ["cat_0320x0213_wan.safetensors"] and "1 to be made: other use of alpha channels" in caplog.text
+    assert "datasets[0]: 2 images with an alpha channel, which is ignored" in caplog.text
+    plain, whole = cached("pairs", "cat"), cached("clear", "cat")
+    assert whole.target_mask is None and torch.equal(whole.conditioning.channels, plain.conditioning.channels)
+    config = dataset_toml("clear", "clear_target", "clear_start", f'alpha = "ignore"\n{EDIT}')
+    caplog.clear()
+    cache_latents(config, "--skip_existing", "--alpha", "mask")  # the dataset's own word counts
+    assert "4 of 4 caches are up to date" in caplog.text
+    with pytest.raises(ConfigError, match=r'datasets\[0\].alpha = "ignor": is unknown; did you mean \'ignore\'\?'):
+        cache_latents(dataset_toml("clear", "clear_target", "clear_start", f'alpha = "ignor"\n{EDIT}'))
+
+
+def test_generation_ignores_alpha_when_it_is_told_so(transparent):
+    line = ["--prompt", "a", "--one_frame_inference", "control_index=0,target_index=1", "--video_size", "48", "48"]
+    flags = [*line, "--infer_steps", "2", "--seed", "7", "--no_metadata"]
+
+    def picture(folder: str, *more: str) -> bytes:
+        (made,) = generate("i2v", "out", *flags, "--control_image_path", f"data/{folder}/cat.png", *more)
+        return made.read_bytes()
+
+    plain = picture("start")
+    assert picture("clear_start", "--alpha", "ignore") == plain != picture("clear_start")
+
+
+def test_samples_follow_the_alpha_of_the_datasets():
+    sampling = SamplingConfig()
+    assert sampling.like(None, AS_TARGET, "ignore").alpha == "ignore"
+    assert SamplingConfig(alpha="mask").like(None, AS_TARGET, "ignore").alpha == "mask"
 
 
 def test_each_control_has_its_own_mask_and_goes_to_its_own_index():

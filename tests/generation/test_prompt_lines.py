@@ -36,6 +36,13 @@ def test_the_documented_line_is_read_and_the_last_of_a_repeated_option_wins():
     )
 
 
+@pytest.mark.parametrize("blank", ["\t", "\u3000", "\u00a0", " \t "])
+def test_any_blank_stands_before_and_after_an_option(blank):
+    prompt = line(f"猫{blank}と犬{blank}--w{blank}384{blank}--ci{blank}my start.png{blank}--n{blank}--d{blank}7")
+    assert (prompt.prompt, prompt.width, prompt.seed) == (f"猫{blank}と犬", 384, 7)
+    assert (prompt.control_image_path, prompt.negative_prompt) == (("my start.png",), "")
+
+
 def test_control_images_collect_and_paths_keep_their_blanks():
     prompt = line("a --ci my start.png --ci end.png --ei end.png")
     assert prompt.control_image_path == ("my start.png", "end.png") and prompt.end_image_path == "end.png"

@@ -102,7 +102,7 @@ def test_latent_and_picture_of_a_run_are_repeated_from_either_and_so_is_a_decode
 
 def test_flags_go_over_the_recipe():
     (path,) = generate("out", *COMMON, *SINGLE, *LORA)
-    (expected,) = generate("expected", *COMMON, *SINGLE, *LORA, "--seed", "4", "--lora_multiplier", "1")
+    (expected,) = generate("expected", *COMMON, *SINGLE, *LORA[:-1], "1", "--seed", "4")
     changed = repeated(path, "--seed", "4", "--lora_multiplier", "1")
     assert changed.read_bytes() == expected.read_bytes() != path.read_bytes()
 
@@ -309,6 +309,17 @@ def test_versions_of_a_recipe_are_told_on_one_line_without_escape_codes(caplog):
         repeated(png_with(json.dumps({"options": {"prompt": "a"}, "files": {}, "made_by": made_by})))
     (line,) = [text for text in caplog.messages if "made with" in text]
     assert "made with wan-one-frame 1 [2J x, this is" in line and line.isprintable()
+
+
+def test_pictures_and_folders_whose_names_are_no_utf8_work_where_python_opens_them(tmp_path):
+    image = shutil.copy(f"{ODD}/cat.png", "cat_\udcff.png")
+    base = [image if part == f"{ODD}/cat.png" else part for part in BASE]
+    for kind in ("images", "latent"):
+        folder = f"out/{kind}_\udcff"
+        (made,) = generate(folder, *COMMON, "--prompt", "a cat", "--seed", "3", *base, "--output_type", kind)
+        shutil.copy(made, made.name)
+        again = repeated(Path(made.name), "--output_type", kind)
+        assert recipe.read(again) == recipe.read(Path(made.name))
 
 
 def test_a_picture_of_the_same_name_at_the_same_moment_replaces_none(tmp_path):

@@ -25,7 +25,7 @@ from wan.memory import host
 from wan.models.checkpoints import T5Checkpoint
 from wan.models.estimate import frozen_bytes, generation_parts, largest_batch, meta_dit, training_parts
 from wan.models.memory_options import GenerationMemoryConfig, TrainingMemoryConfig
-from wan.models.plan import Choice, Plan, Room, chosen_plan, plan_generation, plan_t5, plan_training
+from wan.models.plan import UNLIMITED, Choice, Plan, Room, chosen_plan, plan_generation, plan_t5, plan_training
 from wan.nets.spec import DiTSpec
 from wan.training.step import TrainingStep
 
@@ -138,10 +138,33 @@ def test_the_plan_says_what_it_chose_and_what_that_needs():
     assert str(generation_plan(75)).startswith("nothing to save; about 3")
 
 
-def test_what_somebody_else_has_chosen_has_no_next_choice():
-    memory = GenerationMemoryConfig(blocks_to_swap=2)
-    plan = chosen_plan(memory, lambda: pytest.fail("nothing is to be chosen"))
+SMALL_ROOM = Room(24 * GB, 64 * GB)
+
+
+@pytest.mark.parametrize(
+    ("memory", "room"),
+    [
+        (GenerationMemoryConfig(blocks_to_swap=2), SMALL_ROOM),
+        (TrainingMemoryConfig(gradient_checkpointing="all"), SMALL_ROOM),
+        (TrainingMemoryConfig(memory="manual"), SMALL_ROOM),
+        (TrainingMemoryConfig(), UNLIMITED),
+    ],
+)
+def test_what_somebody_else_has_chosen_or_has_room_enough_has_no_next_choice(memory, room):
+    plan = chosen_plan(memory, room, lambda room: pytest.fail("nothing is to be chosen"))
     assert plan.memory is memory and not plan.step_down()
+
+
+@pytest.mark.parametrize(
+    ("memory", "room"), [(None, SMALL_ROOM), ("auto", SMALL_ROOM), ("auto", UNLIMITED)], ids=["default", "auto", "cpu"]
+)
+def test_without_options_of_ones_own_they_are_chosen(memory, room):
+    expected = plan_of(TrainingMemoryConfig(gradient_checkpointing="all"))
+    asked = []
+    assert (
+        chosen_plan(TrainingMemoryConfig(memory=memory), room, lambda room: asked.append(room) or expected) is expected
+    )
+    assert asked == [room]
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,11 @@ def test_whatever_a_state_holds_the_run_goes_on_or_ends_in_one_line(data, sound,
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--optimizer_type", "Adafactor"), "its optimizer is AdamW, not Adafactor; give --optimizer_type AdamW"),
-        (("--optimizer_type", "SGD"), "its optimizer is AdamW, not SGD"),
+        (
+            ("--optimizer_type", "Adafactor"),
+            "is a state of AdamW, which Adafactor can't go on from; give --optimizer_type AdamW",
+        ),
+        (("--optimizer_type", "SGD"), "is a state of AdamW, which SGD can't go on from"),
         (("--network_args", "loraplus_lr_ratio=4"), "another loraplus_lr_ratio"),
         (("--network_dim", "3"), "--network_dim 2"),
         (("--network_alpha", "2"), "--network_alpha 1"),
@@ -201,12 +204,15 @@ def test_settings_that_a_state_can_not_serve_are_told_before_weights_load(flags,
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--learning_rate", "1e-3"), "learning_rate = 0.001; the state was made with 2e-06; the state's goes on"),
+        (("--learning_rate", "1e-3"), "learning_rate = 0.001; the state was made with 2e-06"),
         (("--lr_scheduler", "cosine"), "lr_scheduler = cosine; the state was made with constant"),
         (("--lr_scheduler", "rex"), "lr_scheduler = rex; the state was made with constant"),
         (("--lr_scheduler_type", "CosineAnnealingLR", "--lr_scheduler_args", "T_max=9"), "lr_scheduler_type = Cosine"),
-        (("--optimizer_args", "weight_decay=0.5"), "optimizer_args = ['weight_decay=0.5']; the state was made with n"),
-        (("--network_dropout", "0.5"), "network_dropout = 0.5; the state was made with nothing"),
+        (
+            ("--optimizer_args", "weight_decay=0.5"),
+            "optimizer_args = ['weight_decay=0.5']; the state was made with None",
+        ),
+        (("--network_dropout", "0.5"), "network_dropout = 0.5; the state was made with None"),
         (("--timestep_sampling", "uniform"), "timestep_sampling = uniform"),
         (("--one_frame_loss", "target"), "one_frame_loss = target"),
         (("--max_grad_norm", "0"), "max_grad_norm = 0.0; the state was made with 1.0"),

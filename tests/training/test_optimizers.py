@@ -184,6 +184,15 @@ def test_a_schedule_that_does_not_last_is_refused_before_anything_loads(settings
         OptimizerConfig(**settings).check_schedule(50)
 
 
+def test_a_constant_schedule_with_a_warmup_warms_up_and_says_so(caplog):
+    caplog.set_level("INFO")
+    config = OptimizerConfig(lr_warmup_steps="4")
+    config.check_schedule(50)
+    assert config.schedule == "constant_with_warmup" and "constant_with_warmup" in caplog.text
+    assert rates(6, lr_warmup_steps="4") == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert OptimizerConfig(lr_warmup_steps="0").schedule == "constant"
+
+
 def test_names_of_schedules_may_be_in_capitals():
     arguments = ["--dataset_config", "x", "--output_dir", "x", "--output_name", "x", "--lr_scheduler", "REX"]
     assert wan_train_network.build_parser().parse_args(arguments).lr_scheduler == "rex"

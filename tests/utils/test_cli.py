@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,6 +69,25 @@ def test_every_mistake_is_a_config_error_that_names_the_flag(argv, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+@pytest.mark.parametrize("rate", ["-5e-1", "-.5", "-1E+3", "-2", "-0.25"])
+def test_a_negative_number_may_have_an_exponent(rate):
+    assert parse("--name", "x", "--rate", rate).rate == float(rate)
+
+
+def test_a_flag_that_is_given_twice_is_told(caplog):
+    with pytest.raises(ConfigError, match=r"--files is given twice; write all values after one: --files a b c$"):
+        parse("--name", "x", "--files", "a", "--files", "b", "c")
+    assert parse("--name", "x", "--count", "4", "--name=x", "--count=5") == Example("x", 5)
+    assert [record.getMessage() for record in caplog.records] == ["--count is given twice: 5 counts, 4 does not"]
+
+
+def test_a_flag_of_a_command_that_is_given_twice_is_told():
+    parser = cli.Parser()
+    cli.add_fields(parser.add_subparsers().add_parser("go"), Example)
+    with pytest.raises(ConfigError, match="--files is given twice"):
+        parser.parse_args(["go", "--name", "x", "--files", "a", "--files", "b"])
+
+
 def test_an_ignored_flag_is_mentioned_and_has_no_effect(caplog):
     assert parse("--name", "x", "--noop", "7") == Example("x")
     assert "--noop has no effect: nothing to do" in caplog.text
@@ -86,6 +106,7 @@ def test_a_config_file_gives_options_and_the_command_line_goes_over_them(tmp_pat
     assert parse_file(tmp_path, text) == Example("x", 4, 0.5, (Path("a"), Path("b")), True)
     assert parse_file(tmp_path, text + "[other]\nkind = 'b'\n", "--count", "7", "--kind=a").count == 7
     assert parse_file(tmp_path, 'name = "x"\nswitch = false\n') == Example("x")
+    assert parse_file(tmp_path, text, "--files", "c").files == (Path("c"),)
 
 
 def test_settings_written_as_toml_are_read_back_as_they_were(tmp_path):
@@ -214,6 +235,25 @@ def test_what_is_logged_can_not_steer_a_terminal():
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "a ]0;b  2Jc\nd\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="arguments are Unicode there")
+def test_an_ascii_locale_does_not_keep_other_letters_out(tmp_path):
+    (tmp_path / "猫.txt").write_text("here")
+    code = (
+        "import sys; from pathlib import Path; from utils import cli\n"
+        "cli.run(lambda: print(ascii(sys.argv[1]), Path(sys.argv[2]).read_text()))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "夕方の猫", str(tmp_path / "猫.txt")],
+        cwd=Path(__file__).parents[2],
+        env=ascii_only,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, ascii("夕方の猫") + " here\n"), result.stderr
 
 
 def test_other_errors_keep_their_traceback():

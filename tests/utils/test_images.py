@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from utils.cli import Once
 from utils.errors import ConfigError
@@ -46,6 +47,69 @@ UPRIGHT = {  # EXIF orientation -> the picture as it is to be seen, [height, wid
     7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
     8: lambda stored: stored.swapaxes(0, 1)[::-1],
 }
+
+
+def test_long_texts_and_colour_profiles_keep_no_png_from_being_read(tmp_path):
+    for name, save in {
+        "profile": {"icc_profile": bytes(2 << 20)},
+        "text": {"pnginfo": texts(("zTXt", "x" * (3 << 20)))},
+        "unicode": {"pnginfo": texts(("iTXt", "猫" * (2 << 20)))},
+        "many": {"pnginfo": texts(*[("zTXt", "x" * (1 << 20))] * 70)},
+    }.items():
+        pixels = noise(8, 8)
+        assert np.array_equal(opened(Image.fromarray(pixels), tmp_path / f"{name}.png", **save), pixels)
+
+
+def texts(*chunks: tuple[str, str]) -> PngInfo:
+    """Compressed text of these kinds of chunks."""
+    info = PngInfo()
+    for kind, text in chunks:
+        info.add_itxt("a", text, zip=True) if kind == "iTXt" else info.add_text("a", text, zip=True)
+    return info
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp", "avif", "png", "gif"])
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_picture_whose_end_was_not_downloaded_is_an_error(tmp_path, kind, share):
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(noise(256, 256)).save(path)
+    data = path.read_bytes()
+    for rest in (b"", bytes(len(data) - int(len(data) * share))):
+        path.write_bytes(data[: int(len(data) * share)] + rest)
+        with pytest.raises(ConfigError, match=f"--image_path .*a.{kind}: cannot be read as an image"):
+            open_image(path, "--image_path")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp", "avif"])
+def test_a_picture_of_one_colour_and_zeros_after_the_end_are_no_cut_download(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    Image.new("RGB", (4096, 4096), (200, 30, 70)).save(path)
+    assert open_image(path, "x").size == (4096, 4096)
+    if kind == "jpg":
+        path.write_bytes(path.read_bytes() + bytes(4096))
+        assert open_image(path, "x").size == (4096, 4096)
+
+
+def test_a_pointer_and_a_web_page_in_the_place_of_a_picture_are_called_that(tmp_path):
+    path = tmp_path / "a.png"
+    for content, words in {
+        "version https://git-lfs.github.com/spec/v1\n": "a.png: is a Git LFS pointer, not the file itself; run",
+        "<!DOCTYPE html>": "a.png: is a web page, not the file itself",
+    }.items():
+        path.write_text(content)
+        for read in (open_image, check_image):
+            with pytest.raises(ConfigError, match=words):
+                read(path, "x")
+
+
+def test_floating_point_grey_is_scaled_where_its_scale_is_known(tmp_path):
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    expected = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(opened(Image.fromarray(ramp), tmp_path / "a.tiff"), expected)
+    assert np.array_equal(opened(Image.fromarray(expected[..., 0].astype(np.float32)), tmp_path / "a.tiff"), expected)
+    for values in (ramp * 65535, ramp - 0.5, ramp * 1.5, np.full_like(ramp, np.nan)):
+        with pytest.raises(ConfigError, match=r"floating-point numbers of .* have no scale; save it with 8 or 16 bits"):
+            opened(Image.fromarray(values), tmp_path / "a.tiff")
 
 
 @pytest.mark.parametrize("read", [open_image, open_masked, check_image])

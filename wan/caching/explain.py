@@ -7,18 +7,19 @@ from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items, find_all_targets
 from utils.text import table
 from wan.files.tokenizer import load_tokenizer
+from wan.frames.layout import LayoutConfig
 from wan.frames.sizes import Size
 from wan.frames.table import SHOWN, TableFrame, control_frames, file_frame, frame_table, left_out
 from wan.models.estimate import format_bytes
 from wan.nets.spec import TEXT_LENGTH
-from wan.nets.t5 import clean_prompt
+from wan.nets.t5 import token_counts
 
 
 def explain_latents(
-    dataset_config: Path, layout: str | None, batch_size: int | None, weights: Sequence[Path]
+    dataset_config: Path, flags: LayoutConfig, batch_size: int | None, weights: Sequence[Path]
 ) -> list[str]:
     """Latent caching: the first item of each dataset, size and layout. weights: the model files, for their sizes."""
-    config = read_config(dataset_config, batch_size, layout)
+    config = read_config(dataset_config, batch_size, flags.one_frame_layout, flags.alpha)
     items = find_all_items(config)
     groups: dict[tuple[int, Size, str, tuple[Size, ...]], list[Item]] = {}
     for item in items:
@@ -43,7 +44,7 @@ def explain_latents(
 
 
 def _item_frames(item: Item) -> list[TableFrame]:
-    target = file_frame("target", item.target, item.target_mask, item.target_fit, masked=True)
+    target = file_frame("target", item.target, item.target_mask, item.target_fit, masked=True, alpha=item.alpha)
     return [*control_frames(item), target]
 
 
@@ -51,8 +52,8 @@ def explain_texts(dataset_config: Path, batch_size: int | None, tokenizer: Path 
     """Text caching: how long the captions are."""
     config = read_config(dataset_config, batch_size)
     items = find_all_targets(config)
-    read = load_tokenizer(tokenizer)
-    lengths = {item.caption: len(read(clean_prompt(item.caption)).input_ids) for item in items}
+    captions = [*{item.caption: None for item in items}]
+    lengths = dict(zip(captions, token_counts(load_tokenizer(tokenizer), captions), strict=True))
     counts = [lengths[item.caption] for item in items]
     longest = max(items, key=lambda item: lengths[item.caption])
     rows = [

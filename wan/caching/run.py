@@ -32,19 +32,21 @@ from dataset.sources import Item, find_all_items, find_all_targets
 from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.files import fingerprint, require_writable_dir
-from utils.images import Resize, open_masked, to_levels
+from utils.files import fingerprint, require_writable_dir, sync_all, unusable_name
+from utils.images import Resize, has_alpha, open_masked, to_levels
 from utils.options import Section, option
+from utils.text import counted
 from wan.frames.encode import encode_clip, frame_levels, latent_mask
 from wan.frames.encoding import Blanks, Pictures
 from wan.frames.layout import LayoutConfig
 from wan.models.device import Processes
 from wan.models.options import CLIPConfig, T5Config, VAEConfig
-from wan.nets.t5 import encode_text
+from wan.nets.spec import TEXT_LENGTH
+from wan.nets.t5 import encode_text, token_counts
 from wan.nets.vae import WanVAE
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 ALONE = Processes()
@@ -76,16 +78,25 @@ class CachingConfig(Section):
         return self.num_workers or max(1, (os.cpu_count() or 1) - 1)
 
     def read(
-        self, find: Callable[[DatasetsConfig], list[Item]], layout: str | None = None
+        self,
+        find: Callable[[DatasetsConfig], list[Item]],
+        path_of: Callable[[DatasetsConfig, Item], Path],
+        flags: LayoutConfig | None = None,
     ) -> tuple[DatasetsConfig, list[Item]]:
         """The configuration and all its items. Creates the cache folders; raises ConfigError for any mistake.
 
-        find: `find_all_items` or `find_all_targets`; layout: that of the datasets that don't name theirs.
+        find: `find_all_items` or `find_all_targets`; path_of: the cache of an item; flags: layout and alpha of the
+        datasets that don't name theirs.
         """
-        config = read_config(self.dataset_config, self.batch_size, layout)
+        flags = flags or LayoutConfig()
+        config = read_config(self.dataset_config, self.batch_size, flags.one_frame_layout, flags.alpha)
         items = find(config)
         for i, dataset in enumerate(config.datasets):
             require_writable_dir(dataset.cache_directory, f"{config.path}: datasets[{i}].cache_directory")
+        for item in items:
+            path = path_of(config, item)
+            if reason := unusable_name(path):
+                raise ConfigError(f"{config.path}: {item.target}: can't be cached as {path.name}: {reason}")
         return config, items
 
 
@@ -110,7 +121,7 @@ def run_latents(
     processes: Processes = ALONE,
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
-    config, items = run.read(find_all_items, run.one_frame_layout)
+    config, items = run.read(find_all_items, latent_path, run)
     vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
     models = EncoderFacts(
@@ -128,14 +139,17 @@ def run_latents(
 
         todo = _stale(items, reason, run, processes)
     todo = _rank_items(sorted(todo, key=_size), _size, _sizes(config, run.batch_size), processes)
+    transparent = Counter[int]()
     if todo:
-        cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
+        transparent = cache_latents(config, todo, vae_file.load(device), clip_file.load(device), models, run)
+        sync_all(latent_path(config, item) for item in todo)
+    _tell_transparent(config, processes.gathered([transparent]))
     _clean(run, config, items, list_latent_caches, latent_path, processes)
 
 
 def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
-    config, items = run.read(find_all_targets)
+    config, items = run.read(find_all_targets, text_path)
     t5_file = t5.resolve()
     settings = TextSettings(t5=fingerprint(t5_file.path), dtype=dtype_name(t5_file.dtype(device)))
     todo, warned = items, set[Path]()
@@ -148,9 +162,24 @@ def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes:
     todo = _rank_items(sorted(todo, key=_length), _dataset, _sizes(config, run.batch_size), processes)
     if todo:
         model, tokenizer = t5_file.load(device)
+        _warn_of_long_captions(todo, tokenizer)
         encode = partial(encode_text, model, tokenizer, device=device)
         cache_texts(config, todo, encode, settings, run.batch_size)
+        sync_all(text_path(config, item) for item in todo)
     _clean(run, config, items, list_text_caches, text_path, processes)
+
+
+def _warn_of_long_captions(items: Sequence[Item], tokenizer: "PreTrainedTokenizerBase") -> None:
+    captions = [*{item.caption: None for item in items}]
+    counts = dict(zip(captions, token_counts(tokenizer, captions), strict=True))
+    for item in items:
+        if (count := counts[item.caption]) > TEXT_LENGTH:
+            log.warning(
+                "%s: its caption has %d tokens; the model reads the first %d, shorten it",
+                item.target,
+                count,
+                TEXT_LENGTH,
+            )
 
 
 def latent_path(config: DatasetsConfig, item: Item) -> Path:
@@ -170,18 +199,30 @@ def cache_latents(
     clip: "CLIPVisionModel",
     models: EncoderFacts,
     run: CachingConfig,
-) -> None:
-    """Encode and write the items. models: what is recorded about VAE and CLIP.
+) -> "Counter[int]":
+    """Encode and write the items; returns the sum of `LoadedItem.transparent` of each dataset.
 
-    The frames of up to a batch of items of one size go through the VAE together, unless they are encoded as one video.
+    models: what is recorded about VAE and CLIP. The frames of up to a batch of items of one size go through the VAE
+    together, unless they are encoded as one video.
     """
     load = partial(load_item, models=models)
     items = sorted(items, key=_size)
-    sizes = _sizes(config, run.batch_size)
+    sizes, transparent = _sizes(config, run.batch_size), Counter[int]()
     with tqdm(total=sum(1 + len(item.controls) for item in items), desc="caching latents", unit="image") as bar:
         loaded = _batches(ahead(load, items, run.workers), lambda one: _size(one.item), sizes)
         for one in ahead(partial(_write, config), encode_items(vae, clip, loaded), _WRITERS):
+            transparent[one.item.dataset] += one.transparent
             bar.update(len(one.pictures.images))
+    return transparent
+
+
+def _tell_transparent(config: DatasetsConfig, counts: Sequence["Counter[int]"]) -> None:
+    """A line per dataset that has such images. counts: of each process."""
+    for i, count in sorted(sum(counts, Counter[int]()).items()):
+        masked = 'transparent pixels, which are masked out; alpha = "ignore" in the file, or --alpha ignore, uses them'
+        what = masked if config.datasets[i].alpha == "mask" else "an alpha channel, which is ignored"
+        if count:
+            log.info("%s: datasets[%d]: %s with %s", config.path, i, counted(count, "image"), what)
 
 
 def cache_texts(
@@ -210,6 +251,7 @@ class LoadedItem:
     pictures: Pictures  # the controls and the target
     controls: tuple[Tensor, ...]  # whole, [3, height, width] uint8
     target_mask: Tensor | None  # [H, W], 1 where the loss counts; None: everywhere
+    transparent: int  # images whose alpha channel is a mask or, where it is ignored, which have one
 
 
 def encode_items(
@@ -269,12 +311,15 @@ def _rank_items(
 
 def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
     """Read and resize. models: as for `cache_latents`."""
-    target, coverage = open_masked(item.target, "target image", item.target_mask)
+    target, coverage = open_masked(item.target, "target image", item.target_mask, item.alpha)
     target_mask = _mask(coverage, item.target_fit)
     if target_mask is not None and not target_mask.any():
         raise ConfigError(f"mask of target image {item.target}: is entirely black; leave the item out or paint it")
     files, open_control = zip(item.controls, item.control_masks, strict=True), item.layout.encoding.open_control
-    opened = [open_control(path, mask) for path, mask in files]
+    opened = [open_control(path, mask, item.alpha) for path, mask in files]
+    used = {path for path, (_, mask) in zip(item.controls, opened, strict=True) if mask is not None}
+    used |= {item.target} if coverage is not None else set()
+    transparent = sum(path in used if item.alpha else has_alpha(path, "image") for path in item.unmasked)
     images, fits = [*(image for image, _ in opened), target], (*item.control_fits, item.target_fit)
     pictures = Pictures(
         clip=item.layout.clip,
@@ -282,7 +327,8 @@ def load_item(item: Item, models: EncoderFacts) -> LoadedItem:
         masks=[_mask(coverage, fit) for (_, coverage), fit in zip(opened, item.control_fits, strict=True)],
         size=item.bucket,
     )
-    return LoadedItem(item, latent_settings(item, models), pictures, tuple(map(to_levels, images[:-1])), target_mask)
+    whole = tuple(map(to_levels, images[:-1]))
+    return LoadedItem(item, latent_settings(item, models), pictures, whole, target_mask, transparent)
 
 
 def _mask(coverage: Image.Image | None, fit: Resize) -> Tensor | None:

@@ -74,7 +74,7 @@ def run_sheet(run: SheetConfig, vae: VAEConfig, device: DeviceConfig) -> None:
 
     Raises ConfigError for the first thing that is wrong with the dataset; `dataset.check` tells all.
     """
-    config = read_config(run.dataset_config, layout=run.one_frame_layout)
+    config = read_config(run.dataset_config, layout=run.one_frame_layout, alpha=run.alpha)
     items = find_all_items(config)
     shown = [items[i * len(items) // run.limit] for i in range(run.limit)] if len(items) > run.limit else items
     decode = None
@@ -107,7 +107,7 @@ def make_row(item: Item, decode: Callable[[Item], tuple[Tile, ...]] | None = Non
     )
     tiles = []
     for slot, (name, path, mask) in enumerate(_frames(item)):
-        image, coverage = open_masked(path, name, mask)
+        image, coverage = open_masked(path, name, mask, item.alpha)
         title, fit = _title(item.layout, slot, name), fits[item.layout.clip.order[slot]]
         title += ", {}x{}".format(*fit.bucket) if fit.bucket != item.bucket else ""
         pixels = resize_to_fill(np.asarray(image), fit.bucket, fit.crop_only)

@@ -56,10 +56,10 @@ class Encoding(ABC):
     knows_latents: ClassVar[bool]  # the condition holds the very latents of a given frame
     decodes_video: ClassVar[bool]  # the target is the last picture of a decoded video
 
-    def open_control(self, path: Path, mask: Path | None) -> tuple[Image.Image, Image.Image | None]:
-        """A control image, and where it counts by the file `mask` or its alpha channel: see `open_masked`."""
+    def open_control(self, path: Path, mask: Path | None, alpha: bool) -> tuple[Image.Image, Image.Image | None]:
+        """A control image, and where it counts by the file `mask` or, with `alpha`, its alpha channel."""
         what = "control image"
-        return open_masked(path, what, mask) if self.takes_masks else (open_image(path, what), None)
+        return open_masked(path, what, mask, alpha) if self.takes_masks else (open_image(path, what), None)
 
     @abstractmethod
     def check(self, clip: Clip) -> None:

@@ -27,6 +27,10 @@ LAST_INDEX = (1 << 31) - 1
 _FRAMEPACK_WORDS = ("default", "no_2x", "no_4x", "no_post")
 
 
+ALPHA = ("mask", "ignore")
+"""What the alpha channels of images are taken for."""
+
+
 @dataclass(frozen=True)
 class LayoutConfig(Section):
     """one-frame layout"""
@@ -36,6 +40,12 @@ class LayoutConfig(Section):
         help="how images become latent frames, where dataset or prompt don't say: independent, each on its own, or "
         "causal, as frames of one video (experiment); default: independent",
         choices=tuple(ENCODINGS),
+    )
+    alpha: str | None = option(
+        None,
+        help="transparent pixels of targets and control images, where the dataset doesn't say: mask leaves them out, "
+        "ignore uses the colour stored beneath, as musubi-tuner does; default: mask",
+        choices=ALPHA,
     )
 
 

@@ -55,9 +55,9 @@ def frame_table(layout: OneFrameLayout, frames: Sequence[TableFrame]) -> list[st
     return table(rows)
 
 
-def file_frame(name: str, path: Path, mask: Path | None, fit: Resize, masked: bool) -> TableFrame:
-    """masked: whether a mask counts at all."""
-    coverage = open_masked(path, name, mask)[1] if masked else None
+def file_frame(name: str, path: Path, mask: Path | None, fit: Resize, masked: bool, alpha: bool) -> TableFrame:
+    """masked: whether a mask counts at all; alpha: whether the alpha channel is one."""
+    coverage = open_masked(path, name, mask, alpha)[1] if masked else None
     used = None if coverage is None else float(latent_mask(coverage, fit.bucket, fit.crop_only).mean())
     return TableFrame(name, str(path), fit.bucket, fit, used)
 
@@ -73,12 +73,15 @@ class WithControls(Protocol):
     def control_masks(self) -> Sequence[Path | None]: ...
     @property
     def control_fits(self) -> Sequence[Resize]: ...
+    @property
+    def alpha(self) -> bool: ...
 
 
 def control_frames(made: WithControls) -> list[TableFrame]:
     """Table rows of the control images of an item or a request. Not every encoding takes masks of them."""
     files = zip(made.controls, made.control_masks, made.control_fits, strict=True)
-    return [file_frame(f"control {i}", *file, made.layout.encoding.takes_masks) for i, file in enumerate(files)]
+    masked = made.layout.encoding.takes_masks
+    return [file_frame(f"control {i}", *file, masked, made.alpha) for i, file in enumerate(files)]
 
 
 def tokens_line(layout: OneFrameLayout, frames: Sequence[TableFrame], images: int) -> str:

@@ -35,7 +35,9 @@ class PromptConfig(Section, Prompt):
     recipe: Path | None = option(
         None, help="make the picture of this PNG or latent file again; other options override those in the file"
     )
-    from_file: Path | None = option(None, help="file with a prompt and its options per line, or .toml, .json")
+    from_file: Path | None = option(
+        None, help="file with a prompt and its options per line, or .toml, .json", any_bytes=True
+    )
     interactive: bool = option(False, help="read prompt lines from the terminal")
     latent_path: tuple[Path, ...] = option((), help="decode latent files instead of generating")
     video_size: tuple[int, ...] | None = option(

@@ -35,7 +35,7 @@ _VIDEO_TYPES = {"video": "images", "both": "latent_images"}
 class OutputConfig(Section):
     """output"""
 
-    save_path: Path = option(help="folder for the results")
+    save_path: Path = option(help="folder for the results", any_bytes=True)
     output_type: str = option(
         "images",
         help="images, latent or latent_images; video and both give the same with a PNG in place of the video",

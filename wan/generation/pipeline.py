@@ -18,6 +18,7 @@ from utils.files import fingerprint
 from utils.images import from_pixels, open_image, to_levels
 from utils.randomness import address_seed
 from utils.stopwatch import Stopwatch
+from utils.text import one_line
 from wan.frames.clip import Clip, Role
 from wan.frames.condition import pin_controls
 from wan.frames.encode import encode_clip, encode_images, frame_levels, frame_pixels, latent_mask
@@ -33,8 +34,8 @@ from wan.generation.sampling import Schedule
 from wan.models.checkpoints import CLIPCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.nets.conditioning import Conditioning
 from wan.nets.context import StepCache, pad_text
-from wan.nets.spec import LATENT_CHANNELS, VAE_STRIDE
-from wan.nets.t5 import encode_text
+from wan.nets.spec import LATENT_CHANNELS, TEXT_LENGTH, VAE_STRIDE
+from wan.nets.t5 import encode_text, token_counts
 from wan.nets.tokens import FrameSizes
 from wan.nets.vae import WanVAE
 
@@ -133,6 +134,10 @@ class Pipeline:
         missing = sorted(texts - self._texts.keys())
         if missing:
             with self._t5.on_device() as t5:
+                for text, count in zip(missing, token_counts(self._tokenizer, missing), strict=True):
+                    if count > TEXT_LENGTH:
+                        words = one_line(text, 60)
+                        log.warning("'%s' has %d tokens; the model reads the first %d", words, count, TEXT_LENGTH)
                 for text in tqdm(missing, desc="encoding texts", unit="text", disable=len(missing) < 2):
                     self._texts[text] = encode_text(t5, self._tokenizer, [text], self.device)[0].float().cpu()
 
@@ -334,7 +339,10 @@ def _condition(vae: WanVAE, request: Request, blanks: Blanks) -> Conditioning:
     """Channels and known places of the request's clip, of the same bits as caching makes: float32 on the CPU."""
     images, masks, encoding = [], [], request.layout.encoding
     for path, mask, fit in zip(request.controls, request.control_masks, request.control_fits, strict=True):
-        image, coverage = encoding.open_control(path, mask)
+        image, coverage = encoding.open_control(path, mask, request.alpha)
+        if coverage is not None and mask is None:
+            once = {"once": f"transparent {path}"}
+            log.info("%s has transparent pixels, which are masked out; --alpha ignore uses them", path, extra=once)
         if image.size != fit.size:
             then, now = ("{}x{}".format(*size) for size in (fit.size, image.size))
             raise ConfigError(f"control image {path}: has {now} pixels, it had {then} at the start; run again")
@@ -349,7 +357,14 @@ def _condition_key(request: Request, files: _Files) -> Hashable:
     layout, clip = request.layout, request.clip
     masks = tuple(mask and files[mask] for mask in request.control_masks)
     images = tuple(files[path] for path in request.controls), masks, request.control_fits, _size(request)
-    return layout.encoding, layout.encoding.cache_key(clip), layout.control_sizes, len(clip.slots), *images
+    return (
+        layout.encoding,
+        layout.encoding.cache_key(clip),
+        layout.control_sizes,
+        len(clip.slots),
+        request.alpha,
+        *images,
+    )
 
 
 def _size(request: Request) -> tuple[int, int]:

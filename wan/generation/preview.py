@@ -1,5 +1,6 @@
 """A rough picture of latents at once: the linear map from their 16 numbers to RGB that fits the VAE at hand best."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from utils.files import written_whole
 from utils.images import from_pixels
 from utils.options import Section, option
 from wan.nets.spec import VAE_STRIDE
+
+log = logging.getLogger(__name__)
 
 _SIDE = 128  # pixels of a synthetic image
 _ROUNDING = 1e-4  # of the largest difference, see `LatentPreview.fit`
@@ -53,13 +56,16 @@ class LatentPreview:
 
     def save(self, latents: Tensor, path: Path) -> None:
         """Write the picture as PNG in place of the one that is there, so that a viewer never sees half of it."""
-        with written_whole(path) as temporary:
+        with written_whole(path, durable=False) as temporary:
             self.image(latents).save(temporary)
 
     def save_each(self, steps: int, path: Path, step: int, latents: Tensor) -> None:
-        """Save every `steps`-th step; call it after each step (counted from 0)."""
+        """Save every `steps`-th step; call it after each step (counted from 0). One that can't be written is logged."""
         if (step + 1) % steps == 0:
-            self.save(latents, path)
+            try:
+                self.save(latents, path)
+            except OSError as error:
+                log.warning("preview %s could not be written (%s)", path, error.strerror)
 
 
 def synthetic_images() -> list[Tensor]:

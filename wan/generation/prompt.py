@@ -59,7 +59,7 @@ def _option(
     field: dataclasses.Field[Any] = dataclasses.field()
     if flag is not None and help is not None:
         minimum, maximum = bounds or (None, None)
-        field = option(None, help=help, flag=flag, minimum=minimum, maximum=maximum, finite=False)
+        field = option(None, help=help, flag=flag, minimum=minimum, maximum=maximum, finite=False, any_bytes=is_image)
     declaration = {_DECLARATION: names | {"is_image": is_image}}
     return dataclasses.field(default=None, metadata={**field.metadata, **declaration})
 

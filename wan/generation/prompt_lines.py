@@ -44,7 +44,7 @@ def parse_line(line: str, place: str, dialect: Dialect) -> Prompt:
     text, *pieces = re.split(r"\s--(?=\S)", " " + line.strip())
     values: dict[str, Any] = {"prompt": text.strip()}
     for piece in pieces:
-        name, _, argument = piece.strip().partition(" ")
+        name, argument = [*piece.split(maxsplit=1), ""][:2]  # by any blank: tabs and full-width ones too
         name, argument = name.lower(), argument.strip()
         if name in _UNSUPPORTED:
             raise ConfigError(f"{place}: --{name}: {_UNSUPPORTED[name]}")

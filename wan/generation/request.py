@@ -66,12 +66,14 @@ class SamplingConfig(LayoutConfig):
         resolution = parse_resolution(self.control_resolution) if self.control_resolution else None
         return ControlSizes(resolution, self.no_resize_control)
 
-    def like(self, layout: str | None, sizes: ControlSizes) -> "SamplingConfig":
-        """Settings of training samples: the layout and control sizes of the training data, unless flags give sizes."""
+    def like(self, layout: str | None, sizes: ControlSizes, alpha: str) -> "SamplingConfig":
+        """Settings of training samples: layout, sizes and alpha of the training data, unless flags give the latter."""
+        alpha = self.alpha or alpha
         resolution = "{}x{}".format(*sizes.resolution) if sizes.resolution else None
+        like = replace(self, one_frame_layout=layout, alpha=alpha)
         if self.control_sizes:
-            return replace(self, one_frame_layout=layout)
-        return replace(self, one_frame_layout=layout, control_resolution=resolution, no_resize_control=sizes.no_resize)
+            return like
+        return replace(like, control_resolution=resolution, no_resize_control=sizes.no_resize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class Request:
     solver: str = "unipc"
     cpu_noise: bool = False
     pin_controls: bool = False
+    alpha: bool = True  # alpha channels of controls without a mask file are masks
     reasoning_frames: int = 0
     reasoning_steps: int = 0  # the steps that these take part in
 
@@ -175,6 +178,7 @@ class Request:
             solver=sampling.sample_solver,
             cpu_noise=sampling.cpu_noise,
             pin_controls=sampling.pin_controls,
+            alpha=sampling.alpha != "ignore",
             reasoning_frames=sampling.reasoning_frames,
             reasoning_steps=_given(sampling.reasoning_steps, max(1, steps // 5)) if sampling.reasoning_frames else 0,
         )

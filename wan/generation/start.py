@@ -128,8 +128,9 @@ def _check(models: GenerationModels, options: GenerationOptions) -> _Job:
     options.guidance.check(dit.spec.num_layers)
     tokens = [forward_tokens(picture.request, options.guidance) for picture in pictures]
     room = Room.on(device)
-    plan = chosen_plan(memory, lambda: plan_generation(dit, dit.dtype, memory, max(tokens, default=_TYPED), room))
-    if memory.memory == "auto":
+    longest = max(tokens, default=_TYPED)
+    plan = chosen_plan(memory, room, lambda room: plan_generation(dit, dit.dtype, memory, longest, room))
+    if memory.is_planned:
         t5 = plan_t5(t5, device, room)
     return _Job(device, dit, vae, t5, clip, merged, trained, pictures, plan)
 

@@ -18,7 +18,7 @@ from wan.lora.files import LoRAFile, parse_lora, write_lora
 from wan.lora.layers import AdaptedLinear, LoRALinear, LycorisLinear
 from wan.lora.module import LoRAModule, rank_metadata
 from wan.lora.options import NetworkConfig
-from wan.memory.sharding import full_tensor, shard_like
+from wan.memory.sharding import full_tensor, local_shard, shard_like
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +101,18 @@ class LoRANetwork:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Context after which the trained numbers and alphas are what they were before, to the bit."""
-        before = [(parameter, parameter.detach().clone()) for parameter in self.parameters()]
+        """Context after which the trained numbers and alphas are what they were before, to the bit.
+
+        In between they are in host memory, so that this takes none of a GPU.
+        """
+        own = [local_shard(parameter.detach()) for parameter in self.parameters()]
+        before = [(numbers, numbers.to("cpu", copy=True)) for numbers in own]
         alphas = [layer.alpha for layer in self.layers.values()]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, values in before:
-                    parameter.copy_(values)
+            for numbers, values in before:
+                numbers.copy_(values)
             for layer, alpha in zip(self.layers.values(), alphas, strict=True):
                 layer.alpha = alpha
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import ConfigError
-from utils.files import require_writable_dir, written_whole
+from utils.files import require_writable_dir, unusable_name, written_whole
 from utils.text import counted, one_line
 from wan.files.dit_names import dotted_name, lora_name
 from wan.files.formats import Checkpoint
@@ -312,6 +312,8 @@ def check_out(out: Path, dialect: str = "musubi") -> None:
     """Raise ConfigError, before the work, unless this can be written without losing another file."""
     if (out / ADAPTER[0] if dialect == "peft" else out).exists():
         raise ConfigError(f"OUT {out}: exists already; delete it or choose another name")
+    if reason := unusable_name(out):
+        raise ConfigError(f"OUT {out}: {reason}")
     if dialect == "peft":
         require_writable_dir(out, "OUT")
     elif out.suffix != ".safetensors":

@@ -13,6 +13,7 @@ import torch
 
 from utils.errors import ConfigError
 from utils.options import Section, option
+from utils.text import one_line
 
 Item = TypeVar("Item")
 
@@ -61,6 +62,28 @@ class Processes:
 
 ALONE = Processes()
 
+_STRANGE_LAUNCHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+"""Variables by which `accelerate launch` asks for what is not supported, and its name."""
+
+
+def check_launcher() -> None:
+    """Raise ConfigError when `accelerate` was set to share out the work in a way that is not supported.
+
+    Looks at the environment alone: accelerate itself would import packages for it, or fail without them.
+    """
+    for variable, name in _STRANGE_LAUNCHERS.items():
+        if _is_on(variable):
+            raise ConfigError(
+                f"accelerate is set to {name}, which is not supported; launch with --config_file "
+                "docs/accelerate_ddp.yaml, or docs/accelerate_fsdp2.yaml for a model that fits no single GPU"
+            )
+    if _is_on("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("accelerate is set to FSDP 1; set fsdp_version to 2, as in docs/accelerate_fsdp2.yaml")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
 
 @dataclass(frozen=True)
 class DeviceConfig(Section):
@@ -79,11 +102,16 @@ class DeviceConfig(Section):
         Prepares PyTorch's allocator, so that it has to come before anything else that uses a GPU.
         """
         _let_reserves_grow()
+        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            device = torch.device(name)
+        except RuntimeError:
+            raise ConfigError(f"--device {name}: is no device that PyTorch knows; use cuda, cuda:1 or cpu") from None
+        try:
             torch.zeros(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"--device {self.device}: {str(error).splitlines()[0]}; try cuda or cpu") from None
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = f" ({one_line(str(error).splitlines()[0])})" if device.type == "cuda" else ""
+            raise ConfigError(f"--device {name}: can't be used on this computer{reason}; use cuda or cpu") from None
         return device
 
 
@@ -101,6 +129,7 @@ def init_processes(config: DeviceConfig) -> tuple[Processes, torch.device]:
 
     ConfigError for a device that they can't all have.
     """
+    check_launcher()
     device = config.resolve()
     launched = "LOCAL_RANK" in os.environ  # by either; WORLD_SIZE alone is set in some containers
     if not launched or int(os.environ["WORLD_SIZE"]) < 2:

@@ -35,9 +35,10 @@ _FP8_IN_TRITON = (8, 9)  # the compute capability from which Triton, which induc
 class MemoryConfig(Section):
     """memory and speed"""
 
-    memory: str = option(
-        "manual",
-        help="auto: choose fp8, swapped and recomputed blocks by the free memory, and again when it runs out",
+    memory: str | None = option(
+        None,
+        help="auto: choose fp8, swapped and recomputed blocks by the free memory, and again when it runs out; default: "
+        "auto unless one of these options is given, or manual",
         choices=("manual", "auto"),
     )
     fp8_scaled: bool = option(False, help="keep the weights of the blocks in fp8 with a scale per 64 columns")
@@ -67,15 +68,23 @@ class MemoryConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.chosen_by_plan if self.memory == "auto" else ():
-            if getattr(self, name) != getattr(type(self), name):
-                raise ConfigError(f"--{name}: --memory auto chooses it; leave one of them out")
+        if self.memory == "auto" and self._by_hand:
+            raise ConfigError(f"--{self._by_hand[0]}: --memory auto chooses it; leave one of them out")
         if self.compile_mode != "default" and self.compile_backend != "inductor":
             raise ConfigError(
                 f"--compile_mode {self.compile_mode}: only inductor has modes; leave out --compile_backend"
             )
         if self.compile and self.dit_backend == "fused":
             raise ConfigError("--compile: compiles plain operations only; leave it or --dit_backend fused out")
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the options of `chosen_by_plan` are chosen by the memory that is free."""
+        return self.memory == "auto" or (self.memory is None and not self._by_hand)
+
+    @property
+    def _by_hand(self) -> list[str]:
+        return [name for name in self.chosen_by_plan if getattr(self, name) != getattr(type(self), name)]
 
     @property
     def fp8_kind(self) -> FP8Kind | None:

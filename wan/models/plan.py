@@ -1,4 +1,4 @@
-"""`--memory auto`: which options a run needs to fit into the memory that is free.
+"""`--memory auto`, the default: which options a run needs to fit into the memory that is free.
 
 Choices that change no result come first: what is recomputed, and what waits in host memory, weights before activations
 because they cost less time. Generation takes fp8 before that: its short steps would wait for the copies.
@@ -51,9 +51,12 @@ class Room:
     def on(cls, device: torch.device) -> "Room":
         """Free memory now; infinite without a GPU."""
         if device.type != "cuda":
-            return cls(math.inf, math.inf)
+            return UNLIMITED
         free, total = torch.cuda.mem_get_info(device)
         return cls(free - PLAN_MARGIN * total, available_memory() - _HOST_SPARE)
+
+
+UNLIMITED = Room(math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Plan(Generic[Memory]):
     @classmethod
     def of(cls, memory: Memory) -> "Plan[Memory]":
         """A plan of the user's own options, with no alternative."""
-        return cls([Choice(memory, {})], Room(math.inf, math.inf))
+        return cls([Choice(memory, {})], UNLIMITED)
 
     @property
     def memory(self) -> Memory:
@@ -114,11 +117,14 @@ def _flags(memory: MemoryConfig) -> str:
     return " ".join(words) or "nothing to save"
 
 
-def chosen_plan(memory: Memory, make: Callable[[], Plan[Memory]]) -> Plan[Memory]:
-    """The user's own options, or with --memory auto the plan that `make` returns, which is logged."""
-    if memory.memory == "manual":
+def chosen_plan(memory: Memory, room: Room, make: Callable[[Room], Plan[Memory]]) -> Plan[Memory]:
+    """The user's own options, or those of the plan that `make` returns for this room, which is logged.
+
+    Without `--memory auto` nothing is planned where room is without limit.
+    """
+    if not memory.is_planned or (memory.memory is None and room == UNLIMITED):
         return Plan.of(memory)
-    plan = make()
+    plan = make(room)
     log.info("memory: %s", plan)
     return plan
 

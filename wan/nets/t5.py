@@ -8,7 +8,7 @@ Rules: docs/formats.md#t5-keys and docs/formats.md#text-cleaning.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import ftfy
@@ -109,6 +109,13 @@ def t5_tensors(official: str, tensor: Tensor) -> dict[str, Tensor]:
     """The entries of the model's state dict that one official tensor fills; the embedding stands under two names."""
     keys = [t5_key(official)] + ["encoder.embed_tokens.weight"] * (official == _EMBEDDING)
     return dict.fromkeys(keys, tensor)
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt, `</s>` included. The encoder reads the first TEXT_LENGTH of them."""
+    if not prompts:
+        return []
+    return [len(ids) for ids in tokenizer([clean_prompt(prompt) for prompt in prompts]).input_ids]
 
 
 @torch.no_grad()

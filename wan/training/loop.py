@@ -16,6 +16,7 @@ from tqdm import tqdm
 from utils.cli import Stopped
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.lora.files import write_lora
 from wan.memory.sharding import mapped
 from wan.models.device import Launcher, Processes, write_on_main
@@ -23,7 +24,7 @@ from wan.training import start
 from wan.training.cadence import Action, Cadence, StopRequest
 from wan.training.job import RunLength, StepBatches, StepLoader, TrainingJob
 from wan.training.saving import Saver
-from wan.training.state import Progress, State, save_state
+from wan.training.state import Progress, State, changed_facts, save_state
 from wan.training.step import StepResult
 from wan.training.summary import RunSummary
 
@@ -121,7 +122,10 @@ class Trainer:
 
     @property
     def _finished(self) -> bool:
-        return self.progress.step >= self.length.total_steps
+        """Whether all steps are taken, and what follows the epoch if the last one ended it, also before a resume."""
+        if self.progress.step < self.length.total_steps:
+            return False
+        return self.progress.items != self.loader.items(self.progress.epoch + 1)
 
     def _data(self) -> Iterator[StepBatches]:
         """The data of the steps left in the epoch. Where a process can't read its own, the run stops with a state."""
@@ -224,7 +228,8 @@ class Trainer:
     def _restore(self, state: State) -> None:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
-        self.summary.log_differences(state.facts)
+        for name, now, then in changed_facts(self.summary.facts(), state.facts):
+            log.warning("resuming with %s = %s; the state was made with %s", name, now, one_line(then))
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _give_up(self) -> NoReturn:

@@ -120,6 +120,7 @@ def dataset_metadata(config: DatasetsConfig) -> str:
                 "fp_1f_clean_indices": dataset.clean_indices and list(dataset.clean_indices),
                 "fp_1f_target_index": dataset.target_index,
                 "fp_1f_layout": dataset.layout_name,
+                "alpha": dataset.alpha,
                 "control_resolution": dataset.control_resolution and list(dataset.control_resolution),
                 "no_resize_control": dataset.no_resize_control,
             }

@@ -68,22 +68,29 @@ class OptimizerConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr_scheduler == "constant" and _steps_of(self.lr_warmup_steps, "--lr_warmup_steps", 1000):
-            raise ConfigError(
-                f"--lr_warmup_steps {self.lr_warmup_steps}: the constant schedule has no warmup; "
-                "use --lr_scheduler constant_with_warmup"
-            )
+        _steps_of(self.lr_warmup_steps, "--lr_warmup_steps", 1000)
         _steps_of(self.lr_decay_steps, "--lr_decay_steps", 1000)
 
     @property
     def schedule(self) -> str:
-        """Name of the schedule."""
+        """Name of the schedule. A constant one with a warmup is `constant_with_warmup`."""
+        if self._warms_up_to_constant:
+            return "constant_with_warmup"
         return self.lr_scheduler_type or self.lr_scheduler
+
+    @property
+    def _warms_up_to_constant(self) -> bool:
+        any_warmup = float(self.lr_warmup_steps.removesuffix("%")) > 0
+        return not self.lr_scheduler_type and self.lr_scheduler == "constant" and any_warmup
 
     def check_schedule(self, total_steps: int) -> None:
         """Raise ConfigError unless the schedule takes its arguments, and lasts for `total_steps` optimizer steps."""
         optimizer = build_optimizer(self, [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}])
         schedule = build_scheduler(self, optimizer, total_steps)
+        if self._warms_up_to_constant:
+            log.info(
+                "--lr_scheduler constant with --lr_warmup_steps %s: runs constant_with_warmup", self.lr_warmup_steps
+            )
         if self.lr_scheduler_type and not is_schedule_free(optimizer):
             _try_schedule(self.lr_scheduler_type, schedule, total_steps)
         if is_schedule_free(optimizer) and self.schedule != "constant":
@@ -176,14 +183,6 @@ def remembered(config: OptimizerConfig) -> dict[str, Any] | None:
     return dict(_try_step(replace(config, optimizer_args=given), weight).state[weight])
 
 
-def same_optimizer(name: str, other: str) -> bool:
-    """Whether two values of `--optimizer_type` stand for one class."""
-    try:
-        return optimizer_class(name) is optimizer_class(other)
-    except (ConfigError, ValueError):
-        return name.lower() == other.lower()
-
-
 def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> Optimizer:
     """The optimizer after a step of `weight` with a gradient of ones. ConfigError unless that leaves it finite."""
     optimizer = build_optimizer(config, [{"params": [weight]}])
@@ -221,7 +220,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
     if config.lr_scheduler_type:
         return _schedule_of_class(config.lr_scheduler_type, optimizer, arguments)
     warmup = _steps_of(config.lr_warmup_steps, "--lr_warmup_steps", total_steps)
-    name = "adafactor" if optimizer.defaults.get("relative_step") else config.lr_scheduler
+    name = "adafactor" if optimizer.defaults.get("relative_step") else config.schedule
     if name == "piecewise_constant":
         _check_arguments(name, arguments, ["step_rules"])
         return LambdaLR(optimizer, _piecewise(str(arguments.get("step_rules", ""))))

@@ -20,7 +20,7 @@ from wan.lora.files import LoRAFile
 from wan.models.checkpoints import CLIPCheckpoint, DiTCheckpoint, T5Checkpoint, VAECheckpoint
 from wan.models.device import Processes
 from wan.models.memory_options import TrainingMemoryConfig
-from wan.models.plan import Plan, Room, chosen_plan, plan_t5, plan_training
+from wan.models.plan import UNLIMITED, Plan, Room, chosen_plan, plan_t5, plan_training
 from wan.nets.spec import VAE_STRIDE
 from wan.training import loop, start
 from wan.training.job import RunLength, TrainingJob
@@ -49,7 +49,9 @@ class _Samples:
 def run(models: TrainingModels, options: TrainingOptions) -> None:
     """Train. Whatever can be wrong raises ConfigError before weights load."""
     save = options.save
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
+    datasets = read_config(
+        options.run.dataset_config, layout=options.sampling.one_frame_layout, alpha=options.sampling.alpha
+    )
     require_writable_dir(save.output_dir, "--output_dir")
     require_name(save.output_dir / f"{save.output_name}{_LONGEST_ENDING}", f"--output_name {save.output_name}")
     dit_file, samples = _check(models, options, datasets)
@@ -70,7 +72,7 @@ def _run(
     accelerator: Accelerator,
 ) -> None:
     save = options.save
-    state = start.find_state(save)
+    state = start.find_state(save, options.optimizer)
     seed = start.shared_seed(options.run.seed, state)
     training_set = _training_set(datasets, options, seed, dit_file)
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
@@ -87,7 +89,7 @@ def _run(
         _write_settings(models, options)
     step = state.progress.step if state else 0
     settings = cli.values(models, options)
-    plan = _plan(dit_file, options, training_set, weights, accelerator.device)
+    plan = _plan(dit_file, options, training_set, weights, accelerator)
     with Tracker.open(
         options.tracking, save.output_dir, save.output_name, settings, step, main=accelerator.is_main_process
     ) as tracker:
@@ -125,18 +127,19 @@ def _train_within(
 
 def explain(models: TrainingModels, options: TrainingOptions) -> None:
     """Print what `run` would do with these options, after the checks that it makes too. Writes nothing."""
-    datasets = read_config(options.run.dataset_config, layout=options.sampling.one_frame_layout)
+    datasets = read_config(
+        options.run.dataset_config, layout=options.sampling.one_frame_layout, alpha=options.sampling.alpha
+    )
     dit_file, _ = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
-    state = start.find_state(options.save)
+    state = start.find_state(options.save, options.optimizer)
     training_set = _training_set(datasets, options, options.run.seed or 0, dit_file)
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     options.optimizer.check_schedule(length.total_steps)
     start.base_merger(dit_file, options.network)
-    length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     weights, *_ = start.network_start(dit_file, options, state, length.total_steps)
-    options = replace(options, memory=_plan(dit_file, options, training_set, weights, accelerator.device).memory)
+    options = replace(options, memory=_plan(dit_file, options, training_set, weights, accelerator).memory)
     if accelerator.is_main_process:
         lines = explain_training(options, dit_file, training_set, weights, accelerator.num_processes)
         print(*lines, sep="\n")
@@ -165,7 +168,7 @@ def _check(
     options.optimizer.check(models.device.is_cpu)
     options.noise.check()
     options.tracking.check()
-    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes)
+    sampling = options.sampling.like(datasets.layout_name, datasets.control_sizes, datasets.alpha)
     requests = options.samples.requests(dit.task, sampling)
     if not requests:
         return dit, None
@@ -192,16 +195,18 @@ def _plan(
     options: TrainingOptions,
     training_set: TrainingSet,
     weights: LoRAFile | None,
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> Plan[TrainingMemoryConfig]:
+    """The memory options; with FSDP2, which shards the blocks, none are chosen unless that is asked for."""
     memory, network, buckets = options.memory, options.network, training_set.buckets
     dtype = options.run.compute_dtype(dit)
-    return chosen_plan(memory, lambda: plan_training(dit, dtype, memory, network, weights, buckets, Room.on(device)))
+    room = UNLIMITED if memory.memory is None and accelerator.is_fsdp2 else Room.on(torch.device(accelerator.device))
+    return chosen_plan(memory, room, lambda room: plan_training(dit, dtype, memory, network, weights, buckets, room))
 
 
 def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerator) -> Sampler:
     device, t5 = torch.device(accelerator.device), samples.t5
-    if options.memory.memory == "auto":
+    if options.memory.is_planned:
         t5 = plan_t5(t5, device, Room.on(device))
     pipeline = Pipeline(samples.vae, t5, samples.clip, device)
     processes = Processes(accelerator.process_index, accelerator.num_processes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from utils.files import written_whole
+from utils.files import make_folder, written_whole
 from utils.options import Section, option
 from wan.generation.experts import Experts
 from wan.generation.pipeline import Encoded, Pipeline, denoise
@@ -92,6 +92,8 @@ class Sampler:
         for number, encoded in self._encoded:
             try:
                 paths += self._draw_one(dit, number, encoded, suffix)
+            except OSError as error:
+                log.error("sample %d could not be written (%s); training goes on", number, error.strerror)
             except Exception:
                 log.exception("sample %d could not be made; training goes on", number)
                 if torch.cuda.is_available():
@@ -101,7 +103,7 @@ class Sampler:
 
     def _draw_one(self, dit: WanDiT, number: int, encoded: Encoded, suffix: str) -> list[Path]:
         if self._writes:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
         time = datetime.now().strftime("%Y%m%d%H%M%S")
         stem = f"{self._name}_{suffix}_{number:02d}_{time}_{encoded.request.seed}"
         rough, path = (self._folder / f"{stem}_{end}.png" for end in ("preview", "000"))

@@ -1,6 +1,7 @@
 """The start of a training run: processes and devices, seed, state, the model with its LoRA, optimizer."""
 
 import logging
+import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import ConfigError
@@ -22,13 +23,13 @@ from wan.lora.merge import Merger
 from wan.lora.network import LoRANetwork, inject_lora_
 from wan.lora.options import NetworkConfig
 from wan.models.checkpoints import DiTCheckpoint
-from wan.models.device import DeviceConfig, Processes
+from wan.models.device import DeviceConfig, Processes, check_launcher
 from wan.models.memory_options import apply_memory_options_
 from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import build_optimizer, build_scheduler, optimizer_class, remembered, same_optimizer
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class, remembered
 from wan.training.options import SaveConfig, TrainingOptions
 from wan.training.state import State, check_optimizer, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
@@ -57,13 +58,7 @@ def network_start(
 
 
 def _check_resumed_optimizer(state: State, options: TrainingOptions, network: LoRANetwork, total_steps: int) -> None:
-    config, before = options.optimizer, state.facts.get("optimizer_type")
-    if isinstance(before, str) and not same_optimizer(before, config.optimizer_type):
-        raise ConfigError(
-            f"--resume {state.path}: its optimizer is {one_line(before)}, not {config.optimizer_type}; give "
-            f"--optimizer_type {one_line(before)}, or begin from its weights: --network_weights "
-            f"{state.path / 'model.safetensors'}"
-        )
+    config = options.optimizer
     groups = network.param_groups(config.learning_rate, options.network.loraplus_lr_ratio)
     optimizer = build_optimizer(config, groups)
     check_optimizer(state, optimizer, build_scheduler(config, optimizer, total_steps), remembered(config))
@@ -169,18 +164,23 @@ def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
         yield
 
 
-def find_state(save: SaveConfig) -> State | None:
+def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
     """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
 
-    Raises ConfigError when it can't be read, or for `auto` when none can.
+    Raises ConfigError when it can't be read, for `auto` when none can, and when it is of another kind of optimizer.
     """
     if save.resume is None:
         return None
-    if save.resume != "auto":
-        return load_state(Path(save.resume))
-    state = newest_state(save.output_dir, save.output_name)
+    state = load_state(Path(save.resume)) if save.resume != "auto" else newest_state(save.output_dir, save.output_name)
     if state is None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
+        return None
+    then, now = state.facts.get("optimizer_type"), optimizer.optimizer_type
+    if isinstance(then, str) and (then.rpartition(".")[2] or "AdamW").lower() != optimizer_class(now).__name__.lower():
+        raise ConfigError(
+            f"--resume {state.path}: is a state of {one_line(then)}, which {now} can't go on from; give "
+            f"--optimizer_type {one_line(then)}, or begin from its LoRA by --network_weights without --resume"
+        )
     return state
 
 
@@ -190,10 +190,16 @@ def build_accelerator(config: DeviceConfig) -> Accelerator:
     device = config.device
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device}: training takes cpu or cuda; choose GPUs by CUDA_VISIBLE_DEVICES")
-    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+    check_launcher()
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        log.warning("dynamo_backend %s of accelerate is not used; --compile compiles the model", backend)
+    # Both are given, because accelerate would take them from its environment
+    alone = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision="no", cpu=device == "cpu", dynamo_backend="no", gradient_accumulation_plugin=alone
+    )
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError("accelerate is set to FSDP 1; use docs/accelerate_fsdp2.yaml")
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
         raise ConfigError(f"accelerate is set to {kind.value}, which is not supported; use docs/accelerate_ddp.yaml")
     return accelerator

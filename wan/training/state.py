@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.errors import ConfigError
-from utils.files import make_accessible, parse_json, sync, temporary_prefix
+from utils.files import make_accessible, make_folder, parse_json, sync, temporary_prefix
 from utils.text import one_line, some
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def save_state(state: State) -> None:
     The new state is on disk before the old one is deleted, so that a power cut costs none.
     """
     path = state.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=temporary_prefix(path)))
     replaced = temporary.with_name(temporary.name + "-old")
     try:
@@ -248,6 +248,18 @@ def _is_number(value: Any) -> bool:
     if torch.is_tensor(value):
         return value.numel() == 1 and math.isfinite(float(value))
     return type(value) in (int, float) and abs(value) < _LARGEST_NUMBER
+
+
+def changed_facts(now: Facts, then: Facts) -> list[tuple[str, Any, Any]]:
+    """Name, value now and value then of what differs, also in the tables within; older states lack some of it."""
+    changed = []
+    for name in now.keys() & then.keys():
+        if isinstance(now[name], dict) and isinstance(then[name], dict):
+            names = now[name].keys() | then[name].keys()
+            changed += [(key, now[name].get(key), then[name].get(key)) for key in sorted(names)]
+        else:
+            changed.append((name, now[name], then[name]))
+    return [(name, new, old) for name, new, old in changed if new != old]
 
 
 def newest_state(folder: Path, name: str) -> State | None:

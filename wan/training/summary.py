@@ -1,10 +1,8 @@
 """Texts about a run: the table in the log, the facts in its states, metadata of LoRA files, and `--explain`."""
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dataset.cache import read_header, read_latent_cache
@@ -12,7 +10,7 @@ from dataset.loader import BucketCount, TrainingItem, TrainingSet
 from utils import cli
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
-from utils.text import one_line, table
+from utils.text import table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
 from wan.lora.files import LoRAFile
@@ -25,13 +23,16 @@ from wan.training.metadata import lora_metadata
 from wan.training.options import TrainingOptions
 from wan.training.state import Facts, Progress
 
-log = logging.getLogger(__name__)
-
-_OF_NO_IMPORTANCE = (  # for what a run becomes; `precision` stands for --mixed_precision
-    *("dataset_config", "max_train_steps", "max_train_epochs", "max_data_loader_n_workers", "mixed_precision", "seed"),
-    *("persistent_data_loader_workers", "one_frame", "stop_after_skipped_steps", "network_weights", "dim_from_weights"),
+_BESIDE_TRAINING = frozenset(
+    {
+        *("dataset_config", "one_frame", "max_data_loader_n_workers", "persistent_data_loader_workers"),
+        *("stop_after_skipped_steps", "validate_every_n_steps", "validate_every_n_epochs", "validation_levels"),
+        *("network_weights", "dim_from_weights"),  # what is resumed has weights of its own
+        *("seed", "max_train_steps", "max_train_epochs", "gradient_accumulation_steps", "mixed_precision"),  # facts
+        *("optimizer_type", "learning_rate", "lr_scheduler"),
+    }
 )
-_KEPT_BY_STATES = ("learning_rate", "optimizer_args", "seed")
+"""Settings that a run may be resumed with at other values without a word, or that are facts by themselves."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +62,29 @@ class RunSummary:
 
     def facts(self) -> Facts:
         """Name of the run, and settings that a resumed run should share with the run that wrote the state."""
-        job, options = self.job, self.job.options
-        settings = cli.settings(options.run, options.network, options.optimizer, options.noise)
+        run, optimizer = self.job.options.run, self.job.options.optimizer
         return {
-            **{name: value for name, value in settings.items() if name not in _OF_NO_IMPORTANCE},
-            "output_name": options.save.output_name,
-            "dit": None if job.models.dit.dit is None else Path(job.models.dit.dit).name,
-            "fp8_base": options.memory.fp8_base,
-            "fp8_scaled": options.memory.fp8_scaled,
-            "seed": job.training_set.seed,
+            "output_name": self.job.options.save.output_name,
+            "seed": self.job.training_set.seed,
             "processes": self.processes,
-            "items": len(job.training_set.items),
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "items": len(self.job.training_set.items),
             "steps_per_epoch": self.length.steps_per_epoch,
             "total_steps": self.length.total_steps,
-            "precision": options.run.precision,
+            "precision": run.precision,
+            "optimizer_type": optimizer.optimizer_type,
+            "learning_rate": optimizer.learning_rate,  # that of the state goes on
+            "lr_scheduler": optimizer.schedule,
+            "settings": self._settings(),
         }
 
-    def log_differences(self, before: Facts) -> None:
-        """Say which settings are others than those of the run that wrote a state."""
-        own = self.facts()
-        names = own.keys() | before.keys() if "output_name" in before else before.keys()  # else it is an early state
-        for name in sorted(names - {"output_name"}):
-            if own.get(name) != before.get(name):
-                value, kept = own.get(name, "nothing"), "; the state's goes on" if name in _KEPT_BY_STATES else ""
-                earlier = one_line(before.get(name, "nothing"))
-                log.warning("resuming with %s = %s; the state was made with %s%s", name, value, earlier, kept)
+    def _settings(self) -> dict[str, Any]:
+        """Every other setting that changes what is trained or how, by the name of its flag; unset ones are left out."""
+        options, dit = self.job.options, self.job.models.dit
+        found = cli.settings(options.run, options.network, options.optimizer, options.noise, options.validation)
+        found |= {"fp8_base": options.memory.fp8_base, "fp8_scaled": options.memory.fp8_scaled}
+        found |= {"dit": dit.dit and dit.dit.name, "dit_dtype": dit.dit_dtype}
+        return {name: value for name, value in found.items() if name not in _BESIDE_TRAINING and value is not None}
 
     def rehearse(self) -> None:
         """Make what goes into LoRA files and states besides tensors. Raises ConfigError when it can't be written."""
