@@ -97,9 +97,10 @@ def prepare(pyproject: str) -> int:
 
 def main(arguments: "list[str]") -> int:
     """Returns the exit code: the first that is not 0, with all parts of the command run."""
-    if not arguments or arguments[0] not in COMMANDS:
-        print(__doc__.strip(), file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+    asks = bool({"-h", "--help"} & set(arguments)) and arguments[0] != "test"  # pytest has a help of its own
+    if asks or not arguments or arguments[0] not in COMMANDS:
+        print(__doc__.strip(), file=sys.stdout if asks else sys.stderr)
+        return 0 if asks else 2
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     minors = supported_minors(pyproject)
     major, minor = sys.version_info[:2]

@@ -86,7 +86,7 @@ FLAGS = {
         "blocks_to_swap use_pinned_memory_for_block_swap cfg_skip_mode cfg_apply_ratio slg_mode slg_layers slg_scale "
         "slg_start slg_end compile compile_backend compile_mode compile_dynamic compile_fullgraph "
         "compile_cache_size_limit",
-        "ours": "explain recipe sweep preview memory reasoning_frames reasoning_steps pin_controls "
+        "ours": "explain recipe sweep image_folder preview memory reasoning_frames reasoning_steps pin_controls "
         "control_resolution no_resize_control dit_backend vae_backend separate_passes cuda_allow_tf32 "
         "cuda_cudnn_benchmark one_frame_layout alpha exact_size dit_dtype t5_dtype t5_tokenizer clip_dtype",
         "refused": "guidance_scale_high_noise "

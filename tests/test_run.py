@@ -99,10 +99,14 @@ def test_an_interpreter_outside_requires_python_is_named_in_one_line(project):
     ]
 
 
-@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["tset"], 2), (["--help"], 0)])
-def test_without_a_known_command_the_usage_is_shown_and_nothing_installed(project, arguments, code):
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [([], 2), (["tset"], 2), (["--help"], 0), (["demo", "--help"], 0), (["weights", "-h"], 0)],
+)
+def test_without_a_known_command_and_for_help_the_usage_is_shown_and_nothing_installed(project, arguments, code):
     result = call(project, *arguments)
-    assert result.returncode == code and "python run.py demo" in result.stderr
+    shown = result.stderr if code else result.stdout
+    assert result.returncode == code and "python run.py demo" in shown
     assert not (project / ".venv").exists()
 
 

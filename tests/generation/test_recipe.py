@@ -297,7 +297,7 @@ def test_files_without_a_recipe_are_one_line():
 def test_every_option_is_in_recipes_or_makes_no_difference_to_a_picture():
     """A new option belongs into `wan/generation/recipe.py`, or here."""
     elsewhere = {"recipe", "from_file", "interactive", "save_path", "output_type", "no_metadata"}
-    elsewhere |= {"save_merged_model", "ckpt_dir", "device", "sweep", "preview", "explain"}
+    elsewhere |= {"save_merged_model", "ckpt_dir", "device", "sweep", "preview", "explain", "image_folder"}
     actions = wan_generate_video.build_parser()._actions
     options = {action.dest for action in actions if action.help != argparse.SUPPRESS and action.dest != "help"}
     assert options - elsewhere == recipe._OPTIONS

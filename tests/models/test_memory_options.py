@@ -169,8 +169,11 @@ def test_backend_switches_are_set_when_asked_for_and_else_left_alone():
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(
     "settings",
-    [RECOMPUTE, RECOMPUTE | OFFLOAD, RECOMPUTE | SWAP, RECOMPUTE | OFFLOAD | SWAP | EAGER, EAGER],
-    ids=["recompute", "offload", "swap", "all", "compile"],
+    [
+        *(RECOMPUTE, RECOMPUTE | OFFLOAD, RECOMPUTE | SWAP, RECOMPUTE | OFFLOAD | SWAP | EAGER),
+        *(EAGER, SWAP, SWAP | EAGER),
+    ],
+    ids=["recompute", "offload", "swap", "all", "compile", "swap alone", "swap and compile"],
 )
 def test_training_gradients_and_samples_stay_the_same(settings, device, trainable):
     plain, network = trainable(device)

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from dataset.sources import list_images
 from utils.errors import ConfigError
 from utils.files import require_writable_dir
 from utils.images import LONGEST_SIDE, STEP
@@ -39,6 +40,9 @@ class PromptConfig(Section, Prompt):
         None, help="file with a prompt and its options per line, or .toml, .json", any_bytes=True
     )
     interactive: bool = option(False, help="read prompt lines from the terminal")
+    image_folder: Path | None = option(
+        None, help="make the prompt's picture of every image in this folder: each is the control image of one"
+    )
     latent_path: tuple[Path, ...] = option((), help="decode latent files instead of generating")
     video_size: tuple[int, ...] | None = option(
         None,
@@ -58,6 +62,10 @@ class PromptConfig(Section, Prompt):
             )
         if len(chosen) > 1 and chosen != ["--prompt", "--from_file"]:
             raise ConfigError(f"{' and '.join(chosen)} exclude each other; give one")
+        if self.image_folder is not None:
+            for flag in ("from_file", "interactive", "latent_path", "control_image_path"):
+                if getattr(self, flag) not in (None, False, ()):
+                    raise ConfigError(f"--image_folder and --{flag} exclude each other; give one")
 
     @property
     def base(self) -> Prompt:
@@ -67,10 +75,19 @@ class PromptConfig(Section, Prompt):
         return Prompt(**values, place=COMMAND_LINE)
 
     def prompts(self) -> list[Prompt]:
-        """All prompts that are known beforehand."""
+        """All prompts that are known beforehand. Raises ConfigError for files that can't be read."""
+        if self.image_folder is not None:
+            return [replace(self.base, control_image_path=(str(path),), name=path.stem) for path in self._images()]
         if self.from_file is None:
             return [] if self.interactive else [self.base]
         return [prompt.over(self.base) for prompt in read_file(self.from_file, "--from_file", GENERATION)]
+
+    def _images(self) -> list[Path]:
+        folder = self.image_folder
+        images = list_images(folder) if folder is not None and folder.is_dir() else []
+        if not images:
+            raise ConfigError(f"--image_folder {folder}: is no folder with images; check the path")
+        return images
 
     def typed(
         self, task: TaskSpec, sampling: SamplingConfig, trained: TrainedFor, lora: LoRAConfig

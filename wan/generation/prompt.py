@@ -139,6 +139,7 @@ class Prompt:
         latent="one_frame_inference",
     )
     place: str = "prompt"  # where it stands, for messages
+    name: str | None = None  # in the names of its files
 
     @property
     def wants_trained_layout(self) -> bool:

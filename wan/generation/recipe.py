@@ -102,6 +102,9 @@ def parse_args(parser: cli.Parser, argv: Sequence[str] | None) -> argparse.Names
         if len(ways) > 1 and name in known and getattr(args, name) == known[name]:
             setattr(args, name, parser.get_default(name))  # the command line says what to do with the settings
             known.pop(name)
+    for name in _IMAGES if args.image_folder is not None else ():
+        if name in known and getattr(args, name) == known.pop(name):
+            setattr(args, name, parser.get_default(name))  # the images of the folder take their place
     for name in _FILES:
         if name in known and getattr(args, name) == known[name]:
             _check_files(args, name, recipe, place)

@@ -74,6 +74,7 @@ class SweepImage:
     request: Request
     multipliers: tuple[float, ...]  # of the LoRA files, as in --lora_multiplier
     labels: tuple[str, ...] = ()  # `key=value` for each axis
+    name: str | None = None  # of the prompt
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,8 +84,10 @@ class SweepImage:
 
     @property
     def suffix(self) -> str:
-        """End of the file names: `_key-value` for each axis."""
-        return "".join(f"_{label.replace('=', '-').replace(';', '+')}" for label in self.labels)
+        """End of the file names: the name, and `_key-value` for each axis."""
+        return (f"_{self.name}" if self.name else "") + "".join(
+            f"_{label.replace('=', '-').replace(';', '+')}" for label in self.labels
+        )
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class SweepConfig(Section):
         Raises ConfigError, which names the values, where one of them can't be made.
         """
         if not self.axes:
-            return [SweepImage(Request.resolve(prompt, task, sampling, trained), lora.lora_multiplier)]
+            request = Request.resolve(prompt, task, sampling, trained)
+            return [SweepImage(request, lora.lora_multiplier, name=prompt.name)]
         if prompt.seed is None:
             prompt = replace(prompt, seed=random.SystemRandom().randrange(1 << 32))
         if trained.layout is not None and prompt.wants_trained_layout:
@@ -140,7 +144,7 @@ class SweepConfig(Section):
                 for axis, value in (across, *row):
                     settings = settings.with_value(axis, value, place)
                 request = Request.resolve(settings.prompt, task, settings.sampling, trained)
-                cells.append(SweepImage(request, settings.lora.lora_multiplier, labels))
+                cells.append(SweepImage(request, settings.lora.lora_multiplier, labels, prompt.name))
         return cells
 
     def draw(self, images: Sequence[Image.Image | None]) -> Image.Image:

@@ -73,6 +73,7 @@ class Trainer:
             job.sampler.draw_together(gather_object, accelerator.is_main_process)
         if state is not None:
             self._restore(state)
+            self.saver.catch_up(self.progress.step, self.progress.epoch)
 
     def run(self) -> Path:
         """Train to the end and return the path of the final LoRA file.

@@ -12,7 +12,7 @@ from dataset.config import DatasetsConfig, read_config
 from dataset.loader import TrainingSet
 from utils import cli
 from utils.errors import ConfigError
-from utils.files import require_name, require_writable_dir, written_whole
+from utils.files import remove_leftovers, require_name, require_writable_dir, written_whole
 from utils.randomness import seeded
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
@@ -26,7 +26,7 @@ from wan.training import loop, start
 from wan.training.job import RunLength, TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.samples import Sampler
-from wan.training.state import State, remove_leftovers
+from wan.training.state import State, remove_leftovers_of
 from wan.training.summary import RunSummary, explain_training
 from wan.training.timestep_plot import show
 from wan.training.tracking import Tracker
@@ -85,7 +85,7 @@ def _run(
     )
     RunSummary(job, length, accelerator.num_processes).rehearse()
     if accelerator.is_main_process:
-        remove_leftovers(save.output_dir, save.output_name)
+        remove_leftovers_of(save.output_dir, save.output_name)
         _write_settings(models, options)
     step = state.progress.step if state else 0
     settings = cli.values(models, options)
@@ -211,6 +211,7 @@ def _sampler(samples: _Samples, options: TrainingOptions, accelerator: Accelerat
     pipeline = Pipeline(samples.vae, t5, samples.clip, device)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     folder = options.save.output_dir / "sample"
+    remove_leftovers(folder)
     return Sampler(samples.requests, pipeline, folder, options.save.output_name, processes, options.preview.preview)
 
 

@@ -303,7 +303,7 @@ def restore_replaced(folder: Path, name: str) -> None:
 
     By then the new state was whole; after a power cut it may be gone, and the old one is taken.
     """
-    pattern = re.compile(rf"{re.escape(temporary_prefix(Path(name)).removesuffix('-'))}{_SUFFIXES}-\w+-old")
+    pattern = re.compile(rf"\.tmp-{re.escape(name)}{_SUFFIXES}-\w+-old")
     for old in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(old.name):
             new = old.with_name(old.name.removesuffix("-old"))
@@ -314,10 +314,9 @@ def restore_replaced(folder: Path, name: str) -> None:
                 log.info("restored %s", path)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
+def remove_leftovers_of(folder: Path, name: str) -> None:
     """Delete what a killed run `name` left half-written in its output folder."""
-    prefix = re.escape(temporary_prefix(Path(name)).removesuffix("-"))
-    pattern = re.compile(prefix + _SUFFIXES + r"(\.\w+)?-\w+(-old)?(\.\w+)?")
+    pattern = re.compile(r"\.tmp-" + re.escape(name) + _SUFFIXES + r"(\.\w+)?-\w+(-old)?(\.\w+)?")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name):
             if path.is_dir():
