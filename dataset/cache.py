@@ -93,6 +93,7 @@ class LatentSettings:
     alpha: str | None = None  # "ignore" where an image has an alpha channel that would be a mask
     own_layout: str | None = None  # the layout, where the item itself and not its dataset decides on it
     recipe: int = RECIPE
+    source: str = ""  # of the item: tells whose cache it is, and is not compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +187,7 @@ def latent_settings(item: Item, models: EncoderFacts) -> LatentSettings:
         causal_order=item.layout.cache_key,
         alpha=None if item.alpha or not any(has_alpha(path, "image") for path in item.unmasked) else "ignore",
         own_layout=str(item.layout) if item.owns_layout else None,
+        source=item.source,
         **models,
     )
 

@@ -35,6 +35,32 @@ def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
     return removed
 
 
+def strangers(caches: Iterable[Path], keep: Collection[Path], source: str) -> dict[str, list[Path]]:
+    """Folder or list -> its caches, of those listed that are neither in `keep` nor of `source`.
+
+    Only folders and lists that are still there count, and caches that name theirs.
+    """
+    kept, found = set(map(name_key, keep)), dict[str, list[Path]]()
+    for path in caches:
+        if (
+            name_key(path) not in kept
+            and (other := _recorded_source(path)) not in ("", source)
+            and Path(other).exists()
+        ):
+            found.setdefault(other, []).append(path)
+    return found
+
+
+def _recorded_source(path: Path) -> str:
+    """The folder or list that a cache names as the source of its item; empty where it names none."""
+    try:
+        with opened(path, "") as file:
+            settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+        return str(settings.get("source", ""))
+    except (ConfigError, ValueError, AttributeError):
+        return ""
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: "DataclassInstance | None"
 ) -> None:

@@ -26,7 +26,7 @@ from dataset.sources import (
 )
 from dataset.text_cache import list_text_caches, read_text_header, text_cache_path
 from utils.errors import ConfigError
-from utils.files import fingerprint, name_key, unusable_name, written_whole
+from utils.files import fingerprint, name_key, require_writable_dir, unusable_name, written_whole
 from utils.images import IMAGE_SUFFIXES
 from utils.options import option
 from wan.frames.layout import LayoutConfig, OneFrameLayout
@@ -47,6 +47,8 @@ class CheckConfig(LayoutConfig):
 
 def run_check(run: CheckConfig) -> None:
     """Print the report. Raises ConfigError when it has errors, which stop caching or training."""
+    if run.json is not None:
+        require_writable_dir(run.json.parent, "--json")
     report = check(run.dataset_config, run.one_frame_layout, run.alignment, run.alpha)
     print(*report.lines(), sep="\n")
     if run.json is not None:

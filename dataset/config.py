@@ -122,6 +122,12 @@ class ImageDatasetConfig:
     latent_window_size: int = _setting(_count, 9, key="fp_latent_window_size")  # for FramePack; no effect on Wan
 
     @property
+    def source(self) -> str:
+        """The folder or list of the images."""
+        path = self.image_directory or self.image_jsonl_file
+        return "" if path is None else path.as_posix()
+
+    @property
     def layout(self) -> OneFrameLayout:
         """The RoPE time indices of an item's frames. Raises ConfigError for indices that don't fit together."""
         return self.layout_of(self.clean_indices, self.target_index)

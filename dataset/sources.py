@@ -51,6 +51,7 @@ class Item:
     control_masks: tuple[Path | None, ...]  # as many as controls
     control_fits: tuple[Resize, ...] = ()  # what is done to each control
     alpha: bool = True  # alpha channels of images without a mask file are masks
+    source: str = ""  # the folder or list that it comes from, as the configuration names it
 
     @property
     def target_fit(self) -> Resize:
@@ -178,6 +179,7 @@ def make_item(
         target_mask=source.target_mask,
         control_masks=source.control_masks[:count],
         alpha=config.alpha == "mask",
+        source=config.source,
     )
 
 

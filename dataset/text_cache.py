@@ -37,6 +37,7 @@ class TextSettings:
     t5: str  # fingerprint of the file
     dtype: str
     recipe: int = RECIPE
+    source: str = ""  # of the item: tells whose cache it is, and is not compared
 
 
 @dataclass(frozen=True)

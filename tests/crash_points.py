@@ -33,6 +33,7 @@ _LATE = (  # what the scripts import only when they run
     *("transformers.models.umt5.modeling_umt5", "transformers.models.clip.modeling_clip", "transformers.optimization"),
 )
 KILLED = 137
+_APART = 3  # operations between two signals
 _SECONDS = 100  # a run takes under one, but machines may be busy
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -46,6 +47,7 @@ class Job:
     arguments: tuple[str, ...]
     at: int = 0
     error: str = ""  # the name in `errno` that the operation fails with; "": the process ends there
+    signals: tuple[str, ...] = ()  # instead: names of signals that come before it and, one by one, before later ones
     name: str = "run"
 
     @property
@@ -88,10 +90,12 @@ class Operations:
 
         serialize = safetensors_torch.serialize_file
 
-        def open_file(file: Any, mode: str = "r", *more: Any, **named: Any) -> Any:
-            found = opened(file, mode, *more, **named)
+        def open_file(file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any) -> Any:
+            found = opened(file, mode, buffering, *more, **named)
             path = self._inner(file) if isinstance(file, (str, os.PathLike)) and set(mode) & set("wax+") else None
-            return _File(found, lambda half: self.operation("write", path, half=half)) if path else found
+            whole = buffering == 0 and bool(self._job.error)  # the system refuses a write before it begins
+            strike = lambda half: self.operation("write", path, half=None if whole else half)  # noqa: E731
+            return _File(found, strike) if path else found
 
         def fsync(handle: int) -> None:
             path = self._inner(Path(f"/proc/self/fd/{handle}").readlink())
@@ -130,6 +134,11 @@ class Operations:
         with self._lock:
             self._count += 1
             os.write(self._notes, json.dumps([kind, path.removeprefix(self._folder), *facts]).encode() + b"\n")
+            if self._job.signals:
+                wait = self._count - self._job.at
+                if wait >= 0 and wait % _APART == 0 and wait // _APART < len(self._job.signals):
+                    os.kill(os.getpid(), getattr(signal, self._job.signals[wait // _APART]))
+                return
             if self._count != self._job.at:
                 return
             if half is not None:
@@ -276,6 +285,9 @@ def _work(module: ModuleType, job: Job) -> int:
     from utils import cli
 
     signal.alarm(_SECONDS)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where whoever started the tests ignores them
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     output = os.open(f"{job.beside}.output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)

@@ -8,11 +8,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -111,10 +113,12 @@ class Places:
             self._ends[name] = folder, outcome
         return self._ends[name]
 
-    def run(self, folder: Path, name: str, *more: str, at: int = 0, error: str = "") -> Outcome:
+    def run(
+        self, folder: Path, name: str, *more: str, at: int = 0, error: str = "", signals: tuple[str, ...] = ()
+    ) -> Outcome:
         """The outcome of the scenario in a folder."""
         scenario = SCENARIOS[name]
-        return self.forks.run(Job(str(folder), scenario.script, (*scenario.arguments, *more), at, error))
+        return self.forks.run(Job(str(folder), scenario.script, (*scenario.arguments, *more), at, error, signals))
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +224,7 @@ def each(points: Iterable[int], work: Callable[[int], None]) -> None:
 
 
 def assert_goes_on(folder: Path, name: str, first: Outcome, places: Places, unlike: tuple[str, ...] = ()) -> None:
-    """Started again, the scenario ends as if nothing had happened.
+    """Started again, the scenario ends as if nothing had happened, and nothing is left lying.
 
     unlike: files that may be others.
     """
@@ -233,6 +237,7 @@ def assert_goes_on(folder: Path, name: str, first: Outcome, places: Places, unli
     if steps:
         resumed = re.search(r"resuming from .*: step (\d+) of", outcome.output)
         assert resumed and int(resumed[1]) >= max(steps), outcome.output
+    assert not leftovers(folder), leftovers(folder)
     found = results(folder)
     if not re.search("could not be|can't be", first.output):  # what the first run gave up may be missing
         assert set(found) == set(wanted), (set(found) ^ set(wanted), outcome.output)
@@ -297,17 +302,22 @@ def test_a_power_cut_leaves_what_was_saved_and_a_run_that_can_be_started_again(n
     each(range(0, len(cuts), EVERY), cut)
 
 
-@pytest.mark.xfail(strict=True, reason="leftovers of killed runs stay, but for those of LoRA files and states")
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_nothing_is_left_lying_once_a_killed_run_was_started_again(name, places):
-    operations = [operation for operation in places.end(name)[1].operations if operation[0] != "said"]
-    renames = [at for at, (kind, *_) in enumerate(operations, start=1) if kind == "rename"]
+@pytest.mark.parametrize("name", ["training", "resuming"])
+def test_any_two_signals_at_any_moment_cost_no_step_that_was_done(name, places):
+    pairs = list(product(("SIGINT", "SIGTERM", "SIGHUP"), repeat=2))
 
-    def kill(at: int) -> None:
-        folder = places.start(name)
-        assert places.run(folder, name, at=at).code == KILLED
-        places.run(folder, name, *SCENARIOS[name].again)
-        assert not leftovers(folder), leftovers(folder)
+    def stop(at: int) -> None:
+        folder, signals = places.start(name), pairs[at % len(pairs)]
+        outcome = places.run(folder, name, at=at, signals=signals)
+        assert "Traceback" not in outcome.output, (signals, outcome.output)
+        assert outcome.code in (0, *(128 + getattr(signal, name) for name in signals)), (signals, outcome)
+        assert_kept(folder, outcome, places.end(name)[1])
+        assert not leftovers(folder), (signals, leftovers(folder))
+        metrics = folder / "output/run-metrics.jsonl"
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        states = [load_state(path).progress.step for path in folder.glob("output/*-state")]
+        assert not steps or max(states, default=0) >= max(steps), (signals, steps, states, outcome.output)
+        assert_goes_on(folder, name, outcome, places)
         shutil.rmtree(folder.parent)
 
-    each(renames[:: max(1, EVERY // 3)], kill)
+    each(points(name, places), stop)

@@ -4,16 +4,20 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import sys
 import tempfile
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from safetensors import SafetensorError
 
 from utils.errors import ConfigError
@@ -25,6 +29,9 @@ else:
     import tomli as tomllib
 
 _CHUNK = 1 << 20
+_DAY = 24 * 60 * 60  # seconds
+_LEFTOVER = re.compile(r"\.tmp-.+-(?:([0-9a-f]{4})([0-9a-f]{8}))?\w{8}(?:\.\w+)?", re.DOTALL)
+"""A name of `written_whole`: the letters of the computer and the number of the process there, which were not always."""
 _STRANGE_BLANK = re.compile(
     r"(\"{3}(?:\\.|[^\\])*?\"{3}|'{3}.*?'{3}|\"(?:\\.|[^\"\\\n])*\"|'[^'\n]*'|\#[^\n]*)|[^\S \t\r\n]", re.DOTALL
 )
@@ -188,8 +195,38 @@ def _sync(path: Path, flags: int) -> None:
 
 
 def temporary_prefix(path: Path) -> str:
-    """How the temporary names of what will be `path` begin; after a kill they tell whose leftovers they are."""
-    return f".tmp-{path.name}-"
+    """How the temporary names of what will be `path` begin; random letters follow, of which the first are the owner's.
+
+    After a kill they tell whose leftovers they are, see `remove_leftovers`.
+    """
+    return f".tmp-{path.name}-{_owner_letters()}{os.getpid():08x}"
+
+
+@lru_cache
+def _owner_letters() -> str:
+    """Four hex digits of this computer, or of the container that counts its own processes."""
+    place = platform.node()
+    with suppress(OSError):
+        place += str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(place.encode(errors="replace")).hexdigest()[:4]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete files that `written_whole` has left in a folder when its process was killed.
+
+    Those of processes of this computer that have ended; those of others, which may be at work, when a day old.
+    """
+    for path in folder.glob(".tmp-*"):
+        found = _LEFTOVER.fullmatch(path.name)
+        with suppress(OSError):
+            if found is None or not path.is_file():
+                continue
+            if found[1] == _owner_letters():
+                is_dead = not psutil.pid_exists(int(found[2], 16))
+            else:
+                is_dead = time.time() - path.stat().st_mtime > _DAY
+            if is_dead:
+                path.unlink()
 
 
 def name_key(name: str | Path) -> str:
@@ -271,15 +308,32 @@ def not_downloaded(path: Path) -> str | None:
 
 
 def require_writable_dir(path: str | Path, flag: str) -> Path:
-    """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written."""
+    """Create the folder `path` if needed and return it, or raise ConfigError naming `flag` when it can't be written.
+
+    What killed runs have left half-written there is removed.
+    """
     path = Path(path)
     try:
         make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass
+        remove_leftovers(path)
     except OSError as error:
         raise ConfigError(f"{flag} {path}: cannot write there ({error.strerror}); choose another folder") from None
     return path
+
+
+def require_name(path: Path, setting: str) -> None:
+    """Raise ConfigError, starting with `setting`, unless a file of this name can be written whole."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix)
+        os.close(handle)
+        Path(name).unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{setting}: names that begin so can't be written here ({reason}); use a shorter one, of letters and digits"
+        ) from None
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:

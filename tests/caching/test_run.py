@@ -1,5 +1,6 @@
 """Both caching scripts, run as a user does, on small models of random weights."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -394,3 +395,28 @@ def test_a_caption_that_is_cut_is_named_with_its_count_once(data, made, caplog):
     assert (
         warning == f"{data / 'target' / 'b.png'}: its caption has 601 tokens; the model reads the first 512, shorten it"
     )
+
+
+def test_caches_of_another_dataset_file_are_not_deleted_without_asking(data, made):
+    cache_latents(data, made)
+    cache_texts(data, made)
+    before = set(stamps(data))
+    for folder, name in (("target", "b.png"), ("target", "b.txt"), ("start", "b_0.png"), ("start", "b_1.png")):
+        (data / f"other_{folder}").mkdir(exist_ok=True)
+        shutil.copy(data / folder / name, data / f"other_{folder}" / name.replace("b", "z"))
+    config = (data / "train.toml").read_text().replace("/target", "/other_target").replace("/start", "/other_start")
+    (data / "other.toml").write_text(config)
+    common = ["--dataset_config", str(data / "other.toml"), "--device", "cpu"]
+    latents = [*common, "--vae", str(made.vae), "--clip", str(made.clip), "--one_frame"]
+    texts = [*common, "--t5", str(made.t5), "--t5_tokenizer", str(made.tokenizer)]
+    runs = ((wan_cache_latents.main, latents), (wan_cache_text_encoder_outputs.main, texts))
+    for main, flags in runs:
+        with pytest.raises(ConfigError, match=r"cache: holds 3 caches of .*/target, e.g. a_.*deleted; .*--keep_cache"):
+            main(flags)
+        assert before == {name for name in stamps(data) if not name.startswith("z")}
+        main([*flags, "--keep_cache"])
+    assert len(stamps(data)) == len(before) + 2
+    shutil.rmtree(data / "target")  # images that are gone need no caches
+    for main, flags in runs:
+        main(flags)
+    assert sorted(stamps(data)) == ["z_0060x0080_wan.safetensors", "z_wan_te.safetensors"]

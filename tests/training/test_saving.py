@@ -9,7 +9,7 @@ from utils.files import written_whole
 from wan.training.cadence import Cadence
 from wan.training.options import SaveConfig
 from wan.training.saving import Saver
-from wan.training.state import Progress, State, load_state, remove_leftovers, save_state
+from wan.training.state import Progress, State, load_state, remove_leftovers_of, save_state
 
 
 def keeper(folder, write=None, **settings) -> Saver:
@@ -74,6 +74,16 @@ def test_a_full_disk_costs_the_new_file_and_no_older_one(tmp_path, caplog):
         broken.save_final()
 
 
+def test_a_deletion_before_which_a_run_was_killed_is_made_up_for(tmp_path):
+    settings = {"save_every_n_steps": 10, "save_state": True}
+    run_steps(keeper(tmp_path, **settings), 35)  # nothing expires
+    keeper(tmp_path, **settings, save_last_n_steps=10).catch_up(35, 2)
+    assert names(tmp_path) == [f"run-step000000{step}{end}" for step in (20, 30) for end in ("-state", ".safetensors")]
+    (tmp_path / "run-step00000030.safetensors").unlink()
+    keeper(tmp_path, **settings, save_last_n_steps=0).catch_up(35, 2)
+    assert names(tmp_path) == ["run-step00000020.safetensors", "run-step00000030-state"]
+
+
 def test_the_final_file_comes_with_a_state_when_asked(tmp_path):
     keeper(tmp_path, save_state_on_train_end=True).save_final()
     assert names(tmp_path) == ["run-state", "run.safetensors"]
@@ -108,7 +118,7 @@ def test_an_old_state_whose_deletion_is_cut_short_is_no_state_any_more(tmp_path,
         "run-step00000020.safetensors",
     ]
     monkeypatch.undo()
-    remove_leftovers(tmp_path, "run")
+    remove_leftovers_of(tmp_path, "run")
     assert len(names(tmp_path)) == 2
 
 
@@ -120,5 +130,5 @@ def test_a_file_system_that_knows_no_rights_and_no_syncing_saves_all_the_same(tm
     monkeypatch.setattr("os.fsync", refuse)
     with written_whole(tmp_path / "a.txt") as path:
         path.write_text("all")
-    save_state(State(tmp_path / "run-state", Progress(), {}, {}, {}))
-    assert (tmp_path / "a.txt").read_text() == "all" and load_state(tmp_path / "run-state").facts == {}
+    save_state(State(tmp_path / "run-state", Progress(), {"seed": 1}, {}, {}))
+    assert (tmp_path / "a.txt").read_text() == "all" and load_state(tmp_path / "run-state").facts == {"seed": 1}

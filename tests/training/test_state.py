@@ -12,7 +12,15 @@ from torch.testing import assert_close
 from utils.errors import ConfigError
 from utils.files import written_whole
 from wan.training import state
-from wan.training.state import Progress, State, load_state, newest_state, remove_leftovers, restore_replaced, save_state
+from wan.training.state import (
+    Progress,
+    State,
+    load_state,
+    newest_state,
+    remove_leftovers_of,
+    restore_replaced,
+    save_state,
+)
 
 WEIGHTS = {"lora_unet_a.lora_down.weight": torch.randn(2, 3)}
 OPTIMIZER = {"optimizer": {"state": {0: {"exp_avg": torch.randn(2, 3), "step": torch.tensor(4.0)}}}}
@@ -158,10 +166,10 @@ def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path, monkey
                 path.write_text("half")
     (tmp_path / "run.safetensors").write_text("whole")
     assert len(list(tmp_path.iterdir())) == 7
-    remove_leftovers(tmp_path, "run")
+    remove_leftovers_of(tmp_path, "run")
     left = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir())
     assert left == [".tmp-run-more-state", ".tmp-v1.0.safetensors", "run.safetensors"]
-    remove_leftovers(tmp_path, "v1.0")
+    remove_leftovers_of(tmp_path, "v1.0")
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -185,5 +193,5 @@ def test_a_kill_between_the_two_renames_costs_no_state(survivor, tmp_path, monke
     restore_replaced(tmp_path, "other")
     assert not path.exists()
     restore_replaced(tmp_path, "run")
-    remove_leftovers(tmp_path, "run")
+    remove_leftovers_of(tmp_path, "run")
     assert load_state(path).progress.step == {"new": 8, "old": 4}[survivor] and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Locks between processes, and files that replace nothing."""
+"""Locks between processes, files that replace nothing, and what killed processes leave."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.files import held, written_whole
+from utils.files import held, remove_leftovers, require_writable_dir, temporary_prefix, written_whole
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -51,3 +51,22 @@ def test_a_file_that_replaces_nothing_is_written_once(links, tmp_path, monkeypat
         except FileExistsError:
             assert content == "second"
     assert [path.read_text() for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_files_of_ended_processes_are_removed_and_those_of_others_after_a_day(tmp_path, monkeypatch):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: int(ended.stdout))
+        names = {"ended": temporary_prefix(Path("a.png")) + "abcd_123.png"}
+    names["at work"] = temporary_prefix(Path("a.png")) + "abcd_124.png"
+    names["elsewhere"] = ".tmp-a.png-" + "0123" + "00000001" + "abcd_125.png"
+    names["of an older version"] = ".tmp-a.png-abcd_126.png"
+    names["of something else"] = ".tmp-mine"
+    for name in names.values():
+        (tmp_path / name).write_text("half")
+    require_writable_dir(tmp_path, "--x")
+    assert {path.name for path in tmp_path.iterdir()} == {*names.values()} - {names["ended"]}
+    for name in (tmp_path / name for name in names.values() if name != names["ended"]):
+        os.utime(name, (0, 0))
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names["at work"], names["of something else"]}

@@ -5,7 +5,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from dataset.cache import (
     list_latent_caches,
     write_latent_cache,
 )
-from dataset.cache_files import remove_except
+from dataset.cache_files import remove_except, strangers
 from dataset.config import DatasetsConfig, read_config
 from dataset.sources import Item, find_all_items, find_all_targets
 from dataset.text_cache import TextSettings, list_text_caches, text_cache_path, text_stale_reason, write_text_cache
@@ -122,6 +122,7 @@ def run_latents(
 ) -> None:
     """Check everything, then encode the images of this process's share of the items; `_wan.safetensors` files."""
     config, items = run.read(find_all_items, latent_path, run)
+    _check_strangers(run, config, items, list_latent_caches, latent_path)
     vae_file, clip_file = vae.resolve(), clip.resolve()
     torch.backends.cudnn.enabled = torch.backends.cudnn.enabled and not run.disable_cudnn_backend
     models = EncoderFacts(
@@ -150,6 +151,7 @@ def run_latents(
 def run_texts(run: CachingConfig, t5: T5Config, device: torch.device, processes: Processes = ALONE) -> None:
     """Check everything, then encode the captions of this process's share of the items; `_wan_te.safetensors` files."""
     config, items = run.read(find_all_targets, text_path)
+    _check_strangers(run, config, items, list_text_caches, text_path)
     t5_file = t5.resolve()
     settings = TextSettings(t5=fingerprint(t5_file.path), dtype=dtype_name(t5_file.dtype(device)))
     todo, warned = items, set[Path]()
@@ -238,7 +240,8 @@ def cache_texts(
             captions = list(dict.fromkeys(item.caption for item in batch))
             embeddings = dict(zip(captions, encode(captions), strict=True))
             for item in batch:
-                write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, settings)
+                made_for = replace(settings, source=item.source)
+                write_text_cache(text_path(config, item), embeddings[item.caption], item.caption, made_for)
             bar.update(len(batch))
 
 
@@ -366,6 +369,24 @@ def _stale(
     for text, count in counts.most_common():
         log.info("%d to be made: %s", count, text)
     return [item for item, text in zip(items, reasons, strict=True) if text]
+
+
+def _check_strangers(
+    run: CachingConfig,
+    config: DatasetsConfig,
+    items: Sequence[Item],
+    list_caches: Callable[[Path], list[Path]],
+    path_of: Callable[[DatasetsConfig, Item], Path],
+) -> None:
+    """Raise ConfigError, unless told to keep them, for caches of other images, which `_clean` would delete."""
+    kept = {path_of(config, item) for item in items}
+    for i, dataset in () if run.keep_cache else enumerate(config.datasets):
+        for source, paths in strangers(list_caches(dataset.cache_directory), kept, dataset.source).items():
+            raise ConfigError(
+                f"{config.path}: datasets[{i}].cache_directory {dataset.cache_directory}: holds "
+                f"{counted(len(paths), 'cache')} of {source}, e.g. {paths[0].name}, which would be deleted; give this "
+                f"dataset a folder of its own, delete them, or keep them by --keep_cache"
+            )
 
 
 def _clean(

@@ -154,8 +154,8 @@ class TrainingMemoryConfig(MemoryConfig):
 
     gradient_checkpointing: str = option(
         "none",
-        help="recompute activations to save memory: all (also the flag alone), of all blocks; auto, of as many as do "
-        "not fit",
+        help="save memory by computing activations again in the backward pass: in all blocks (all, or the flag without "
+        "a value), or only in as many as the free memory makes necessary (auto)",
         choices=("auto", "all", "none"),
         nargs="?",
         const="all",

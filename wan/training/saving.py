@@ -53,6 +53,21 @@ class Saver:
         """Save a state whenever a LoRA is saved, if states are wanted."""
         return self._action(self._states, self._config.every if self._config.save_state else Every())
 
+    def catch_up(self, step: int, epoch: int) -> None:
+        """Delete what was due to be deleted after this step and epoch, where a kill came in between."""
+        config = self._config
+        for kind in (self._loras, self._states):
+            if every := config.save_every_n_steps:
+                step = step // every * every
+                self._replace_old(kind, _step(step), _step(_expired_step(step, every, kind.keep_steps)))
+            if every := config.save_every_n_epochs:
+                epoch = epoch // every * every
+                self._replace_old(kind, _epoch(epoch), _epoch(_expired_epoch(epoch, every, kind.keep_epochs)))
+
+    def _replace_old(self, kind: _Kind, new: str, old: str) -> None:
+        if self._path(kind, new).exists():
+            self._delete(self._path(kind, old))
+
     def save_interrupted(self, step: int) -> Path | None:
         """Save a state to go on from after a stop, whatever the settings; None when it could not be written."""
         path = self._path(self._states, _step(step))

@@ -144,13 +144,20 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict[str, Any], place: str) -> None:
-        """Go on from a `state_dict`. Raises ConfigError, beginning with `place`, when the optimizer is another one."""
+        """Go on from a `state_dict`. Raises ConfigError, beginning with `place`, when the optimizer is another one.
+
+        A schedule of another kind, and a gradient scaler where there was none, go on from the same step.
+        """
         try:
             load_optimizer_state(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{place}: its optimizer does not fit ({error}); use the same settings") from None
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        own = self.scheduler.state_dict()
+        self.scheduler.load_state_dict(
+            own | {name: state["scheduler"][name] for name in own if name in state["scheduler"]}
+        )
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def release_memory(self) -> None:
         """Free the memory that is kept between steps, for work of another kind."""

@@ -201,6 +201,9 @@ class _Metrics:
                 log.warning("%s can't be written (%s); its lines wait, training goes on", self._path, error.strerror)
 
     def close(self) -> None:
+        """Try once more to write what waits."""
+        if self._waiting and not self._file.closed:
+            self.add("")
         with suppress(OSError):  # network file systems may tell only here that a line did not fit
             self._file.close()
 
