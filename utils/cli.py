@@ -166,7 +166,8 @@ class Parser(argparse.ArgumentParser):
     def _action(self, key: str, place: str) -> argparse.Action:
         action = self._known.get(f"--{key}")
         if action is None or isinstance(action, argparse._HelpAction):
-            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._known).replace('--', '')}")
+            known = [flag.removeprefix("--") for flag in self._known]  # hyphens would make any two names alike
+            raise ConfigError(f"{place}: unknown key '{key}'{suggest(key, known)}")
         return action
 
 

@@ -6,12 +6,14 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.amp import GradScaler
 
 import wan.files.load
 import wan_train_network
@@ -19,7 +21,8 @@ from tests.fuzz_files import damaged, json_bytes, values
 from tests.project import model_flags
 from utils.cli import Stopped
 from utils.errors import ConfigError
-from wan.training.state import newest_state
+from wan.training.state import load_state, newest_state
+from wan.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("workspace")
 
@@ -93,7 +96,7 @@ OPTIMIZER = [
     *((("scheduler",), value) for value in ([], None, {}, DEEP)),
     *((("scheduler", "last_epoch"), value) for value in (-3, 0.5, "x", 10**400)),
     *((("scheduler", "base_lrs"), value) for value in ([], [1.0] * 9, ["x"], 3)),
-    *((("scaler",), value) for value in ([], None, {"scale": "x"}, {"scale": HUGE})),
+    *((("scaler",), value) for value in ([1], 3, {"scale": "x"}, {"scale": HUGE}, {"scale": 1.0})),
 ]
 
 
@@ -222,6 +225,18 @@ def test_settings_that_change_the_meaning_of_a_run_are_said_and_it_goes_on(flags
     state = shutil.copytree(sound, tmp_path / "run-state")
     resumed(state, *flags)
     assert words in caplog.text and (tmp_path / "run.safetensors").exists()
+
+
+def test_a_run_in_float16_goes_on_from_a_state_that_has_no_gradient_scaler(sound, tmp_path):
+    state = shutil.copytree(sound, tmp_path / "run-state")
+    scaler = GradScaler("cpu", enabled=True)
+    step = SimpleNamespace(
+        scaler=scaler, optimizer=None, scheduler=SimpleNamespace(state_dict=dict, load_state_dict=id)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan.training.step.load_optimizer_state", lambda *_: None)
+        TrainingStep.load_state_dict(step, load_state(state).optimizer, "--resume")
+    assert scaler.state_dict() == GradScaler("cpu", enabled=True).state_dict()
 
 
 def test_a_run_whose_settings_are_the_same_says_nothing_of_differences(sound, tmp_path, caplog):

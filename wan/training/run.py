@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dataset.config import DatasetsConfig, read_config
+from dataset.freshness import require_fresh
 from dataset.loader import TrainingSet
 from utils import cli
 from utils.errors import ConfigError
@@ -177,6 +178,8 @@ def _check(
 
 
 def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTCheckpoint) -> TrainingSet:
+    if not options.run.use_stale_caches:
+        require_fresh(datasets)
     split = options.validation.validation_split
     training_set = TrainingSet(datasets, seed, options.noise.num_timestep_buckets, split)
     training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)

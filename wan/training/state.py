@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _SUFFIXES = r"(-\d{6}|-step\d{8})?(-state)?"  # of all files and folders that a run writes beside its samples
 _WEIGHTS, _OPTIMIZER, _PROGRESS = "model.safetensors", "optimizer.bin", "progress.json"
 _RATES_OF_SCHEDULE, _COUNTS_OF_SCHEDULE = ("base_lrs", "_last_lr"), ("last_epoch", "_step_count")  # in all of torch
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch's GradScaler
 _LARGEST_PROGRESS = 1 << 20  # bytes
 _LARGEST_COUNT, _LARGEST_SEED, _LARGEST_NUMBER = 1 << 40, 1 << 64, 1e38
 _SMALL = 1024  # elements of tensors that don't depend on the size of a weight, such as the levels of 8-bit optimizers
@@ -186,20 +187,28 @@ def check_optimizer(state: State, optimizer: Optimizer, schedule: LRScheduler, k
         for number, values in found["state"].items():
             _check_kept(values, parameters[number].shape, kept)
         schedules = state.optimizer["scheduler"]
-        for name, value in schedule.state_dict().items():
+        own_schedule = schedule.state_dict()
+        for name in places_in_schedule(own_schedule):
             given = schedules.get(name)
-            if name in _RATES_OF_SCHEDULE and not _alike(given, value):
+            count = name not in _COUNTS_OF_SCHEDULE or (type(given) is int and 0 <= given < _LARGEST_COUNT)
+            if not count or not _alike(given, own_schedule[name]):
                 raise ValueError(f"{name} of its schedule is {one_line(given, 40)}")
-            if name in _COUNTS_OF_SCHEDULE and not (type(given) is int and 0 <= given < _LARGEST_COUNT):
-                raise ValueError(f"{name} of its schedule is {one_line(given, 40)}")
-        if not all(map(_is_number, state.optimizer.get("scaler", {}).values())):
-            raise ValueError("its scaler holds no numbers")
+        scaler = state.optimizer["scaler"]
+        if scaler and (
+            scaler.keys() != _SCALER or not all(_is_number(value) and value >= 0 for value in scaler.values())
+        ):
+            raise ValueError("its gradient scaler is none")
     except Exception as error:  # what is no dict or list raises nearly anything
         reason = one_line(error) or type(error).__name__
         raise ConfigError(
             f"--resume {state.path}: its optimizer does not fit ({reason}); use the same settings, or begin from its "
             f"weights: --network_weights {state.path / _WEIGHTS}"
         ) from None
+
+
+def places_in_schedule(own: Mapping[str, Any]) -> list[str]:
+    """Names of what says, in the state dict of any schedule of torch, where it stands; the rest are its settings."""
+    return [name for name in (*_RATES_OF_SCHEDULE, *_COUNTS_OF_SCHEDULE) if name in own]
 
 
 def _try_settings(optimizer: Optimizer, group: Mapping[str, Any]) -> None:

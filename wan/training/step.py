@@ -26,6 +26,7 @@ from wan.nets.context import pad_text
 from wan.training.loss import flow_matching_loss
 from wan.training.optimizers import is_schedule_free
 from wan.training.options import TrainingOptions
+from wan.training.state import places_in_schedule
 from wan.training.timesteps import sample_noise_levels
 
 
@@ -152,10 +153,8 @@ class TrainingStep:
             load_optimizer_state(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{place}: its optimizer does not fit ({error}); use the same settings") from None
-        own = self.scheduler.state_dict()
-        self.scheduler.load_state_dict(
-            own | {name: state["scheduler"][name] for name in own if name in state["scheduler"]}
-        )
+        own, found = self.scheduler.state_dict(), state["scheduler"]
+        self.scheduler.load_state_dict(own | {name: found[name] for name in places_in_schedule(own) if name in found})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
