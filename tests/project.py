@@ -89,7 +89,7 @@ def train(model: str, config: str, name: str, *flags: str) -> Path:
             *(*model_flags(model), "--dataset_config", config, *run_flags()),
             *("--task", f"{model}-14B", "--network_dim", "2", "--learning_rate", "1e-2", "--seed", "5"),
             *("--max_data_loader_n_workers", "0", "--max_train_steps", "2"),
-            *("--output_dir", "output", "--output_name", name, *flags),
+            *("--output_dir", "output", "--output_name", name, "--overwrite", *flags),
         ]
     )
     return Path(f"output/{name}.safetensors")

@@ -83,6 +83,8 @@ class Trainer:
         """
         log.info("%s", self.summary.table())
         self.job.dit.train()
+        if self.progress.step >= self.length.total_steps:
+            log.info("the run is finished: all %d steps are done; for more raise --max_train_steps", self.progress.step)
         if self.progress.step == 0:
             if self.job.options.samples.sample_at_first:
                 self._sample("e000000")

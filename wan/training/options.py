@@ -107,6 +107,7 @@ class SaveConfig(Section):
 
     output_dir: Path = option(help="folder for LoRA files and samples")
     output_name: str = option(help="stem of the LoRA files")
+    overwrite: bool = option(False, help="replace a finished LoRA of this name")
     save_every_n_epochs: int | None = option(None, minimum=1, help="save after every n epochs")
     save_every_n_steps: int | None = option(None, minimum=1, help="save after every n steps")
     save_precision: str | None = option(None, help="dtype of the saved LoRA; default float32")

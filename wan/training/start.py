@@ -164,6 +164,15 @@ def sole_run(save: SaveConfig, processes: Processes) -> Iterator[None]:
         yield
 
 
+def require_new(save: SaveConfig, state: State | None) -> None:
+    """Raise ConfigError where a run that goes on from no state would replace a finished LoRA, unless that is wanted."""
+    path = save.output_dir / f"{save.output_name}.safetensors"
+    if state is None and not save.overwrite and path.exists():
+        raise ConfigError(
+            f"--output_name {save.output_name}: {path} is a finished LoRA; choose another name, or give --overwrite"
+        )
+
+
 def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
     """The state that `--resume` names; None without the flag, and for `auto` in a folder that has none yet.
 
