@@ -12,7 +12,7 @@ import pytest
 
 from utils import cli
 from utils.errors import ConfigError
-from utils.files import fingerprint, parse_json, require_writable_dir, written_whole
+from utils.files import fingerprint, parse_json, require_file, require_writable_dir, written_whole
 from utils.options import Section, option
 from utils.text import one_line, some
 
@@ -173,6 +173,12 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         require_writable_dir(tmp_path / "file" / "sub", "--output_dir")
 
 
+def test_a_name_that_no_file_can_have_is_refused():
+    for name in ("no\0where.png", "no\0where/cat.png"):
+        with pytest.raises(ConfigError, match=r"--image .*: holds a zero byte"):
+            require_file(name, "--image")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -180,6 +186,7 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         ("9" * 5000, "digits"),
         ('"\\ud800"', "half a character"),
         ("[1,", "Expecting value"),
+        ('{"a": 1, "b": {"a": 2, "a": 2}}', "'a' is given twice"),
     ],
 )
 def test_json_that_python_can_not_take_is_told_like_json_that_is_none(text, words):
