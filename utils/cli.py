@@ -164,9 +164,14 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _action(self, key: str, place: str) -> argparse.Action:
-        action = self._known.get(f"--{key}")
-        if action is None or isinstance(action, argparse._HelpAction):
-            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', self._known).replace('--', '')}")
+        known = {
+            flag: action
+            for flag, action in self._known.items()
+            if flag != self._config_flag and not isinstance(action, argparse._HelpAction)
+        }
+        action = known.get(f"--{key}")
+        if action is None:
+            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', known).replace('--', '')}")
         return action
 
 

@@ -131,6 +131,8 @@ def test_settings_with_difficult_letters_are_read_back_too(tmp_path, name):
         ("count = [1]", ["count = [1]", "one value"]),
         ("count = ", ["run.toml", "line 1"]),
         ("count = 4", ["--name"]),
+        ('config_file = "other"', ["run.toml", "unknown key 'config_file'"]),
+        ("help = true", ["run.toml: unknown key 'help'"]),
     ],
 )
 def test_a_mistake_in_a_config_file_is_told_with_its_place(tmp_path, text, words):
