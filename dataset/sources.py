@@ -138,6 +138,12 @@ def _images_key(source: ImageFolder | ImageList, place: str) -> str:
     return f"{place}.image_directory" if isinstance(source, ImageFolder) else f"{place}.image_jsonl_file"
 
 
+def read_sources(config: ImageDatasetConfig, index: int) -> list[Source]:
+    """The entries of a dataset's folder or list, before any image is looked at. Raises as `find_items` does."""
+    place = f"datasets[{index}]"
+    return _read_sources(image_source(place, config), config, place)
+
+
 def _read_sources(source: ImageFolder | ImageList, config: ImageDatasetConfig, place: str) -> list[Source]:
     key = _images_key(source, place)
     try:

@@ -199,6 +199,7 @@ EXCUSED = {  # options without a case, and why
         "one_frame": "names the only mode there is, as commands for musubi-tuner do",
         "cpu_noise": "the noise of a run on the CPU is drawn there anyway",
         "fp8_t5": "reaches T5 as it does in text caching, where it has a case",
+        "use_stale_caches": "takes caches that are out of date; tests/dataset/test_freshness.py makes some",
         "preview": "leaves nothing behind; tests/generation/test_preview.py watches it",
         "vae_backend": BACKEND,
         "memory": "chooses nothing where there is no GPU; tests/models/test_plan.py tells it how much is free",

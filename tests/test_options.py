@@ -66,6 +66,7 @@ FLAGS = {
         "log_tracker_config wandb_run_name wandb_api_key log_config fp8_t5 flash_attn xformers flash3",
         "ours": "explain "
         "ckpt_dir dit_dtype t5_dtype t5_tokenizer clip_dtype device one_frame_legacy_indices one_frame_loss "
+        "use_stale_caches "
         "one_frame_target_range one_frame_layout alpha stop_after_skipped_steps sample_solver cpu_noise exact_size "
         "reasoning_frames reasoning_steps pin_controls control_resolution no_resize_control preview vae_backend "
         "validation_split validate_every_n_steps validate_every_n_epochs validation_levels dit_backend memory",

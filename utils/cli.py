@@ -165,13 +165,13 @@ class Parser(argparse.ArgumentParser):
 
     def _action(self, key: str, place: str) -> argparse.Action:
         known = {
-            flag: action
+            flag.removeprefix("--"): action  # hyphens would make any two names alike
             for flag, action in self._known.items()
             if flag != self._config_flag and not isinstance(action, argparse._HelpAction)
         }
-        action = known.get(f"--{key}")
+        action = known.get(key) if f"--{key}" in self._known else None
         if action is None:
-            raise ConfigError(f"{place}: unknown key '{key}'{suggest(f'--{key}', known).replace('--', '')}")
+            raise ConfigError(f"{place}: unknown key '{key}'{suggest(key, known)}")
         return action
 
 

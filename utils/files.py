@@ -325,6 +325,19 @@ def require_writable_dir(path: str | Path, flag: str) -> Path:
     return path
 
 
+def require_name(path: Path, setting: str) -> None:
+    """Raise ConfigError, starting with `setting`, unless a file of this name can be written whole."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix)
+        os.close(handle)
+        Path(name).unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"{setting}: names that begin so can't be written here ({reason}); use a shorter one, of letters and digits"
+        ) from None
+
+
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError, starting with the file, when it is missing or no TOML."""
     require_file(path, flag)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from utils.cli import Stopped
 from utils.dtypes import dtype_name
 from utils.errors import ConfigError
+from utils.text import one_line
 from wan.lora.files import write_lora
 from wan.memory.sharding import mapped
 from wan.models.device import Launcher, Processes, write_on_main
@@ -229,7 +230,7 @@ class Trainer:
         self.job.network.load_state_dict(state.weights, f"--resume {state.path}")
         self.training_step.load_state_dict(state.optimizer, f"--resume {state.path}")
         for name, now, then in changed_facts(self.summary.facts(), state.facts):
-            log.warning("resuming with %s = %s; the state was made with %s", name, now, then)
+            log.warning("resuming with %s = %s; the state was made with %s", name, now, one_line(then))
         log.info("resuming from %s: step %d of %d", state.path, self.progress.step, self.length.total_steps)
 
     def _give_up(self) -> NoReturn:

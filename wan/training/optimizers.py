@@ -182,8 +182,20 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Op
         raise ConfigError(f"--optimizer_args: {kind.__name__}: {error}; it takes {known}") from None
 
 
-def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> None:
-    """Raise ConfigError unless a step from a gradient of ones leaves `weight` finite."""
+def remembered(config: OptimizerConfig) -> dict[str, Any] | None:
+    """Tensors and numbers by name that the optimizer keeps of a weight of shape [2, 3] after a step.
+
+    None for optimizers that are neither of torch nor of transformers: they may take no step on a CPU.
+    """
+    if optimizer_class(config.optimizer_type).__module__.partition(".")[0] not in ("torch", "transformers"):
+        return None
+    given = tuple(text for text in config.optimizer_args if text.partition("=")[0] != "capturable")
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    return dict(_try_step(replace(config, optimizer_args=given), weight).state[weight])
+
+
+def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> Optimizer:
+    """The optimizer after a step of `weight` with a gradient of ones. ConfigError unless that leaves it finite."""
     optimizer = build_optimizer(config, [{"params": [weight]}])
     weight.grad = torch.ones_like(weight)
     if callable(start := getattr(optimizer, "train", None)):
@@ -199,6 +211,7 @@ def _try_step(config: OptimizerConfig, weight: torch.nn.Parameter) -> None:
             f"--optimizer_type {config.optimizer_type}{arguments} --learning_rate {config.learning_rate:g}: cannot take"
             f" a step ({reason}); use AdamW and e.g. 1e-4"
         )
+    return optimizer
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:

@@ -34,6 +34,7 @@ class RunConfig(Section):
     """training"""
 
     dataset_config: Path = option(help="dataset TOML")
+    use_stale_caches: bool = option(False, help="train even if images or captions have changed since they were cached")
     max_train_steps: int = option(1600, minimum=1, help="optimizer steps")
     max_train_epochs: int | None = option(None, minimum=1, help="epochs; overrides --max_train_steps")
     seed: int | None = option(None, minimum=0, help="seed of everything random; default: a random one")

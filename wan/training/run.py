@@ -9,9 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from dataset.config import DatasetsConfig, read_config
+from dataset.freshness import require_fresh
 from dataset.loader import TrainingSet
 from utils import cli
-from utils.files import remove_leftovers, require_writable_dir, written_whole
+from utils.errors import ConfigError
+from utils.files import remove_leftovers, require_name, require_writable_dir, written_whole
+from utils.randomness import seeded
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
 from wan.lora.files import LoRAFile
@@ -25,11 +28,13 @@ from wan.training.job import RunLength, TrainingJob
 from wan.training.options import TrainingModels, TrainingOptions
 from wan.training.samples import Sampler
 from wan.training.state import State, remove_leftovers_of
-from wan.training.summary import explain_training
+from wan.training.summary import RunSummary, explain_training
 from wan.training.timestep_plot import show
 from wan.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
+
+_LONGEST_ENDING = "_000100_00_20260101000000_4294967295_000.png"  # of the names of a run, that of a sample
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
         options.run.dataset_config, layout=options.sampling.one_frame_layout, alpha=options.sampling.alpha
     )
     require_writable_dir(save.output_dir, "--output_dir")
+    require_name(save.output_dir / f"{save.output_name}{_LONGEST_ENDING}", f"--output_name {save.output_name}")
     dit_file, samples = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
     cli.quiet_unless(accelerator.is_main_process)
@@ -73,12 +79,16 @@ def _run(
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     options.optimizer.check_schedule(length.total_steps)
     merger = start.base_merger(dit_file, options.network)
-    weights = start.network_start(dit_file, options.network, state)
+    weights, dit, network = start.network_start(dit_file, options, state, length.total_steps)
+    session_id = random.SystemRandom().getrandbits(32)
+    job = TrainingJob(
+        session_id, dit_file.task, models, options, datasets, training_set, dit, network, None, Tracker(None, [])
+    )
+    RunSummary(job, length, accelerator.num_processes).rehearse()
     if accelerator.is_main_process:
         remove_leftovers_of(save.output_dir, save.output_name)
         _write_settings(models, options)
     step = state.progress.step if state else 0
-    session_id = random.SystemRandom().getrandbits(32)
     settings = cli.values(models, options)
     plan = _plan(dit_file, options, training_set, weights, accelerator)
     with Tracker.open(
@@ -90,10 +100,8 @@ def _run(
             dit, network = start.load_trainable(
                 dit_file, options, accelerator.device, seed, merger, weights, models.attention.function
             )
-            job = TrainingJob(
-                session_id, dit_file.task, models, options, datasets, training_set, dit, network, sampler, tracker
-            )
-            loop.Trainer(accelerator, job, state).run()
+            loaded = replace(job, options=options, dit=dit, network=network, sampler=sampler, tracker=tracker)
+            loop.Trainer(accelerator, loaded, state).run()
 
         _train_within(plan, train, options, state, accelerator)
 
@@ -131,7 +139,7 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     options.optimizer.check_schedule(length.total_steps)
     start.base_merger(dit_file, options.network)
-    weights = start.network_start(dit_file, options.network, state)
+    weights, *_ = start.network_start(dit_file, options, state, length.total_steps)
     options = replace(options, memory=_plan(dit_file, options, training_set, weights, accelerator).memory)
     if accelerator.is_main_process:
         lines = explain_training(options, dit_file, training_set, weights, accelerator.num_processes)
@@ -170,9 +178,17 @@ def _check(
 
 
 def _training_set(datasets: DatasetsConfig, options: TrainingOptions, seed: int, dit: DiTCheckpoint) -> TrainingSet:
+    if not options.run.use_stale_caches:
+        require_fresh(datasets)
     split = options.validation.validation_split
     training_set = TrainingSet(datasets, seed, options.noise.num_timestep_buckets, split)
     training_set.check_widths(clip=dit.spec.image_dim, text=dit.spec.text_dim)
+    if options.run.target_range is not None:
+        for layout in training_set.layouts:
+            try:
+                layout.with_random_target(options.run.target_range, seeded(seed, "trial"))
+            except ConfigError as error:
+                raise ConfigError(f"--one_frame_target_range {options.run.one_frame_target_range}: {error}") from None
     options.validation.check(training_set.validation)
     return training_set
 

@@ -29,23 +29,39 @@ from wan.models.options import build_merger
 from wan.nets.attention import Attention
 from wan.nets.dit import WanDiT
 from wan.training.job import TrainingJob
-from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class
+from wan.training.optimizers import OptimizerConfig, build_optimizer, build_scheduler, optimizer_class, remembered
 from wan.training.options import SaveConfig, TrainingOptions
-from wan.training.state import State, load_state, newest_state, restore_replaced
+from wan.training.state import State, check_optimizer, load_state, newest_state, restore_replaced
 from wan.training.step import TrainingStep
 from wan.training.validation import Validator, validate
 
 log = logging.getLogger(__name__)
 
 
-def network_start(dit_file: DiTCheckpoint, settings: NetworkConfig, state: State | None) -> LoRAFile | None:
-    """The file of --network_weights. Network, file and state are tried on a model without weights first."""
+def network_start(
+    dit_file: DiTCheckpoint, options: TrainingOptions, state: State | None, total_steps: int
+) -> tuple[LoRAFile | None, WanDiT, LoRANetwork]:
+    """The file of --network_weights, and a model without weights that carries the network.
+
+    Network, file and state are tried on that model. Raises ConfigError when they don't fit together.
+    """
+    settings = options.network
     weights = read_lora(settings.network_weights, "--network_weights") if settings.network_weights else None
     with torch.device("meta"):
-        network = inject_lora_(WanDiT(dit_file.spec), settings, weights=weights)
+        dit = WanDiT(dit_file.spec)
+        network = inject_lora_(dit, settings, weights=weights)
         if state is not None:
             network.load_state_dict(state.weights, f"--resume {state.path}")
-    return weights
+    if state is not None:
+        _check_resumed_optimizer(state, options, network, total_steps)
+    return weights, dit, network
+
+
+def _check_resumed_optimizer(state: State, options: TrainingOptions, network: LoRANetwork, total_steps: int) -> None:
+    config = options.optimizer
+    groups = network.param_groups(config.learning_rate, options.network.loraplus_lr_ratio)
+    optimizer = build_optimizer(config, groups)
+    check_optimizer(state, optimizer, build_scheduler(config, optimizer, total_steps), remembered(config))
 
 
 def load_trainable(
@@ -160,7 +176,7 @@ def find_state(save: SaveConfig, optimizer: OptimizerConfig) -> State | None:
         log.info("--resume auto: no state of %s in %s; starting anew", save.output_name, save.output_dir)
         return None
     then, now = state.facts.get("optimizer_type"), optimizer.optimizer_type
-    if isinstance(then, str) and then != now and optimizer_class(then) is not optimizer_class(now):
+    if isinstance(then, str) and (then.rpartition(".")[2] or "AdamW").lower() != optimizer_class(now).__name__.lower():
         raise ConfigError(
             f"--resume {state.path}: is a state of {one_line(then)}, which {now} can't go on from; give "
             f"--optimizer_type {one_line(then)}, or begin from its LoRA by --network_weights without --resume"

@@ -26,6 +26,7 @@ from wan.nets.context import pad_text
 from wan.training.loss import flow_matching_loss
 from wan.training.optimizers import is_schedule_free
 from wan.training.options import TrainingOptions
+from wan.training.state import places_in_schedule
 from wan.training.timesteps import sample_noise_levels
 
 
@@ -144,13 +145,18 @@ class TrainingStep:
         }
 
     def load_state_dict(self, state: dict[str, Any], place: str) -> None:
-        """Go on from a `state_dict`. Raises ConfigError, beginning with `place`, when the optimizer is another one."""
+        """Go on from a `state_dict`. Raises ConfigError, beginning with `place`, when the optimizer is another one.
+
+        A schedule of another kind, and a gradient scaler where there was none, go on from the same step.
+        """
         try:
             load_optimizer_state(self.optimizer, state["optimizer"])
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{place}: its optimizer does not fit ({error}); use the same settings") from None
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        own, found = self.scheduler.state_dict(), state["scheduler"]
+        self.scheduler.load_state_dict(own | {name: found[name] for name in places_in_schedule(own) if name in found})
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
     def release_memory(self) -> None:
         """Free the memory that is kept between steps, for work of another kind."""

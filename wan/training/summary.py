@@ -1,5 +1,6 @@
 """Texts about a run: the table in the log, the facts in its states, metadata of LoRA files, and `--explain`."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from dataset.cache import read_header, read_latent_cache
 from dataset.loader import BucketCount, TrainingItem, TrainingSet
 from utils import cli
 from utils.dtypes import dtype_name
+from utils.errors import ConfigError
 from utils.text import table
 from wan.frames.sizes import frame_of
 from wan.frames.table import SHOWN, TableFrame, frame_table, left_out, tokens_line
@@ -59,9 +61,10 @@ class RunSummary:
         return "\n".join(table(rows))
 
     def facts(self) -> Facts:
-        """Settings that a resumed run should share with the run that wrote the state."""
+        """Name of the run, and settings that a resumed run should share with the run that wrote the state."""
         run, optimizer = self.job.options.run, self.job.options.optimizer
         return {
+            "output_name": self.job.options.save.output_name,
             "seed": self.job.training_set.seed,
             "processes": self.processes,
             "gradient_accumulation_steps": run.gradient_accumulation_steps,
@@ -82,6 +85,19 @@ class RunSummary:
         found |= {"fp8_base": options.memory.fp8_base, "fp8_scaled": options.memory.fp8_scaled}
         found |= {"dit": dit.dit and dit.dit.name, "dit_dtype": dit.dit_dtype}
         return {name: value for name, value in found.items() if name not in _BESIDE_TRAINING and value is not None}
+
+    def rehearse(self) -> None:
+        """Make what goes into LoRA files and states besides tensors. Raises ConfigError when it can't be written."""
+        metadata = self.metadata(Progress())
+        json.dumps(self.facts())
+        for key, text in metadata.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"the metadata '{key}' of LoRA files can't be written: character {error.start + 1} of its text is "
+                    "not UTF-8; give another text, or rename the file"
+                ) from None
 
     def metadata(self, progress: Progress) -> dict[str, str]:
         """The metadata of a LoRA file that is written now."""
