@@ -38,7 +38,8 @@ PAGES = {
 README, GUIDE, TRAINING = PAGES["README.md"], PAGES["docs/one_frame.md"], PAGES["docs/training.md"]
 GENERATION, INTEROP = PAGES["docs/generation.md"], PAGES["docs/interop.md"]
 ARCHITECTURE, MIGRATION = PAGES["docs/architecture.md"], PAGES["docs/migration.md"]
-JAPANESE = {name: name.replace(".md", ".ja.md") for name in ("README.md", "docs/one_frame.md")}
+_TRANSLATED = ("README", *(f"docs/{page}" for page in ("one_frame", "dataset", "training", "generation", "comfyui")))
+JAPANESE = {f"{name}.md": f"{name}.ja.md" for name in _TRANSLATED}
 ENGLISH = "".join(text for name, text in PAGES.items() if name not in JAPANESE.values())
 
 # A fenced block, and the file that it is when the line before it is the file's name: `dataset.toml`:
@@ -68,6 +69,9 @@ def table(heading: str, page: str = GUIDE) -> list[list[str]]:
     """The cells of the first table after a heading, without the two heading rows."""
     rows = re.search(rf"^#+ {heading}$.*?^((?:\|[^\n]*\n)+)", page, re.MULTILINE | re.DOTALL)[1].splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def code(text: str) -> list[str]:
@@ -105,7 +109,14 @@ def test_the_readme_shows_commands_of_the_guide():
     assert all(block in blocks(GUIDE, "bash") for block in blocks(README, "bash"))
 
 
-@pytest.mark.parametrize(("english", "japanese"), JAPANESE.items(), ids=["README", "one_frame"])
+def test_every_japanese_page_is_compared_with_its_english_edition():
+    assert set(JAPANESE.values()) == {name for name in PAGES if name.endswith(".ja.md")}
+
+
+translated = pytest.mark.parametrize(("english", "japanese"), JAPANESE.items(), ids=_TRANSLATED)
+
+
+@translated
 def test_the_japanese_edition_has_the_same_commands_and_files(english, japanese):
     english, japanese = PAGES[english], PAGES[japanese]
     for kind in ("bash", "toml", "json", "jsonl"):
@@ -113,12 +124,31 @@ def test_the_japanese_edition_has_the_same_commands_and_files(english, japanese)
     assert files(japanese) == files(english)
 
 
-def test_the_tables_of_the_japanese_guide_name_the_same_flags_and_keys():
-    english, japanese = (
-        [code(line) for line in page.splitlines() if line.startswith("|")]
-        for page in (GUIDE, PAGES[JAPANESE["docs/one_frame.md"]])
-    )
-    assert japanese == english
+@translated
+def test_the_text_blocks_of_the_japanese_edition_differ_in_translated_remarks_only(english, japanese):
+    english, japanese = ("".join(blocks(PAGES[name], "text")).splitlines() for name in (english, japanese))
+    remark = re.compile(r"<[^>]*>|\s{2,}\S.*")  # a placeholder, or what stands in a second column
+    for ours, theirs in zip(japanese, english, strict=True):
+        assert ours == theirs or (not ours.isascii() and remark.sub("", ours) == remark.sub("", theirs))
+
+
+@translated
+def test_the_japanese_edition_has_the_same_tables_flags_and_keys(english, japanese):
+    english, japanese = (_FENCED.sub("", PAGES[name]) for name in (english, japanese))
+    theirs, ours = ([code(row) for row in page.splitlines() if row.startswith("|")] for page in (english, japanese))
+    assert ours == theirs
+    theirs, ours = ({" ".join(words.split()) for words in code(page)} for page in (english, japanese))
+    assert ours == theirs
+
+
+@translated
+def test_the_japanese_edition_has_the_same_sections_and_leads_to_japanese_pages(english, japanese):
+    theirs, ours = (re.findall(r"^#+(?= )", _FENCED.sub("", PAGES[name]), re.MULTILINE) for name in (english, japanese))
+    assert ours == theirs
+    links = [ROOT / Path(japanese).parent / link for link in re.findall(r"\]\(([^)#]+)", PAGES[japanese])]
+    in_english = [name for link in links if (name := Path(os.path.relpath(link, ROOT)).as_posix()) in JAPANESE]
+    assert in_english == [english]  # the line below the title
+    assert f"[日本語]({Path(japanese).name})" in PAGES[english]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +231,7 @@ def test_a_citation_of_something_else_would_be_noticed(text):
 
 
 def test_the_readme_leads_to_every_page():
-    for readme, pages in (("README.md", set(PAGES)), ("README.ja.md", set(PAGES) - {"docs/one_frame.md"})):
+    for readme, pages in (("README.md", set(PAGES)), ("README.ja.md", set(PAGES) - set(JAPANESE))):
         linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", PAGES[readme])}
         assert pages - {readme} <= linked, readme
 
@@ -365,6 +395,7 @@ def test_the_commands_of_the_page_on_datasets_run_as_they_stand_and_write_nothin
     assert changed == {"sheet.html", "sheet.png"}
 
 
-def test_the_page_on_datasets_lists_every_kind_of_problem():
-    listed = re.findall(r"^\| (D\d+) \| (error|warning) \| .{10,} \|$", PAGES["docs/dataset.md"], re.MULTILINE)
+@pytest.mark.parametrize("page", ["docs/dataset.md", JAPANESE["docs/dataset.md"]])
+def test_the_page_on_datasets_lists_every_kind_of_problem(page):
+    listed = re.findall(r"^\| (D\d+) \| (error|warning) \| .{10,} \|$", PAGES[page], re.MULTILINE)
     assert listed == [(code, kind.severity) for code, kind in problems.KINDS.items()]
