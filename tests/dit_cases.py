@@ -43,7 +43,8 @@ def with_lora(model: WanDiT) -> LoRANetwork:
     network = inject_lora_(model, settings, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for layer in network.layers.values():
-            layer.lora_up.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(2))
+            drawn = torch.randn(layer.lora_up.weight.shape, generator=torch.Generator().manual_seed(2))
+            layer.lora_up.weight.copy_(0.02 * drawn)  # the same on every device
     model.train()
     return network
 

@@ -16,6 +16,7 @@ from tests.dit_cases import (
     watch_blocks_,
     with_lora,
 )
+from tests.helpers import rel_l2
 from wan.files.load import load_dit
 from wan.memory.block_swap import swap_blocks_
 from wan.memory.fp8 import Fp8Linear
@@ -140,7 +141,9 @@ def test_two_passes_may_wait_for_backward_at_a_time(fp8, device, tmp_path):
         losses = [model(*arguments(device, batch=batch)).square().mean() for batch in (1, 2)]
         sum(losses).backward()
         results.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
-    assert torch.equal(*results) and results[0].norm() > 0
+    # On an H100 even the model that was not swapped differs from itself, by 2e-8
+    allowed = 0.0 if device.type == "cpu" else 1e-6
+    assert rel_l2(*results) <= allowed and results[0].norm() > 0
 
 
 @pytest.mark.parametrize("fp8", [None, "scaled"])
