@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils import cli
+from utils.logs import quiet_unless
 from wan.caching.explain import explain_latents
 from wan.caching.run import LatentCachingConfig, run_latents
 from wan.frames.table import ExplainConfig
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         print(*explain_latents(run.dataset_config, run, run.batch_size, weights), sep="\n")
         return
     processes, device = init_processes(options.device)
-    cli.quiet_unless(processes.is_main)
+    quiet_unless(processes.is_main)
     run_latents(run, vae, clip, device, processes)
 
 

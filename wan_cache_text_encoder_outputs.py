@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from utils import cli
+from utils.logs import quiet_unless
 from wan.caching.explain import explain_texts
 from wan.caching.run import CachingConfig, run_texts
 from wan.frames.table import ExplainConfig
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         print(*explain_texts(run.dataset_config, run.batch_size, encoder.tokenizer, encoder.path), sep="\n")
         return
     processes, device = init_processes(options.device)
-    cli.quiet_unless(processes.is_main)
+    quiet_unless(processes.is_main)
     run_texts(run, t5, device, processes)
 
 

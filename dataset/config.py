@@ -12,8 +12,9 @@ from typing import Any
 
 from dataset.buckets import Buckets
 from utils.errors import ConfigError, suggest
-from utils.files import parse_json, parse_toml, require_file
+from utils.files import require_file
 from utils.images import LONGEST_SIDE, STEP
+from utils.parsing import parse_json, parse_toml
 from wan.frames.encoding import Encoding, encoding_named
 from wan.frames.layout import ALPHA, INDEX_KEYS, OneFrameLayout, layout_from_toml
 from wan.frames.sizes import AS_TARGET, ControlSizes

@@ -13,7 +13,7 @@ from typing import Any
 
 from dataset.config import DatasetsConfig, ImageDatasetConfig, ImageFolder, ImageList, image_source
 from utils.errors import ConfigError, suggest
-from utils.files import name_key, parse_json
+from utils.files import name_key
 from utils.images import (
     IMAGE_SUFFIXES,
     Resize,
@@ -22,6 +22,7 @@ from utils.images import (
     named_like_image,
     named_like_other_image,
 )
+from utils.parsing import parse_json
 from utils.text import some
 from wan.frames.layout import OneFrameLayout
 from wan.frames.sizes import Size

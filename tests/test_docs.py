@@ -25,7 +25,7 @@ from demo.tiny_models import FILES
 from tests.test_options import FLAGS
 from tests.tiny_checkpoints import write_tiny_checkpoints
 from utils.errors import ConfigError
-from utils.files import read_toml
+from utils.parsing import read_toml
 from wan.generation import prompt, recipe
 from wan.lora.files import read_lora
 from wan.lora.options import NetworkArguments

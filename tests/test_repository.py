@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import wan
-from utils.files import parse_toml
+from utils.parsing import parse_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = parse_toml((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

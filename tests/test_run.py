@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.files import parse_toml
+from utils.parsing import parse_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import tomli_w
 from safetensors import SafetensorError
 
-from utils import process
+from utils import logs, process
 from utils.errors import TOO_MANY_FILES, ConfigError, suggest
-from utils.files import read_toml
 from utils.options import Option, built_sections, declared_options, flag_name, is_section
-from utils.text import one_line, printable
+from utils.parsing import read_toml
+from utils.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -233,8 +233,8 @@ def run(main: Callable[[], None]) -> None:
     process.leave_ascii()
     process.keep_messages_harmless()
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(Once())
-    handler.setFormatter(_Printable("%(message)s"))
+    handler.addFilter(logs.Once())
+    handler.setFormatter(logs.Printable("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -280,35 +280,6 @@ def _refused_by_the_system(error: Exception) -> str | None:
     if isinstance(error, OSError) and file:
         return f"{file}: {error.strerror}; check the path and its permissions"
     return None
-
-
-class _Printable(logging.Formatter):
-    """Messages without what steers a terminal: they quote file names, recipes and prompts of other people."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
-
-
-class Once(logging.Filter):
-    """Lets the first record of each kind pass, of records that have one: `extra={"once": "transparent pixels"}`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        kind = getattr(record, "once", None)
-        if kind is None:
-            return True
-        known = kind in self._seen
-        self._seen.add(kind)
-        return not known
-
-
-def quiet_unless(main_process: bool) -> None:
-    """Let only warnings through in the other processes of a run."""
-    if not main_process:
-        logging.getLogger().setLevel(logging.WARNING)
 
 
 def file_named(flag: str, args: Sequence[str]) -> Path | None:

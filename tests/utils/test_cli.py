@@ -12,8 +12,9 @@ import pytest
 
 from utils import cli
 from utils.errors import ConfigError
-from utils.files import fingerprint, parse_json, require_file, require_writable_dir, written_whole
+from utils.files import fingerprint, require_file, require_writable_dir, written_whole
 from utils.options import Section, option
+from utils.parsing import parse_json
 from utils.text import one_line, some
 
 

@@ -11,7 +11,6 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from utils.cli import Once
 from utils.errors import ConfigError
 from utils.images import (
     check_image,
@@ -23,6 +22,7 @@ from utils.images import (
     size_for_area,
     to_pixels,
 )
+from utils.logs import Once
 
 
 def noise(width, height, channels=3, seed=0):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, suggest
-from utils.files import parse_json, read_toml, require_file
+from utils.files import require_file
+from utils.parsing import parse_json, read_toml
 from wan.generation.prompt import LETTERS, OPTIONS, Prompt, PromptOption
 
 log = logging.getLogger(__name__)

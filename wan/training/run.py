@@ -14,6 +14,7 @@ from dataset.loader import TrainingSet
 from utils import cli
 from utils.errors import ConfigError
 from utils.files import remove_leftovers, require_name, require_writable_dir, written_whole
+from utils.logs import quiet_unless
 from utils.randomness import seeded
 from wan.generation.pipeline import Pipeline
 from wan.generation.request import Request
@@ -57,7 +58,7 @@ def run(models: TrainingModels, options: TrainingOptions) -> None:
     require_name(save.output_dir / f"{save.output_name}{_LONGEST_ENDING}", f"--output_name {save.output_name}")
     dit_file, samples = _check(models, options, datasets)
     accelerator = start.build_accelerator(models.device)
-    cli.quiet_unless(accelerator.is_main_process)
+    quiet_unless(accelerator.is_main_process)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     with start.sole_run(save, processes):

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.errors import ConfigError
-from utils.files import make_accessible, make_folder, parse_json, sync, temporary_prefix
+from utils.files import make_accessible, make_folder, sync, temporary_prefix
+from utils.parsing import parse_json
 from utils.text import one_line, some
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.errors import ConfigError
-from utils.files import read_toml, require_writable_dir, written_whole
+from utils.files import require_writable_dir, written_whole
 from utils.images import open_image
 from utils.options import Section, option
+from utils.parsing import read_toml
 
 log = logging.getLogger(__name__)
 
