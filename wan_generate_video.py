@@ -1,12 +1,14 @@
 """Generate one-frame images with Wan2.1. Worked examples: docs/one_frame.md"""
 
+import sys
+
 from utils import cli
 from utils.errors import ConfigError
 from wan.foreign_flags import GENERATION_HINTS, GENERATION_IGNORED, GENERATION_REFUSED
 from wan.frames.table import ExplainConfig
 from wan.generation import start
 from wan.generation.options import MergedModelConfig, write_merged_model
-from wan.generation.prompt import PROMPT_LINE_HINTS
+from wan.generation.prompt import PROMPT_LINE_HINTS, hint_where_cut
 from wan.generation.recipe import parse_args
 from wan.generation.start import GenerationModels, GenerationOptions
 from wan.models.options import ReleaseConfig
@@ -22,6 +24,14 @@ def build_parser() -> cli.Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(argv)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{hint_where_cut(argv)}") from None
+
+
+def run(argv: list[str]) -> None:
     args = parse_args(build_parser(), argv)
     models = cli.build(ReleaseConfig, args).fill(cli.build_group(GenerationModels, args))
     merged_path = cli.build(MergedModelConfig, args).save_merged_model

@@ -27,9 +27,14 @@ _COMMON_METADATA = {"architecture": "wan", "format_version": "1.0.1"}
 
 
 def remove_except(caches: Iterable[Path], keep: Collection[Path]) -> list[Path]:
-    """Delete the listed caches that are not in `keep`; returns them."""
-    kept = set(map(name_key, keep))
-    removed = [path for path in caches if name_key(path) not in kept]
+    """Delete the listed caches that are not in `keep`; returns them.
+
+    One that `keep` has in another Unicode form stays only where the system takes both forms for one name: elsewhere it
+    is another file, of an image that was renamed.
+    """
+    listed = set(caches)
+    kept, there = set(map(name_key, keep)), {name_key(path) for path in listed & set(keep)}
+    removed = [path for path in sorted(listed - set(keep)) if (key := name_key(path)) not in kept or key in there]
     for path in removed:
         path.unlink()
     return removed

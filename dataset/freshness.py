@@ -35,8 +35,10 @@ def require_fresh(config: DatasetsConfig) -> None:
 
 def _changed(dataset: ImageDatasetConfig, index: int) -> Iterator[tuple[Path, str]]:
     folder = dataset.cache_directory
+    if not folder.is_dir():
+        return
     try:
-        sources = read_sources(dataset, index) if folder.is_dir() else []
+        sources = read_sources(dataset, index)
     except ConfigError as error:
         log.info("caches are used without a look at their images: %s", error)
         return

@@ -29,7 +29,7 @@ from wan.frames.sizes import Size
 
 log = logging.getLogger(__name__)
 
-_CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]+))?")
+_CONTROL_KEY = re.compile(r"control_(path|mask)(?:_([0-9]{1,9}))?")
 _SECOND_TARGET = re.compile(r"image_path_0*[1-9][0-9]*")
 _OWN_INDICES = ("control_index", "target_index")
 _FIELDS = ("image_path", "caption", "control_path", "control_mask", "target_mask", *_OWN_INDICES)
@@ -361,6 +361,8 @@ def parse_line(line: str, config: ImageDatasetConfig) -> Source:
     files: dict[str, dict[int, Path]] = {"path": {}, "mask": {}}
     if "video_path" in fields:
         raise ConfigError("video_path: video datasets are not supported yet; give image_path")
+    if {"image_path", "image_path_0"} <= fields.keys():
+        raise ConfigError("image_path_0: is the same as image_path, which is given too; remove one of them")
     for key in fields:
         if _SECOND_TARGET.fullmatch(key):
             raise ConfigError(f"{key}: several targets per item are not supported; write one line for each")

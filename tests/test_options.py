@@ -153,9 +153,10 @@ def test_text_that_is_no_utf8_is_refused_by_every_flag_that_can_not_take_it(scri
     for name, action in visible(script).items():
         if action.nargs == 0 or action.choices or action.type not in (str, Path) or name in ANY_BYTES:
             continue
-        with pytest.raises(ConfigError) as caught:
-            SCRIPTS[script].main([*BASE[script].split(), f"--{name}", "a\udcff"])
-        assert str(caught.value).startswith(f"--{name} a\udcff: holds bytes that are not UTF-8 text; "), caught.value
+        for text, words in (("a\udcff", "bytes that are not UTF-8 text"), ("a\0", "a zero byte")):
+            with pytest.raises(ConfigError) as caught:
+                SCRIPTS[script].main([*BASE[script].split(), f"--{name}", text])
+            assert str(caught.value).startswith(f"--{name} {text}: holds {words}; "), caught.value
 
 
 SECTIONS = {

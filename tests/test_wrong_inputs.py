@@ -273,6 +273,14 @@ CASES = [
     ),
     (
         "generate",
+        flags("--vae", "none", "--one_frame_inference", "control_index=0"),
+        ["--vae none: does not exist", "put quotes around it"],
+    ),
+    ("train", prompt("a --seed 7"), ["prompts.txt:1", "unknown option --seed; here it is --d, a blank"]),
+    ("train", prompt("a --d=7"), ["prompts.txt:1", "unknown option --d=7; here it is --d, a blank"]),
+    ("train", prompt("a --ci no\0where/cat.png --of control_index=0,target_index=1"), ["prompts.txt:1", "zero byte"]),
+    (
+        "generate",
         flags("--of", "control_index=0,target_index=1"),
         ["--of", "option of prompt lines", "--one_frame_inference"],
     ),

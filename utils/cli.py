@@ -164,9 +164,13 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _action(self, key: str, place: str) -> argparse.Action:
-        action = self._known.get(f"--{key}")
-        if action is None or isinstance(action, argparse._HelpAction):
-            known = [flag.removeprefix("--") for flag in self._known]  # hyphens would make any two names alike
+        known = {
+            flag.removeprefix("--"): action  # hyphens would make any two names alike
+            for flag, action in self._known.items()
+            if flag != self._config_flag and not isinstance(action, argparse._HelpAction)
+        }
+        action = known.get(key) if f"--{key}" in self._known else None
+        if action is None:
             raise ConfigError(f"{place}: unknown key '{key}'{suggest(key, known)}")
         return action
 

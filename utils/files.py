@@ -257,6 +257,8 @@ def umask() -> int:
 def require_file(path: str | Path, flag: str) -> Path:
     """Return `path`, or raise ConfigError naming `flag` when it is no readable file."""
     path = Path(path)
+    if "\0" in str(path):
+        raise ConfigError(f"{flag} {path}: holds a zero byte, which no name of a file has; correct it")
     try:
         if not path.is_file():
             kind = "is a folder, not a file" if path.is_dir() else "does not exist"

@@ -106,8 +106,7 @@ class Section:
         for field, declared in declared_options(type(self)):
             value = getattr(self, field.name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            if not declared.any_bytes:
-                _check_utf8(f"--{flag_name(field)}", value)
+            _check_text(f"--{flag_name(field)}", value, declared.any_bytes)
             if not declared.admits(value):
                 raise ConfigError(f"--{flag_name(field)} {shown}: {declared.bounds}")
             if declared.finite and not all(map(math.isfinite, _floats(value))):
@@ -121,10 +120,14 @@ class Section:
                     raise ConfigError(f"--{flag_name(field)}{words} needs {declared.needs}")
 
 
-def _check_utf8(flag: str, value: Any) -> None:
-    """Raise ConfigError for text or a path, or one of a tuple, that is not UTF-8."""
+def _check_text(flag: str, value: Any, any_bytes: bool) -> None:
+    """Raise ConfigError for text or a path, or one of a tuple, with a zero byte or, unless `any_bytes`, no UTF-8."""
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, str | Path):
+            if "\0" in str(part):
+                raise ConfigError(f"{flag} {part}: holds a zero byte; leave it out")
+            if any_bytes:
+                continue
             try:
                 str(part).encode()
             except UnicodeEncodeError:

@@ -50,9 +50,21 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` that raises JSONDecodeError also for nesting, digits and characters that are too much for Python."""
+    """`json.loads` that raises JSONDecodeError also for a key that is given twice, of which the first would be dropped.
+
+    And for nesting, digits and characters that are too much for Python.
+    """
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise json.JSONDecodeError(f"The key '{one_line(twice)}' is given twice", text, text.rfind(f'"{twice}"'))
+        return found
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=table)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError:

@@ -276,6 +276,14 @@ def test_only_caches_are_listed_and_only_those_without_an_item_removed(tmp_path)
     assert sorted(folder.iterdir()) == sorted([latents[0], latents[2], *texts, *others])
 
 
+def test_the_cache_of_an_image_that_was_renamed_to_another_unicode_form_goes(tmp_path):
+    now, before = (cache.latent_cache_path(tmp_path, stem, (64, 64)) for stem in ("が", "か\u3099"))
+    now.touch()
+    before.touch()
+    assert cache_files.remove_except([now, before], {now}) == [before]
+    assert cache_files.remove_except([now], {before}) == [] and now.exists()  # one name, where the system says so
+
+
 def test_a_text_cache_has_the_key_and_metadata_of_the_reference(tmp_path):
     path = text_cache.text_cache_path(tmp_path, "image")
     assert path.name == "image_wan_te.safetensors"

@@ -349,6 +349,13 @@ GOOD = {"image_path": "targets/a.png", "caption": "c", "control_path": "controls
         ({**GOOD, "control_indices": [0]}, ":2: unknown key 'control_indices'", "did you mean 'control_index'?"),
         ({**GOOD, "note": 1}, ":2: unknown key 'note'", "known are image_path, caption, control_path"),
         ({**GOOD, "image_path_1": "targets/a.png"}, ":2: image_path_1: several targets", "one line for each"),
+        ({**GOOD, "image_path_0": "targets/b.png"}, ":2: image_path_0: is the same as image_path", "remove one"),
+        ({**GOOD, "control_path_" + "1" * 5000: "x"}, ":2: unknown key", "known are image_path"),
+        (
+            '{"caption": "a", "caption": "b"}',
+            ":2: is not JSON (The key 'caption' is given twice at column 18",
+            "correct",
+        ),
         ({"video_path": "v.mp4", "caption": "c"}, ":2: video_path: video datasets are not supported yet", "image_path"),
     ],
 )

@@ -1,5 +1,6 @@
 """`--image_folder`: one picture per image of a folder, as if each had been given alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def test_a_recipe_is_applied_to_a_folder():
     names = ("--image_folder", "data/start", "--recipe", str(one))
     again = [path for path in generate("i2v", "many", *names) if "_cat_" in path.name]
     assert [pixels(path) for path in again] == [pixels(one)]
+
+
+def test_a_name_that_is_too_long_for_its_picture_is_told_before_any_is_made(tmp_path):
+    for stem in ("a", "y" * 240):
+        shutil.copy("data/start/cat.png", tmp_path / f"{stem}.png")
+    with pytest.raises(ConfigError, match=r"--image_folder: .*yyy.*: names that begin so can't be written here"):
+        generate("i2v", "folder", "--image_folder", str(tmp_path), *REST)
+    assert not any(Path("folder").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from utils import cli
 from utils.errors import ConfigError
 from wan.generation import options
 from wan.generation.options import PromptConfig
-from wan.generation.prompt import FLAGS, Prompt
+from wan.generation.prompt import FLAGS, Prompt, hint_where_cut
 from wan.generation.prompt_lines import GENERATION, TRAINING, Dialect, parse_line, read_file
 
 
@@ -175,3 +175,17 @@ def test_comments_among_typed_lines_are_no_prompts(monkeypatch):
     monkeypatch.setattr(options.SweepConfig, "cells", lambda *_: [])
     list(PromptConfig(interactive=True).typed(None, None, None, None))
     assert seen == ["a dog"]
+
+
+def test_a_command_line_that_a_shell_has_cut_at_a_semicolon_is_told_from_others():
+    cut = ["--one_frame_inference", "target_index=1,control_index=0"], ["--one_frame_inference=control_index=0"]
+    assert all("put quotes around it" in hint_where_cut(["--prompt", "a", *words]) for words in cut)
+    whole = "control_index=0,target_index=1", "target_index=1,control_index=0;2", "target_index=1", ""
+    assert not any(hint_where_cut(["--one_frame_inference", text]) for text in whole)
+    assert not hint_where_cut([]) and not hint_where_cut([*cut[0], "--save_path", "out"])
+
+
+def test_an_option_that_a_line_gives_twice_is_named(caplog):
+    assert line("a --d 7 --d 7 --ci a --ci b").seed == 7 and not caplog.text
+    line("a --d 7 --d 8")
+    assert "here: --d is given twice: 8 counts, 7 does not" in caplog.text

@@ -73,6 +73,13 @@ def test_sigma_rel_gives_the_power_function_of_its_width(tmp_path, files, gamma)
     check(out, files, np.diff(np.linspace(0, 1, 5) ** (gamma + 1)))
 
 
+def test_a_number_of_steps_that_no_run_has_counts_as_none(tmp_path, files, caplog):
+    lora(files[0], metadata={"ss_steps": "9" * 5000})
+    with caplog.at_level("INFO"):
+        ema(tmp_path, *files)
+    assert "in the order in which they were changed" in caplog.text
+
+
 def test_files_without_steps_are_taken_by_time_or_as_given(tmp_path, files):
     lora(files[1], seed=1)
     os.utime(files[1], (999, 999))

@@ -73,6 +73,7 @@ SCHEDULE_FREE = ("--optimizer_type", f"{__name__}.ScheduleFreeSGD", "--learning_
     ("settings", "words"),
     [
         ({"optimizer_type": "SparseAdam"}, "--optimizer_type SparseAdam .*: cannot take a step"),
+        ({"optimizer_type": ".AdamW"}, "--optimizer_type .AdamW: can't be imported .*; use AdamW"),
         ({"optimizer_type": "LBFGS"}, "--optimizer_type LBFGS .*: cannot take a step .*closure"),
         ({"optimizer_args": ("betas=(0.9,)",)}, "--optimizer_args: AdamW: tuple index"),
         ({"optimizer_args": ("capturable=True",)}, "--optimizer_args capturable=True .*: cannot take a step"),
@@ -177,11 +178,41 @@ def test_arguments_reach_the_schedules_of_transformers():
             {"lr_scheduler_type": "OneCycleLR", "lr_scheduler_args": ("max_lr=1", "total_steps=10")},
             "OneCycleLR: does not work for 50 steps .*total",
         ),
+        ({"lr_scheduler_type": ".StepLR"}, "StepLR: can't be imported .*; use e.g. CosineAnnealingLR"),
+        ({"lr_scheduler": "adafactor"}, "--lr_scheduler adafactor: .*; add --optimizer_type Adafactor"),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ("rex_alpha=x",)}, "rex_alpha=x: is not a number; try .*0.1"),
+        ({"lr_scheduler": "rex", "lr_scheduler_args": ("rex_alpha=0",)}, "rex_alpha=0: does not work at step 50 of 50"),
+        (
+            {"lr_scheduler": "polynomial", "lr_scheduler_power": -1.0},
+            "--lr_scheduler polynomial: does not work at step 50 of 50 .*; change its arguments",
+        ),
+        (
+            {"lr_scheduler": "inverse_sqrt", "lr_scheduler_args": ("timescale=-2",)},
+            "timescale=-2: does not work at step 2 of 50",
+        ),
+        (
+            {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules=1:9,-1",)},
+            "does not work at step 9 of 50 .the rate is -2e-06.; change its arguments",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_last_is_refused_before_anything_loads(settings, words):
     with pytest.raises(ConfigError, match=words):
         OptimizerConfig(**settings).check_schedule(50)
+
+
+@pytest.mark.parametrize("settings", [{"lr_scheduler_timescale": 0}, {"lr_scheduler_min_lr_ratio": -3.0}])
+def test_settings_of_schedules_have_bounds(settings):
+    with pytest.raises(ConfigError, match=f"--{next(iter(settings))} .*: must be"):
+        OptimizerConfig(**settings)
+
+
+def test_the_lowest_rate_may_be_given_as_a_rate_too():
+    given = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_args": ("min_lr=0.25",)}
+    OptimizerConfig(**given, learning_rate=1.0).check_schedule(50)
+    assert rates(9, **given)[8:] == pytest.approx(
+        rates(9, lr_scheduler="cosine_with_min_lr", lr_scheduler_min_lr_ratio=0.25)[8:]
+    )
 
 
 def test_a_constant_schedule_with_a_warmup_warms_up_and_says_so(caplog):

@@ -12,7 +12,7 @@ import pytest
 
 from utils import cli
 from utils.errors import ConfigError
-from utils.files import fingerprint, require_writable_dir, written_whole
+from utils.files import fingerprint, require_file, require_writable_dir, written_whole
 from utils.options import Section, option
 from utils.parsing import parse_json
 from utils.text import one_line, some
@@ -132,6 +132,8 @@ def test_settings_with_difficult_letters_are_read_back_too(tmp_path, name):
         ("count = [1]", ["count = [1]", "one value"]),
         ("count = ", ["run.toml", "line 1"]),
         ("count = 4", ["--name"]),
+        ('config_file = "other"', ["run.toml", "unknown key 'config_file'"]),
+        ("help = true", ["run.toml: unknown key 'help'"]),
     ],
 )
 def test_a_mistake_in_a_config_file_is_told_with_its_place(tmp_path, text, words):
@@ -174,6 +176,12 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         require_writable_dir(tmp_path / "file" / "sub", "--output_dir")
 
 
+def test_a_name_that_no_file_can_have_is_refused():
+    for name in ("no\0where.png", "no\0where/cat.png"):
+        with pytest.raises(ConfigError, match=r"--image .*: holds a zero byte"):
+            require_file(name, "--image")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -181,6 +189,7 @@ def test_an_unwritable_folder_is_refused(tmp_path):
         ("9" * 5000, "digits"),
         ('"\\ud800"', "half a character"),
         ("[1,", "Expecting value"),
+        ('{"a": 1, "b": {"a": 2, "a": 2}}', "'a' is given twice"),
     ],
 )
 def test_json_that_python_can_not_take_is_told_like_json_that_is_none(text, words):

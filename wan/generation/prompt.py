@@ -5,8 +5,9 @@ the name under which --sweep varies it, and what recipes and latent files say ab
 """
 
 import dataclasses
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,3 +177,22 @@ PROMPT_LINE_HINTS: Mapping[str, str] = {
     if option.flag or option.key in ("width", "height")
 }
 """What to say of the options of prompt lines where they are no flags."""
+
+_FIRST_INDEX = re.compile(r"(.*,)?\s*control_index\s*=\s*[0-9]+\s*")
+
+
+def hint_where_cut(words: Sequence[str]) -> str:
+    """A hint for any complaint about a command line that ends as if a shell had cut it at a `;`; else empty.
+
+    Of `--one_frame_inference control_index=0;2,target_index=1 --save_path out` a shell leaves
+    `--one_frame_inference control_index=0`, and all flags behind are missing too.
+    """
+    flag, _, value = (words[-1] if words else "").partition("=")
+    if len(words) > 1 and words[-2] == "--one_frame_inference":
+        flag, value = words[-2:]
+    if flag != "--one_frame_inference" or not _FIRST_INDEX.fullmatch(value):
+        return ""
+    return (
+        ". A shell ends the command at ';': put quotes around it, as in --one_frame_inference "
+        '"control_index=0;2,target_index=1"'
+    )

@@ -15,6 +15,7 @@ from wan.generation.prompt import LETTERS, OPTIONS, Prompt, PromptOption
 
 log = logging.getLogger(__name__)
 
+_KINDS = {int: "a whole number", float: "a number", str: "text in quotes"}
 _UNSUPPORTED = {"cn": "control videos belong to Fun-Control models, which are not supported"}
 
 
@@ -39,8 +40,9 @@ TRAINING = Dialect(negative_seed_is_random=True, needs_suffix=True)
 def parse_line(line: str, place: str, dialect: Dialect) -> Prompt:
     """`text --w 384 --h 576 --of target_index=1,control_index=0 ...` -> Prompt.
 
-    Options start at a blank and two hyphens; the last of a repeated one wins, `--ci` and `--cim` collect. The text
-    before the first option is never read as an option. Raises ConfigError naming `place` and the option.
+    Options start at a blank and two hyphens; the last of a repeated one wins, with a warning where the values differ;
+    `--ci` and `--cim` collect. The text before the first option is never read as an option. Raises ConfigError naming
+    `place` and the option.
     """
     text, *pieces = re.split(r"\s--(?=\S)", " " + line.strip())
     values: dict[str, Any] = {"prompt": text.strip()}
@@ -50,16 +52,27 @@ def parse_line(line: str, place: str, dialect: Dialect) -> Prompt:
         if name in _UNSUPPORTED:
             raise ConfigError(f"{place}: --{name}: {_UNSUPPORTED[name]}")
         if name not in LETTERS:
-            raise ConfigError(
-                f"{place}: unknown option --{name}{suggest(name, LETTERS)}; known: --{' --'.join(LETTERS)}"
-            )
+            raise ConfigError(f"{place}: unknown option --{name}{_meant(name)}; known: --{' --'.join(LETTERS)}")
         if not argument and name != "n":
             raise ConfigError(f"{place}: --{name} has no value")
         option = LETTERS[name]
         key = dialect.keys.get(name, option.key)
         value = _read(option.kind, argument, f"{place}: --{name} {argument}")
+        if not option.is_list and values.get(key, value) != value and key != "prompt":
+            log.warning("%s: --%s is given twice: %s counts, %s does not", place, name, value, values[key])
         values[key] = (*values.get(key, ()), value) if option.is_list else value
     return _checked(values, place, dialect)
+
+
+def _meant(name: str) -> str:
+    """A hint for what is no option of prompt lines: `--seed 7` and `--d=7` of the command line are `--d 7` there."""
+    given, equals, _ = name.partition("=")
+    names = {name: letters for letters, option in LETTERS.items() for name in (option.flag, option.key, letters)}
+    if given == "video_size":
+        return "; here it is --w and --h"
+    if given in names and (equals or given not in LETTERS):
+        return f"; here it is --{names[given]}, a blank and the value"
+    return suggest(name, LETTERS)
 
 
 def parse_value(option: PromptOption, text: str, place: str) -> Prompt:
@@ -158,7 +171,7 @@ def _typed(option: PromptOption, value: Any, place: str) -> Any:
     expected = (int, float) if option.kind is float else (option.kind,)
     for part in value if option.is_list and isinstance(value, tuple) else (value,):
         if not isinstance(part, expected) or isinstance(part, bool):
-            raise ConfigError(f"{place}: {option.key} = {value!r}: must be a {option.kind.__name__}")
+            raise ConfigError(f"{place}: {option.key} = {value!r}: must be {_KINDS[option.kind]}")
     try:
         return float(value) if option.kind is float else value
     except OverflowError:

@@ -16,7 +16,7 @@ from wan.frames.clip import Clip
 from wan.frames.encoding import encoding_named
 from wan.frames.layout import LayoutConfig, OneFrameLayout, parse
 from wan.frames.sizes import ControlSizes, Size, parse_resolution
-from wan.generation.prompt import COMMAND_LINE, FLAGS, Prompt
+from wan.generation.prompt import FLAGS, Prompt
 from wan.generation.sampling import SOLVERS, schedule
 from wan.lora.trained_for import UNTRAINED, TrainedFor
 from wan.models.tasks import TaskSpec
@@ -260,22 +260,10 @@ def _controls(
         controls = tuple(Path(path) for path in prompt.control_image_path or ())
         layout.check_controls(len(controls))
     except ConfigError as error:
-        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}{_likely_cause(prompt)}") from None
+        raise ConfigError(f"one_frame '{prompt.one_frame}': {error}") from None
     for path in controls:
         check_image(path, "control image")
     return layout, controls
-
-
-def _likely_cause(prompt: Prompt) -> str:
-    """A hint for a text of indices that can't be used: what the shell left of it."""
-    text = prompt.one_frame or ""
-    incomplete = "target_index" not in text or len(prompt.control_image_path or ()) > 1
-    if prompt.place == COMMAND_LINE and "control_index" in text and ";" not in text and incomplete:
-        return (
-            ". A shell ends the command at ';': put quotes around it, as in --one_frame_inference "
-            '"control_index=0;2,target_index=1"'
-        )
-    return ""
 
 
 def _fit(control: Path, layout: OneFrameLayout, size: Size) -> Resize:

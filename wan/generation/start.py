@@ -1,12 +1,14 @@
 """A generation run from its settings to its files: checks first, then the models, then picture by picture."""
 
 import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from utils.errors import ConfigError
-from utils.files import require_writable_dir
+from utils.files import require_name, require_writable_dir
 from wan.generation.experts import DiTFiles, ModelOnDemand
 from wan.generation.explain import explain_generation, forward_tokens
 from wan.generation.guidance import GuidanceConfig
@@ -81,11 +83,22 @@ def run(models: GenerationModels, options: GenerationOptions) -> None:
     """Make all pictures. Whatever can be wrong raises ConfigError before weights load."""
     job = _check(models, options)
     require_writable_dir(options.output.save_path, "--save_path")
+    _check_names(job.pictures, options.output)
     generation = _generation(job, models, options)
     if options.prompts.interactive:
         _make_typed(generation, job, models, options)
     else:
         generation.make(job.pictures)
+
+
+def _check_names(pictures: Sequence[SweepImage], output: OutputConfig) -> None:
+    """Raise ConfigError unless the longest name of a picture's files can be written."""
+    ending = "_latent.safetensors" if output.wants_latent else "_preview.png"
+    longest = max(pictures, key=lambda picture: len(os.fsencode(picture.suffix)), default=None)
+    if longest is not None:
+        name = f"{result_stem(longest.request.seed)}{longest.suffix}{ending}"
+        flag = "--image_folder" if longest.name else "--sweep" if longest.labels else "--save_path"
+        require_name(output.save_path / name, f"{flag}: {name}")
 
 
 def explain(models: GenerationModels, options: GenerationOptions) -> None:

@@ -18,6 +18,7 @@ from wan.lora.tools import check_out, save_modules
 
 log = logging.getLogger(__name__)
 
+_DIGITS = 20  # a number of steps has fewer
 _WIDEST = 0.288  # nearly a power function of exponent 0, which averages all files alike
 
 
@@ -94,7 +95,7 @@ def average(sources: Sequence[Path], out: Path, config: EMAConfig) -> None:
 def _in_order(paths: Sequence[Path]) -> list[Path]:
     """The files by the steps that their metadata name, or by time of change where one of them names none."""
     steps = [read_lora(path, "LORA").metadata.get("ss_steps", "") for path in paths]
-    if all(text.isdecimal() for text in steps):
+    if all(text.isdecimal() and len(text) < _DIGITS for text in steps):
         log.info("in the order of their steps")
         return [path for _, path in sorted(zip(map(int, steps), paths, strict=True), key=lambda pair: pair[0])]
     log.info("in the order in which they were changed; --no_sort takes them as given")

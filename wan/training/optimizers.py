@@ -23,6 +23,7 @@ from utils.text import one_line
 log = logging.getLogger(__name__)
 
 _REX = {"rex_alpha": 0.1, "rex_beta": 0.9}  # the parameters of REX, with its authors' values
+_TRIED_STEPS = 100_000  # of longer runs, steps at even distances are tried
 _GIVEN_TO_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # not by the user
 _SCHEDULES = (
     "constant",
@@ -61,9 +62,12 @@ class OptimizerConfig(Section):
     lr_decay_steps: str = option("0", help="like --lr_warmup_steps, for warmup_stable_decay")
     lr_scheduler_num_cycles: int = option(1, help="restarts of cosine_with_restarts")
     lr_scheduler_power: float = option(1.0, help="power of polynomial")
-    lr_scheduler_timescale: int | None = option(None, help="timescale of inverse_sqrt; default: the warmup")
+    lr_scheduler_timescale: int | None = option(None, minimum=1, help="timescale of inverse_sqrt; default: the warmup")
     lr_scheduler_min_lr_ratio: float | None = option(
-        None, help="lowest rate as a share of the highest (cosine_with_min_lr, warmup_stable_decay, rex)"
+        None,
+        minimum=0,
+        maximum=1,
+        help="lowest rate as a share of the highest (cosine_with_min_lr, warmup_stable_decay, rex)",
     )
 
     def __post_init__(self) -> None:
@@ -93,6 +97,8 @@ class OptimizerConfig(Section):
             )
         if self.lr_scheduler_type and not is_schedule_free(optimizer):
             _try_schedule(self.lr_scheduler_type, schedule, total_steps)
+        elif isinstance(schedule, LambdaLR):
+            _try_factors(self, schedule, total_steps)
         if is_schedule_free(optimizer) and self.schedule != "constant":
             log.warning(
                 "%s has no schedule: --lr_scheduler %s has no effect; for a warmup use --optimizer_args warmup_steps=N",
@@ -142,18 +148,23 @@ def optimizer_class(name: str) -> type[Optimizer]:
         module, attribute = "transformers.optimization", "Adafactor"
     else:
         module, _, attribute = f"torch.optim.{name}".rpartition(".") if "." not in name else name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(
-            f"--optimizer_type {name}: needs the package '{error.name}'; install it or use AdamW"
-        ) from None
-    except AttributeError:
-        hint = suggest(attribute, dir(importlib.import_module(module))) or "; use AdamW"
-        raise ConfigError(f"--optimizer_type {name}: there is no {module}.{attribute}{hint}") from None
+    found = _class_named(f"--optimizer_type {name}", module, attribute, "use AdamW")
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ConfigError(f"--optimizer_type {name}: is not a torch optimizer; use AdamW")
     return found
+
+
+def _class_named(flag: str, module: str, name: str, instead: str) -> Any:
+    """`name` of `module`. ConfigError, starting with `flag` and its value, when it is not there."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{flag}: needs the package '{error.name}'; install it, or {instead}") from None
+    except Exception as error:  # ".Name" has no module; packages for a GPU raise nearly anything without one
+        raise ConfigError(f"{flag}: can't be imported ({one_line(error)}); {instead}") from None
+    if not hasattr(found, name):
+        raise ConfigError(f"{flag}: there is no {module}.{name}{suggest(name, dir(found)) or f'; {instead}'}")
+    return getattr(found, name)
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -227,6 +238,9 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
     if name == "rex":
         _check_arguments(name, arguments, _REX)
         low, shape = config.lr_scheduler_min_lr_ratio or 0.01, _REX | arguments
+        for key, value in shape.items():
+            if not (type(value) in (int, float) and math.isfinite(value)):
+                raise ConfigError(f"--lr_scheduler_args {key}={value}: is not a number; try {key}={_REX[key]}")
         return LambdaLR(optimizer, lambda step: _rex(step, warmup, total_steps, low, *shape.values()))
     return _schedule_of_transformers(name, config, optimizer, warmup, total_steps, arguments)
 
@@ -234,12 +248,14 @@ def build_scheduler(config: OptimizerConfig, optimizer: Optimizer, total_steps: 
 def _schedule_of_transformers(
     name: str, config: OptimizerConfig, optimizer: Optimizer, warmup: int, total_steps: int, arguments: dict[str, Any]
 ) -> LRScheduler:
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_adafactor_schedule, get_scheduler
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, Adafactor, get_adafactor_schedule, get_scheduler
     from transformers.trainer_utils import SchedulerType
 
     schedule: LRScheduler
     if name == "adafactor":
         _check_arguments(name, arguments, [])
+        if not isinstance(optimizer, Adafactor):
+            raise ConfigError("--lr_scheduler adafactor: is what Adafactor finds; add --optimizer_type Adafactor")
         schedule = get_adafactor_schedule(optimizer, config.learning_rate)
         return schedule
     specific: dict[str, dict[str, Any]] = {
@@ -261,6 +277,8 @@ def _schedule_of_transformers(
     _check_arguments(name, arguments, [key for key in known if key not in _GIVEN_TO_SCHEDULES])
     try:
         more = specific.get(name, {}) | arguments
+        if "min_lr" in arguments:  # a rate, in place of a share
+            more.pop("min_lr_rate", None)
         schedule = get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=more)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--lr_scheduler {name} --lr_scheduler_args: {one_line(error)}") from None
@@ -270,13 +288,7 @@ def _schedule_of_transformers(
 def _schedule_of_class(name: str, optimizer: Optimizer, arguments: dict[str, Any]) -> LRScheduler:
     """An LRScheduler of torch.optim.lr_scheduler, or of a dotted path."""
     module, _, attribute = name.rpartition(".") if "." in name else ("torch.optim.lr_scheduler", "", name)
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"--lr_scheduler_type {name}: needs the package '{error.name}'; install it") from None
-    except AttributeError:
-        hint = suggest(attribute, dir(importlib.import_module(module))) or ""
-        raise ConfigError(f"--lr_scheduler_type {name}: there is no {module}.{attribute}{hint}") from None
+    kind = _class_named(f"--lr_scheduler_type {name}", module, attribute, "use e.g. CosineAnnealingLR")
     if not (isinstance(kind, type) and issubclass(kind, LRScheduler)) or kind is ReduceLROnPlateau:
         raise ConfigError(f"--lr_scheduler_type {name}: is no schedule of steps; use e.g. CosineAnnealingLR")
     try:
@@ -304,6 +316,24 @@ def _try_schedule(name: str, schedule: LRScheduler, total_steps: int) -> None:
             f"--lr_scheduler_type {name}: does not work for {total_steps} steps ({one_line(error)}); see "
             "--lr_scheduler_args"
         ) from None
+
+
+def _try_factors(config: OptimizerConfig, schedule: LambdaLR, total_steps: int) -> None:
+    """Raise ConfigError unless the rate is a number, and not below 0, at all steps and after the last one."""
+    last, factor = total_steps, schedule.lr_lambdas[0]
+    stride = max(1, total_steps // _TRIED_STEPS)
+    for step in (*range(0, total_steps, stride), last - 1, last):
+        try:
+            rate = config.learning_rate * factor(step)
+            reason = "" if 0 <= rate < math.inf else f"the rate is {rate:g}"
+        except Exception as error:  # arguments of nearly any type
+            reason = one_line(error) or type(error).__name__
+        if reason:
+            given = " ".join(("--lr_scheduler_args", *config.lr_scheduler_args)) if config.lr_scheduler_args else ""
+            raise ConfigError(
+                f"--lr_scheduler {config.schedule} {given}".rstrip() + f": does not work at step {step} of {last}"
+                f" ({reason}); change its arguments"
+            )
 
 
 def _check_arguments(name: str, arguments: Iterable[str], known: Collection[str]) -> None:

@@ -10,6 +10,7 @@ import torch
 from utils.dtypes import dtype_name, parse_dtype
 from utils.errors import ConfigError
 from utils.options import Section, option
+from wan.frames.layout import LAST_INDEX
 from wan.generation.preview import PreviewConfig
 from wan.generation.request import SamplingConfig
 from wan.lora.options import NetworkConfig
@@ -70,13 +71,19 @@ class RunConfig(Section):
         if self.one_frame_target_range is None:
             return None
         low, _, high = self.one_frame_target_range.partition("-")
-        if not (low.strip().isdecimal() and high.strip().isdecimal() and int(low) <= int(high)):
-            raise ConfigError(f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, e.g. 1-8")
-        if int(high) - int(low) >= _WIDEST_RANGE:
+        try:
+            first, last = int(low), int(high)
+        except ValueError:  # also for more digits than Python reads
+            first, last = 0, -1
+        if not 0 <= first <= last <= LAST_INDEX:
+            raise ConfigError(
+                f"--one_frame_target_range {self.one_frame_target_range}: must be a-b, at most {LAST_INDEX}; try 1-8"
+            )
+        if last - first >= _WIDEST_RANGE:
             raise ConfigError(
                 f"--one_frame_target_range {self.one_frame_target_range}: has over {_WIDEST_RANGE} indices; try 1-8"
             )
-        return range(int(low), int(high) + 1)
+        return range(first, last + 1)
 
     def batches_per_step(self, num_processes: int) -> int:
         """Batches of one optimizer step, over all processes."""
