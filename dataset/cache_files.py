@@ -51,6 +51,7 @@ def strangers(caches: Iterable[Path], keep: Collection[Path], source: str) -> di
             name_key(path) not in kept
             and (other := _recorded_source(path)) not in ("", source)
             and Path(other).exists()
+            and not Path(other).samefile(source)
         ):
             found.setdefault(other, []).append(path)
     return found

@@ -420,3 +420,18 @@ def test_caches_of_another_dataset_file_are_not_deleted_without_asking(data, mad
     for main, flags in runs:
         main(flags)
     assert sorted(stamps(data)) == ["z_0060x0080_wan.safetensors", "z_wan_te.safetensors"]
+
+
+def test_caches_of_another_folder_whose_images_have_equal_names_are_replaced_with_a_warning(data, made, caplog):
+    shutil.copytree(data / "target", data / "other_target")
+    cache_latents(data, made)
+    cache_texts(data, made)
+    (data / "same.toml").write_text((data / "train.toml").read_text().replace("/target", "/start/../target"))
+    (data / "other.toml").write_text((data / "train.toml").read_text().replace("/target", "/other_target"))
+    latents = ["--vae", str(made.vae), "--clip", str(made.clip), "--one_frame"]
+    texts = ["--t5", str(made.t5), "--t5_tokenizer", str(made.tokenizer)]
+    for main, flags in ((wan_cache_latents.main, latents), (wan_cache_text_encoder_outputs.main, texts)):
+        for name, warns in (("same", False), ("other", True), ("other", False)):
+            caplog.clear()
+            main(["--dataset_config", str(data / f"{name}.toml"), "--device", "cpu", *flags])
+            assert ("e.g. a_" in caplog.text and "in whose place this dataset has its own" in caplog.text) == warns

@@ -378,8 +378,19 @@ def _check_strangers(
     list_caches: Callable[[Path], list[Path]],
     path_of: Callable[[DatasetsConfig, Item], Path],
 ) -> None:
-    """Raise ConfigError, unless told to keep them, for caches of other images, which `_clean` would delete."""
+    """Raise ConfigError, unless told to keep them, for caches of other images, which `_clean` would delete.
+
+    Those of images of equal names are replaced, with a warning.
+    """
     kept = {path_of(config, item) for item in items}
+    for i, dataset in enumerate(config.datasets):
+        own = [path for path in list_caches(dataset.cache_directory) if path in kept]
+        for source, paths in strangers(own, (), dataset.source).items():
+            log.warning(
+                "%s: datasets[%d].cache_directory %s: holds %s of %s, e.g. %s, in whose place this dataset has its "
+                "own; give each a folder to keep both",
+                *(config.path, i, dataset.cache_directory, counted(len(paths), "cache"), source, paths[0].name),
+            )
     for i, dataset in () if run.keep_cache else enumerate(config.datasets):
         for source, paths in strangers(list_caches(dataset.cache_directory), kept, dataset.source).items():
             raise ConfigError(
