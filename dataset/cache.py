@@ -192,6 +192,19 @@ def latent_settings(item: Item, models: EncoderFacts) -> LatentSettings:
     )
 
 
+def ignores_alpha(path: Path) -> bool:
+    """Whether the cache says that alpha channels of its images were left out. ConfigError for a damaged file."""
+    return _recorded(read_header(path).metadata).get("alpha") == "ignore"
+
+
+def _recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that a cache was made with; empty where it holds none."""
+    try:
+        return dict(json.loads(metadata.get("settings", "{}")))
+    except (TypeError, ValueError):
+        return {}
+
+
 def latent_source_reason(path: Path, item: Item, warned: set[Path] | None = None) -> str | None:
     """Like `latent_stale_reason`, whatever VAE and CLIP it was made with. Raises ConfigError for a damaged file."""
     metadata = read_header(path).metadata
@@ -199,10 +212,7 @@ def latent_source_reason(path: Path, item: Item, warned: set[Path] | None = None
         sources = (item.target, *item.controls, item.target_mask, *item.control_masks)
         if any(source is not None and source.stat().st_mtime > path.stat().st_mtime for source in sources):
             return "an image is newer than the cache"
-    try:
-        recorded = dict(json.loads(metadata.get("settings", "{}")))
-    except ValueError:
-        recorded = {}
+    recorded = _recorded(metadata)
     models = EncoderFacts(
         vae=recorded.get("vae", ""),
         clip=recorded.get("clip", ""),

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dataset.cache import latent_source_reason, list_latent_caches, parse_latent_name
+from dataset.cache import ignores_alpha, latent_source_reason, list_latent_caches, parse_latent_name
 from dataset.config import DatasetsConfig, ImageDatasetConfig
 from dataset.sources import Source, find_items, read_sources, stem_key
 from dataset.text_cache import read_text_header, text_cache_path
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def require_fresh(config: DatasetsConfig) -> None:
     """Raise ConfigError when an image, mask or caption has changed since it was cached; log images without a cache.
 
-    Contents of images are compared where a file is newer than its cache. A dataset whose images are elsewhere is not
-    compared.
+    Contents of images are compared where a file is newer than its cache, or alpha channels count otherwise than then. A
+    dataset whose images are elsewhere is not compared.
     """
     stale = [found for index, dataset in enumerate(config.datasets) for found in _changed(dataset, index)]
     if stale:
@@ -40,7 +40,7 @@ def _changed(dataset: ImageDatasetConfig, index: int) -> Iterator[tuple[Path, st
     try:
         sources = read_sources(dataset, index)
     except ConfigError as error:
-        log.info("caches are used without a look at their images: %s", error)
+        log.warning("caches are used without a look at their images: %s", error)
         return
     caches = {name_key(parse_latent_name(path)[0]): path for path in list_latent_caches(folder)}
     bare = [source for source in sources if stem_key(source.target) not in caches]
@@ -58,10 +58,15 @@ def _changed(dataset: ImageDatasetConfig, index: int) -> Iterator[tuple[Path, st
 def _changed_images(
     dataset: ImageDatasetConfig, index: int, sources: Sequence[Source], caches: dict[str, Path]
 ) -> Iterator[tuple[Path, str]]:
-    newer = {stem_key(source.target) for source in sources if _is_newer(source, caches[stem_key(source.target)])}
+    doubtful = {
+        stem_key(source.target)
+        for source in sources
+        for cache in (caches[stem_key(source.target)],)
+        if _is_newer(source, cache) or ignores_alpha(cache) != (dataset.alpha == "ignore")
+    }
     warned: set[Path] = set()
-    for item in find_items(dataset, index) if newer else ():
-        if (key := stem_key(item.target)) in newer and (reason := latent_source_reason(caches[key], item, warned)):
+    for item in find_items(dataset, index) if doubtful else ():
+        if (key := stem_key(item.target)) in doubtful and (reason := latent_source_reason(caches[key], item, warned)):
             yield caches[key], reason
 
 

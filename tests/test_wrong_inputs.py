@@ -247,6 +247,8 @@ CASES = [
     ("generate", flags("--attn_mode", "flash"), ["--attn_mode flash"]),
     ("generate", flags("--dit", "models/t2v.safetensors"), ["text-to-video", "i2v-14B"]),
     ("generate", flags("--ckpt_dir", "data"), ["--ckpt_dir data", "holds no file"]),
+    ("generate", flags("--device", "meta"), ["--device meta", "use cuda or cpu"]),
+    ("generate", flags("--negative_prompt", "-bad"), ["--negative_prompt", "given as --flag=-value"]),
     ("generate", flags("--save_merged_model", "merged.pth"), ["--save_merged_model merged.pth", ".safetensors"]),
     ("generate", flags("--latent_path", MODELS["vae"]), ["--latent_path"]),
     ("generate", flags("--recipe", "none.png"), ["--recipe none.png", "does not exist"]),

@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def error(self, message: str) -> typing.NoReturn:
+        if "expected one argument" in message:
+            message += "; a value that begins with a hyphen is given as --flag=-value"
         raise ConfigError(message.removeprefix("argument "))
 
     def parse_args(  # type: ignore[override] # argparse takes any object as a namespace, and lets it pass

@@ -293,7 +293,7 @@ def not_downloaded(path: Path) -> str | None:
         return None
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself; run 'git lfs pull' there, or download the file"
-    if start.startswith((b"<!doctype html", b"<html")):
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<!--", b'{"error"')):
         return "is a web page, not the file itself; download the file (on Hugging Face by the link with 'resolve')"
     return None
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dataset.config import read_config
 from dataset.freshness import require_fresh
-from tests.project import train
+from tests.project import cache, train
 from utils.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("copied_workspace")
@@ -39,6 +39,16 @@ def test_another_image_under_the_name_is_noticed(path, reason):
     later(path)
     with pytest.raises(ConfigError, match=rf"^pairs.toml: 1 cache out of date: cat_\S+ \({reason}\)"):
         fresh()
+
+
+def test_another_use_of_alpha_channels_is_noticed():
+    picture = Image.open(TARGET).convert("RGBA")
+    picture.putalpha(128)
+    picture.save(TARGET)
+    cache("pairs.toml")
+    fresh()
+    with pytest.raises(ConfigError, match=r"1 cache out of date: .*other use of alpha channels"):
+        require_fresh(read_config("pairs.toml", alpha="ignore"))
 
 
 def test_another_caption_is_noticed():

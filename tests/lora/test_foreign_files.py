@@ -178,6 +178,8 @@ def test_what_a_file_holds_for_something_else_is_left_out_and_said(key, tensor, 
             "is a Git LFS pointer, not the file",
         ),
         (b"<!doctype html><title>404</title>", "is a web page, not the file itself; download"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page, not the file itself; download"),
+        (b'{"error":"Repository not found"}', "is a web page, not the file itself; download"),
     ],
 )
 def test_what_lies_in_the_place_of_a_lora_is_named(content, words, tmp_path):

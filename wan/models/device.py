@@ -112,6 +112,8 @@ class DeviceConfig(Section):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = f" ({one_line(str(error).splitlines()[0])})" if device.type == "cuda" else ""
             raise ConfigError(f"--device {name}: can't be used on this computer{reason}; use cuda or cpu") from None
+        if device.type == "meta":
+            raise ConfigError("--device meta: holds no numbers; use cuda or cpu")
         return device
 
 
