@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from utils.errors import ConfigError
 
-_CHUNK = 1 << 20
+_CHUNK, _TAIL = 1 << 20, 1 << 16  # bytes
 _DAY = 24 * 60 * 60  # seconds
 _LEFTOVER = re.compile(r"\.tmp-.+-(?:([0-9a-f]{4})([0-9a-f]{8}))?\w{8}(?:\.\w+)?", re.DOTALL)
 """A name of `written_whole`: the letters of the computer and the number of the process there, which were not always."""
@@ -296,6 +296,15 @@ def not_downloaded(path: Path) -> str | None:
     if start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<!--", b'{"error"')):
         return "is a web page, not the file itself; download the file (on Hugging Face by the link with 'resolve')"
     return None
+
+
+def ends_in_zeros(path: Path) -> bool:
+    """Whether the last 64 KiB of a file of 1 MiB or more are zeros, as where a download reserved room and broke off."""
+    if path.stat().st_size < _CHUNK:
+        return False
+    with path.open("rb") as file:
+        file.seek(-_TAIL, os.SEEK_END)
+        return not any(file.read(_TAIL))
 
 
 def require_writable_dir(path: str | Path, flag: str) -> Path:

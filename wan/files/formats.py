@@ -7,6 +7,7 @@ worst outcome is a ConfigError of one line; code in it is never run.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import not_downloaded, require_file
+from utils.files import ends_in_zeros, not_downloaded, require_file
 from utils.text import one_line, some
 from wan.files.staging import FileTensor, staged
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+log = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -186,7 +189,10 @@ def _read_headers(path: Path, label: str) -> dict[str, Header]:
     if suffix not in kinds:
         raise ConfigError(f"{label}: is not named like a model file; use one of {' '.join(kinds)}")
     try:
-        return kinds[suffix](path)
+        headers = kinds[suffix](path)
+        if ends_in_zeros(path):
+            log.warning("%s: ends in zeros, as a download that broke off; compare its size or checksum", label)
+        return headers
     except _NotAllowedError as error:
         raise ConfigError(f"{label}: {error}") from None
     except Exception as error:  # damaged files make the readers raise nearly anything

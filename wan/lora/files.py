@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from utils.errors import ConfigError
-from utils.files import not_downloaded, require_file, written_whole
+from utils.files import ends_in_zeros, not_downloaded, require_file, written_whole
 from utils.text import counted, one_line
 from wan.lora.keys import LARGEST, is_foreign, read_keys
 from wan.lora.module import DORA, LOHA, LOKR, LORA, REPLACEMENTS, UP_BIAS, LoRAModule
@@ -46,6 +46,8 @@ def read_lora(path: str | Path, flag: str = "--lora_weight") -> LoRAFile:
     source = f"{flag} {path}"
     if other := not_downloaded(path):
         raise ConfigError(f"{source}: {other}")
+    if ends_in_zeros(path):
+        log.warning("%s: ends in zeros, as a download that broke off; compare its size or checksum", source)
     try:
         with safe_open(path, framework="pt") as file:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
