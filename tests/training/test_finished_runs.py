@@ -27,7 +27,7 @@ def run(*flags: str) -> Path:
     return Path("output/mine.safetensors")
 
 
-@pytest.mark.parametrize("flags", [(), ("--resume", "auto"), ("--explain",)])
+@pytest.mark.parametrize("flags", [(), ("--resume", "auto")])
 def test_a_finished_lora_is_replaced_only_when_that_is_asked_for(flags):
     first = run().read_bytes()
     with pytest.raises(
@@ -37,6 +37,12 @@ def test_a_finished_lora_is_replaced_only_when_that_is_asked_for(flags):
     assert Path("output/mine.safetensors").read_bytes() == first
     assert run("--network_alpha", "2", "--overwrite").read_bytes() != first
     assert train("i2v", "pairs.toml", "other").is_file()
+
+
+def test_explain_says_that_a_run_would_stop(caplog):
+    run()
+    run("--explain")
+    assert "a run would stop: --output_name mine: " in caplog.text
 
 
 def test_a_finished_run_says_so_and_goes_on_when_it_gets_more_steps(caplog):

@@ -4,7 +4,6 @@ import itertools
 import logging
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -85,10 +84,13 @@ def _write_new(folder: Path, stem: str, ending: str, write: Callable[[Path], Non
     """Write `<stem><ending>`, or `<stem>-2<ending>` ... where another generation had the same name at the same time."""
     for number in itertools.count(1):
         path = folder / (f"{stem}{ending}" if number == 1 else f"{stem}-{number}{ending}")
-        with suppress(FileExistsError), written_whole(path, replaces=False) as temporary:
-            write(temporary)
-            log.info("saved %s", path)
-            return
+        try:
+            with written_whole(path, replaces=False) as temporary:
+                write(temporary)
+        except FileExistsError:
+            continue
+        log.info("saved %s", path)  # not earlier: only now the file has its name
+        return
 
 
 def latent_metadata(request: Request, task: str, loras: tuple[str, ...], recipe: Recipe) -> dict[str, str]:

@@ -58,7 +58,7 @@ def parse_line(line: str, place: str, dialect: Dialect) -> Prompt:
         option = LETTERS[name]
         key = dialect.keys.get(name, option.key)
         value = _read(option.kind, argument, f"{place}: --{name} {argument}")
-        if not option.is_list and values.get(key, value) != value and key != "prompt":
+        if not option.is_list and key in values and values[key] != value and key != "prompt":
             log.warning("%s: --%s is given twice: %s counts, %s does not", place, name, value, values[key])
         values[key] = (*values.get(key, ()), value) if option.is_list else value
     return _checked(values, place, dialect)

@@ -137,7 +137,10 @@ def explain(models: TrainingModels, options: TrainingOptions) -> None:
     accelerator = start.build_accelerator(models.device)
     options.memory.check(dit_file.spec, dit_file.stored_dtype, accelerator.device)
     state = start.find_state(options.save, options.optimizer)
-    start.require_new(options.save, state)
+    try:
+        start.require_new(options.save, state)
+    except ConfigError as error:
+        log.warning("a run would stop: %s", error)
     training_set = _training_set(datasets, options, options.run.seed or 0, dit_file)
     length = RunLength.of(options.run, training_set, accelerator.num_processes, state.progress if state else None)
     options.optimizer.check_schedule(length.total_steps)
